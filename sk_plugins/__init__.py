@@ -1,0 +1,9 @@
+"""Selective Kernel Networks for timm and OpenMMLab. Importing this package registers its models in timm."""
+
+from . import timm_models as timm_models
+from .layers import SelectiveKernel
+from .networks import SKResNet
+
+__version__ = '0.1.0'
+
+__all__ = ['SKResNet', 'SelectiveKernel', '__version__']

@@ -1,0 +1,75 @@
+"""A convolution, its norm and its activation as plain modules, under timm's names."""
+
+from collections.abc import Callable
+
+from timm.layers import create_aa
+from torch import Tensor, nn
+
+__all__ = ['ConvBNAct']
+
+
+class ConvBNAct(nn.Module):
+    """Conv -> BatchNorm -> activation: (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride).
+
+    It holds the parameters of timm's ``ConvNormAct`` under the same names. Unlike there, the activation is
+    a module of its own: timm's lives inside a BatchNorm subclass, and every tool that swaps BatchNorms
+    (SyncBatchNorm conversion, folding, quantisation) then loses it in silence.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: odd side of the kernel; the padding keeps the size.
+        stride: of the convolution, or of ``aa_layer`` where there is one.
+        dilation: of the convolution.
+        groups: of the convolution.
+        apply_act: whether an activation follows the norm.
+        act_layer: activation class.
+        norm_layer: norm class, called with the number of channels.
+        aa_layer: anti-aliasing layer that strides in the convolution's place.
+        drop_layer: DropBlock factory, applied between norm and activation.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        apply_act: bool = True,
+        act_layer: type[nn.Module] = nn.ReLU,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        aa_layer: Callable[..., nn.Module] | None = None,
+        drop_layer: Callable[..., nn.Module] | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        use_aa = aa_layer is not None and stride > 1
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=1 if use_aa else stride,
+            padding=dilation * (kernel_size - 1) // 2,
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+            **dd,
+        )
+        self.bn = norm_layer(out_channels, **dd)
+        self.drop = nn.Identity() if drop_layer is None else drop_layer()
+        self.act = act_layer(inplace=True) if apply_act else nn.Identity()
+        self.aa = create_aa(aa_layer, out_channels, stride=stride, enable=use_aa, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = self.bn(x)
+        x = self.drop(x)
+        x = self.act(x)
+        x = self.aa(x)
+        return x

@@ -1,0 +1,240 @@
+"""The SK convolution: Split, Fuse and Select in one module (Li et al., CVPR 2019, arXiv:1903.06586, Sec. 3.1)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..ops import fuse, select
+from .conv_bn_act import ConvBNAct
+
+__all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
+
+SELECT_MODES = ('channel', 'shared', 'sum')
+
+
+@torch.fx.wrap
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size == 1:
+        raise ValueError(
+            'SelectiveKernel in training mode got a batch of 1, where the BatchNorm of its attention (Eq. 3) has one '
+            'value per channel and no variance: use a batch of 2 or more, SyncBatchNorm over several processes, '
+            "norm_layer='groupnorm', or keep BatchNorm in eval mode (norm_eval=True in OpenMMLab)"
+        )
+
+
+class SelectiveKernelAttention(nn.Module):
+    """Fuse: from M branch outputs, each (B, C, H, W), to their attention, (B, M, C, 1, 1), which sums to 1 over M.
+
+    s is the global average of the branches' sum (Eq. 1, 2), z = ReLU(BN(W s)) has d channels (Eq. 3), and a softmax
+    over the M branches turns A_m z into weights (Eq. 5).
+
+    Args:
+        channels: C, channels of every branch.
+        num_branches: M.
+        dim: d, channels of z.
+        shared: one softmax for all channels, attention (B, M, 1, 1, 1), in place of one per channel.
+        act_layer: activation class of z.
+        norm_layer: norm class of z, called with ``dim``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: in training, for a batch of one under BatchNorm: a (1, d, 1, 1) map has no variance.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_branches: int,
+        dim: int,
+        shared: bool = False,
+        act_layer: type[nn.Module] = nn.ReLU,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.num_branches = num_branches
+        self.fc_reduce = nn.Conv2d(channels, dim, kernel_size=1, bias=False, **dd)
+        self.bn = norm_layer(dim, **dd)
+        if isinstance(self.bn, nn.GroupNorm):
+            # On a 1x1 map a group holds dim / num_groups values, often a single one, which norms to zero.
+            self.bn = nn.GroupNorm(1, dim, eps=self.bn.eps, affine=self.bn.affine, **dd)
+        self.act = act_layer(inplace=True)
+        self.fc_select = nn.Conv2d(dim, num_branches * (1 if shared else channels), kernel_size=1, bias=False, **dd)
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """N(0, 0.01) for both layers, as the authors train them."""
+        nn.init.normal_(self.fc_reduce.weight, std=0.01)
+        nn.init.normal_(self.fc_select.weight, std=0.01)
+
+    def forward(self, branches: list[Tensor]) -> Tensor:
+        s = fuse(branches)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles a nested test, not a combined one
+            if self.bn.training and isinstance(self.bn, _BatchNorm) and not isinstance(self.bn, nn.SyncBatchNorm):
+                _check_batch_size(s.shape[0])
+        z = self.act(self.bn(self.fc_reduce(s)))
+        logits = self.fc_select(z)
+        return logits.unflatten(1, (self.num_branches, -1)).softmax(dim=1)
+
+
+class SelectiveKernel(nn.Module):
+    """Selective Kernel convolution SK[M, G, r]: (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride).
+
+    **Split**: M branches of different kernels, each conv -> BN -> ReLU, give U_m. **Fuse**: their sum, pooled, goes
+    through a bottleneck of d = max(C / r, L) channels (Eq. 1 to 4). **Select**: a softmax over the branches, one per
+    channel, weighs them (Eq. 5, 6). Parameter names are those of timm's ``SelectiveKernel``.
+
+    Args:
+        in_channels: C', channels of the input.
+        out_channels: C, channels of every branch and of the output; ``in_channels`` where None.
+        kernel_sizes: odd kernel size of each of the M branches.
+        stride: of every branch.
+        dilation: the network's own dilation (output stride 8 or 16); it multiplies each branch's.
+        groups: G, groups of every branch.
+        reduction: r in d = max(C / r, L) (Eq. 4).
+        min_dim: L in d = max(C / r, L), a floor on d.
+        dilated: kernel k as a 3x3 with dilation (k - 1) / 2, as the authors do (a 1x1 stays 1x1); False for the
+            true kernel.
+        select: 'channel' (Eq. 5), 'shared' (one softmax for all channels) or 'sum' (U of Eq. 1 is the output, there
+            is no attention and there are no attention weights).
+        split_input: give each branch its 1/M of the input channels instead of all of them.
+        branches: (kernel_size, dilation, groups) of each branch in full, in place of ``kernel_sizes``, ``dilated``
+            and ``groups``, where branches differ in more than size (Table 6).
+        act_layer: activation class.
+        norm_layer: norm class, called with the number of channels.
+        aa_layer: anti-aliasing layer that strides in the convolutions' place.
+        drop_layer: DropBlock factory, applied in every branch between norm and activation.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: fewer than one branch, an even or non-positive kernel, groups that do not divide the channels,
+            ``split_input`` with channels that M does not divide, an unknown ``select``, or any size below 1. In
+            training, for a batch of one under BatchNorm.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        kernel_sizes: Sequence[int] = (3, 5),
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 32,
+        reduction: int = 16,
+        min_dim: int = 32,
+        dilated: bool = True,
+        select: str = 'channel',
+        split_input: bool = False,
+        branches: Sequence[tuple[int, int, int]] | None = None,
+        act_layer: type[nn.Module] = nn.ReLU,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        aa_layer: Callable[..., nn.Module] | None = None,
+        drop_layer: Callable[..., nn.Module] | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        _check_positive(
+            in_channels=in_channels, out_channels=out_channels, stride=stride, dilation=dilation, groups=groups,
+            reduction=reduction, min_dim=min_dim,
+        )  # fmt: skip
+        if select not in SELECT_MODES:
+            raise ValueError(f'select={select!r} is unknown: choose one of {", ".join(map(repr, SELECT_MODES))}')
+        branches = _resolve_branches(kernel_sizes, groups, dilated, branches)
+        num_branches = len(branches)
+        branch_channels = in_channels
+        if split_input:
+            if in_channels % num_branches:
+                raise ValueError(
+                    f'split_input=True needs in_channels that the {num_branches} branches divide, got '
+                    f'in_channels={in_channels}'
+                )
+            branch_channels = in_channels // num_branches
+        for _, _, branch_groups in branches:
+            if branch_channels % branch_groups or out_channels % branch_groups:
+                raise ValueError(
+                    f'groups={branch_groups} must divide the input channels of a branch ({branch_channels}) and '
+                    f'out_channels ({out_channels})'
+                )
+
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.split_input = split_input
+        self.select = select
+        layers = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        self.paths = nn.ModuleList(
+            ConvBNAct(
+                branch_channels,
+                out_channels,
+                kernel_size,
+                stride=stride,
+                dilation=branch_dilation * dilation,
+                groups=branch_groups,
+                aa_layer=aa_layer,
+                drop_layer=drop_layer,
+                **layers,
+            )
+            for kernel_size, branch_dilation, branch_groups in branches
+        )
+        self.attn = None
+        if select != 'sum':
+            dim = max(out_channels // reduction, min_dim)
+            self.attn = SelectiveKernelAttention(out_channels, num_branches, dim, select == 'shared', **layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = [x] * len(self.paths)
+        if self.split_input:
+            inputs = list(torch.chunk(x, len(self.paths), dim=1))
+        branches = []
+        for i, path in enumerate(self.paths):
+            branches.append(path(inputs[i]))
+        if self.attn is None:
+            total = branches[0]
+            for branch in branches[1:]:
+                total = total + branch
+            return total
+        return select(branches, self.attn(branches))
+
+    def extra_repr(self) -> str:
+        return f'select={self.select!r}, split_input={self.split_input}'
+
+
+def _resolve_branches(
+    kernel_sizes: Sequence[int],
+    groups: int,
+    dilated: bool,
+    branches: Sequence[tuple[int, int, int]] | None,
+) -> list[tuple[int, int, int]]:
+    """(kernel_size, dilation, groups) of every branch, checked."""
+    if branches is None:
+        if isinstance(kernel_sizes, int):
+            raise ValueError(f'kernel_sizes={kernel_sizes} must be a sequence, one odd size per branch, e.g. (3, 5)')
+        shrink = [dilated and isinstance(k, int) and k > 3 for k in kernel_sizes]
+        branches = [(3, (k - 1) // 2, groups) if s else (k, 1, groups) for k, s in zip(kernel_sizes, shrink)]
+        sizes, name = kernel_sizes, 'kernel_sizes'
+    else:
+        for branch in branches:
+            if not isinstance(branch, Sequence) or len(branch) != 3:
+                raise ValueError(f'branches={branches!r} must hold (kernel_size, dilation, groups) for every branch')
+        sizes, name = [kernel_size for kernel_size, _, _ in branches], 'branches'
+    if len(branches) < 1:
+        raise ValueError(f'{name}={sizes!r} must name at least one branch')
+    for size in sizes:
+        if not isinstance(size, int) or size < 1 or size % 2 == 0:
+            raise ValueError(f'{name} has the kernel size {size!r}: kernel sizes must be odd and positive')
+    for _, dilation, branch_groups in branches:
+        _check_positive(dilation=dilation, groups=branch_groups)
+    return [(kernel_size, dilation, branch_groups) for kernel_size, dilation, branch_groups in branches]
+
+
+def _check_positive(**arguments: int) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f'{name}={value!r} must be an integer of at least 1')

@@ -1,0 +1,3 @@
+from .resnet import SKBottleneck, SKResNet
+
+__all__ = ['SKBottleneck', 'SKResNet']

@@ -1,0 +1,176 @@
+"""SK units on timm's ResNet: SKNet (Li et al., CVPR 2019, arXiv:1903.06586, Table 1).
+
+The network is ``timm.models.resnet.ResNet``; features, output stride, drop path, checkpointing and the classifier
+come from there. This file adds the unit, the paper's initialisation and a stem for small images.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import create_attn
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+
+from ..layers import ConvBNAct, SelectiveKernel, SelectiveKernelAttention
+
+__all__ = ['SKBottleneck', 'SKResNet']
+
+
+class SKBottleneck(nn.Module):
+    """SK unit: 1x1 -> SK convolution -> 1x1, residual, ReLU after the sum.
+
+    (B, inplanes, H, W) to (B, 4 * planes, H / stride, W / stride). The arguments are those of timm's ``Bottleneck``,
+    and ``sk_kwargs`` goes to :class:`SelectiveKernel` (``kernel_sizes``, ``reduction``, ``select``, ...).
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        cardinality: int = 1,
+        base_width: int = 64,
+        reduce_first: int = 1,
+        dilation: int = 1,
+        first_dilation: int | None = None,
+        sk_kwargs: dict[str, Any] | None = None,
+        act_layer: type[nn.Module] = nn.ReLU,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        attn_layer: Callable[..., nn.Module] | str | None = None,
+        aa_layer: Callable[..., nn.Module] | None = None,
+        drop_block: Callable[..., nn.Module] | None = None,
+        drop_path: nn.Module | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        layers = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
+        width = int(planes * (base_width / 64)) * cardinality
+        if width < 1:
+            raise ValueError(
+                f'base_width={base_width} leaves the unit of {planes} planes no channels: it must be at least '
+                f'{64 / planes:g}'
+            )
+        first_planes = width // reduce_first
+        outplanes = planes * self.expansion
+
+        self.conv1 = ConvBNAct(inplanes, first_planes, kernel_size=1, **layers)
+        self.conv2 = SelectiveKernel(
+            first_planes,
+            width,
+            stride=stride,
+            dilation=first_dilation or dilation,
+            aa_layer=aa_layer,
+            drop_layer=drop_block,
+            **{'groups': cardinality, **(sk_kwargs or {})},
+            **layers,
+        )
+        self.conv3 = ConvBNAct(width, outplanes, kernel_size=1, apply_act=False, **layers)
+        self.se = create_attn(attn_layer, outplanes, **dd)
+        self.act = act_layer(inplace=True)
+        self.downsample = downsample
+        self.drop_path = drop_path
+
+    def zero_init_last(self) -> None:
+        """Zero the last norm's scale, so that the unit starts as its shortcut."""
+        if getattr(self.conv3.bn, 'weight', None) is not None:
+            nn.init.zeros_(self.conv3.bn.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.conv1(x)
+        x = self.conv2(x)
+        x = self.conv3(x)
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act(x)
+
+
+class SKResNet(ResNet):
+    """timm's ResNet built from SK units; SKNet where the defaults stand.
+
+    (B, in_chans, H, W) to (B, num_classes) logits, or features (B, 4 * channels[3], H / 32, W / 32) where
+    ``num_classes=0`` and ``global_pool=''``.
+
+    Args:
+        layers: units in each of the four stages.
+        block: the unit.
+        channels: planes of each stage: a unit's SK convolution has ``planes * base_width / 64 * cardinality``
+            channels and its output ``4 * planes``.
+        cardinality: G, groups of every branch.
+        base_width: width of one group, in 64ths of the planes.
+        output_stride: 32, 16 or 8; below 32 the last stages dilate instead of striding.
+        small_stem: for images of some 32 pixels, one 3x3 convolution of stride 1 and no pooling in place of 7x7 / 2
+            and pool / 2 (the stem of CIFAR networks): every stride is a quarter of what it says elsewhere.
+        zero_init_last: start every unit as its shortcut.
+        **kwargs: further arguments of timm's ``ResNet``: ``num_classes``, ``in_chans``, ``global_pool``,
+            ``act_layer``, ``norm_layer``, ``drop_rate``, ``drop_path_rate``, ``block_args``, ...
+
+    Raises:
+        ValueError: an argument out of its range; the message names it, its value and what is right.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        block: type[nn.Module] = SKBottleneck,
+        channels: Sequence[int] = (64, 128, 256, 512),
+        cardinality: int = 32,
+        base_width: int = 4,
+        output_stride: int = 32,
+        small_stem: bool = False,
+        zero_init_last: bool = False,
+        **kwargs,
+    ) -> None:
+        for name, value in (('layers', layers), ('channels', channels)):
+            if len(value) != 4 or not all(isinstance(v, int) and v >= 1 for v in value):
+                raise ValueError(f'{name}={value!r} must be four integers of at least 1, one for each stage')
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f'output_stride={output_stride!r} must be 8, 16 or 32')
+        for name, least in (('in_chans', 1), ('num_classes', 0)):
+            if name in kwargs and (not isinstance(kwargs[name], int) or kwargs[name] < least):
+                raise ValueError(f'{name}={kwargs[name]!r} must be an integer of at least {least}')
+        for name in ('drop_rate', 'drop_path_rate', 'drop_block_rate'):
+            if not 0.0 <= kwargs.get(name, 0.0) < 1.0:
+                raise ValueError(f'{name}={kwargs[name]!r} must be at least 0 and below 1')
+        super().__init__(
+            block,
+            layers,
+            channels=channels,
+            cardinality=cardinality,
+            base_width=base_width,
+            output_stride=output_stride,
+            zero_init_last=zero_init_last,
+            **kwargs,
+        )
+        if small_stem:
+            stem = self.conv1
+            if not isinstance(stem, nn.Conv2d):
+                raise ValueError("small_stem=True replaces a single convolution: stem_type must be ''")
+            dd = {'device': stem.weight.device, 'dtype': stem.weight.dtype}
+            self.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False, **dd)
+            nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
+            self.maxpool = nn.Identity()
+            for feature in self.feature_info:
+                feature['reduction'] = max(feature['reduction'] // 4, 1)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = False) -> None:
+        """He initialisation, and N(0, 0.01) for the attention layers and the classifier, as the authors train."""
+        super().init_weights(zero_init_last)
+        for module in self.modules():
+            if isinstance(module, SelectiveKernelAttention):
+                module.init_weights()
+        if isinstance(self.fc, nn.Linear):
+            nn.init.normal_(self.fc.weight, std=0.01)
+            nn.init.zeros_(self.fc.bias)
