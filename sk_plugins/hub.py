@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import pickle
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from huggingface_hub import errors as hf_errors
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
@@ -14,6 +17,7 @@ from torch import Tensor
 __all__ = ['WEIGHTS_NAME', 'HubError', 'explain_errors', 'load_state_dict', 'split_revision']
 
 WEIGHTS_NAME = 'model.safetensors'
+_PICKLE_NAME = 'pytorch_model.bin'  # what timm reads, with weights_only=True, where a repository has no safetensors
 
 
 class HubError(RuntimeError):
@@ -33,47 +37,51 @@ def split_revision(repo: str) -> tuple[str, str | None]:
 
 
 @contextlib.contextmanager
-def explain_errors(repo: str, cache_dir: str | os.PathLike | None = None) -> Iterator[None]:
+def explain_errors(
+    repo: str, cache_dir: str | os.PathLike | None = None, filename: str = WEIGHTS_NAME
+) -> Iterator[None]:
     """Within it, whatever goes wrong between the Hub and the network becomes one :class:`HubError`.
 
-    A cached weight file that turns out not to be safetensors is removed, so that the next try downloads it anew.
+    A cached weight file that cannot be read is removed, so that the next try downloads it anew.
 
     Args:
         repo: 'owner/name' or 'owner/name@revision', for the message.
         cache_dir: the cache in use where it is not the client's default.
+        filename: the weight file that is asked for.
     """
     try:
         yield
-    except SafetensorError as error:
-        _forget(repo, cache_dir)
-        raise HubError(
-            f'{repo}: {WEIGHTS_NAME} is not a safetensors file ({error}); it was removed from the cache'
-        ) from error
+    except HubError:
+        raise
     except hf_errors.RevisionNotFoundError as error:
         raise HubError(f'{repo}: the repository has no such revision') from error
     except hf_errors.GatedRepoError as error:
         raise HubError(f'{repo}: access to this repository must be asked for on its page, then log in') from error
     except hf_errors.RepositoryNotFoundError as error:
         raise HubError(
-            f'{repo}: repository not found, or private and you are not logged in (`hf auth login`){_status(error)}'
+            f'{repo}: repository not found, or private and you are not logged in (`hf auth login`): '
+            f'{_root_cause(error)}'
         ) from error
     except hf_errors.LocalEntryNotFoundError as error:
         raise HubError(
-            f'{repo}: {WEIGHTS_NAME} is not in the local cache and the Hub cannot be reached '
-            f'({_root_cause(error)}); check the connection, HF_ENDPOINT and HF_HUB_OFFLINE'
+            f'{repo}: {filename} is not in the local cache and the Hub did not give it ({_root_cause(error)}); '
+            'check the connection, HF_ENDPOINT and HF_HUB_OFFLINE'
         ) from error
     except hf_errors.EntryNotFoundError as error:
-        raise HubError(f'{repo}: the repository has no {WEIGHTS_NAME}{_status(error)}') from error
-    except hf_errors.HfHubHTTPError as error:
-        raise HubError(f'{repo}: the Hub refused the request{_status(error)}: {_root_cause(error)}') from error
+        raise HubError(f'{repo}: the repository has no {filename}') from error
     except hf_errors.HFValidationError as error:
-        raise HubError(f'{repo}: not a valid repository name: {error}') from error
-    except OSError as error:
+        raise HubError(f'{repo}: not a valid repository name: {_shorten(error)}') from error
+    # Connections that break during a download reach us as the HTTP library's own errors, which are no OSError.
+    except (OSError, hf_errors.HTTPError) as error:
         raise HubError(f'{repo}: the download failed: {_root_cause(error)}') from error
-    except HubError:
-        raise
-    except RuntimeError as error:
-        raise HubError(f'{repo}: its weights cannot be loaded into this model: {_shorten(error)}') from error
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        damaged = _forget_damaged(repo, cache_dir, filename)
+        if damaged is None:
+            raise HubError(f'{repo}: its weights cannot be loaded into this model: {_shorten(error)}') from error
+        kind = 'safetensors file' if damaged.endswith('.safetensors') else 'pickle of tensors'
+        raise HubError(
+            f'{repo}: {damaged} is not a {kind} ({_shorten(error)}); it was removed from the cache'
+        ) from error
 
 
 def load_state_dict(repo: str, device: str = 'cpu', cache_dir: str | os.PathLike | None = None) -> dict[str, Tensor]:
@@ -95,29 +103,48 @@ def load_state_dict(repo: str, device: str = 'cpu', cache_dir: str | os.PathLike
         return safetensors.torch.load_file(path, device=device)
 
 
-def _forget(repo: str, cache_dir: str | os.PathLike | None) -> None:
-    """Remove a repository's weight file, and the blob that it points to, from the cache."""
-    repo_id, revision = split_revision(repo)
-    cached = try_to_load_from_cache(repo_id, WEIGHTS_NAME, cache_dir=cache_dir, revision=revision)
-    if isinstance(cached, str):
-        blob = Path(cached).resolve()
-        Path(cached).unlink(missing_ok=True)
-        blob.unlink(missing_ok=True)
+def _forget_damaged(repo: str, cache_dir: str | os.PathLike | None, filename: str) -> str | None:
+    """Remove a repository's weight file, and the blob that it points to, from the cache if it cannot be read.
+
+    Returns its name, or None where nothing was removed.
+    """
+    repo_id, _, revision = repo.partition('@')
+    for name in dict.fromkeys((filename, _PICKLE_NAME)):
+        cached = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision or None)
+        if isinstance(cached, str) and not _is_readable(Path(cached)):
+            blob = Path(cached).resolve()
+            Path(cached).unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
+            return name
+    return None
 
 
-def _status(error: hf_errors.HfHubHTTPError) -> str:
-    response = getattr(error, 'response', None)
-    return '' if response is None else f' (HTTP {response.status_code})'
-
-
-def _shorten(error: RuntimeError, lines: int = 4) -> str:
-    """The head of a message that torch writes one line a tensor."""
-    head, *rest = [line.strip() for line in str(error).splitlines()]
-    more = f' ... and {len(rest) - lines} more' if len(rest) > lines else ''
-    return ' '.join([head, *rest[:lines]]) + more
+def _is_readable(path: Path) -> bool:
+    try:
+        if path.suffix == '.safetensors':
+            with safetensors.safe_open(path, 'pt'):
+                return True
+        torch.load(path, map_location='meta', weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError):
+        return False
+    return True
 
 
 def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
+    """The innermost reason in one line: what the Hub answered, or what the connection failed of."""
+    while error.__cause__ is not None and getattr(error, 'response', None) is None:
         error = error.__cause__
-    return f'{type(error).__name__}: {error}'
+    response = getattr(error, 'response', None)
+    if response is None:
+        first, *_ = str(error).splitlines() or ['']  # the rest is advice
+        return f'{type(error).__name__}: {first}'
+    said = getattr(error, 'server_message', None)
+    return f'HTTP {response.status_code}' + (f': {" ".join(said.split())}' if said else '')
+
+
+def _shorten(error: Exception, lines: int = 2, width: int = 200) -> str:
+    """The head of a message to which torch gives a line for each tensor, or a line with the names of them all."""
+    said = str(error).splitlines() or [type(error).__name__]
+    head, *rest = [textwrap.shorten(line, width, placeholder=' ...') for line in said]
+    more = f' ... and {len(rest) - lines} more' if len(rest) > lines else ''
+    return ' '.join([head, *rest[:lines]]) + more

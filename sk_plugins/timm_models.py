@@ -3,6 +3,7 @@
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from torch import Tensor
 
 from . import hub, zoo
 from .networks import SKResNet
@@ -11,7 +12,7 @@ __all__: list[str] = []
 
 
 def _create_skresnet(variant: str, pretrained: bool = False, **kwargs) -> SKResNet:
-    args = {**zoo.MODELS[variant].args, **kwargs}
+    args = {'pretrained_filter_fn': _require_same_names, **zoo.MODELS[variant].args, **kwargs}
     if not pretrained:
         return build_model_with_cfg(SKResNet, variant, False, **args)
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
@@ -21,8 +22,22 @@ def _create_skresnet(variant: str, pretrained: bool = False, **kwargs) -> SKResN
         )
     if cfg.hf_hub_id is None or cfg.file or cfg.state_dict:
         return build_model_with_cfg(SKResNet, variant, True, **args)
-    with hub.explain_errors(cfg.hf_hub_id, kwargs.get('cache_dir')):
+    with hub.explain_errors(cfg.hf_hub_id, kwargs.get('cache_dir'), cfg.hf_hub_filename or hub.WEIGHTS_NAME):
         return build_model_with_cfg(SKResNet, variant, True, **args)
+
+
+def _require_same_names(state_dict: dict[str, Tensor], model: SKResNet) -> dict[str, Tensor]:
+    """timm loads loosely where the classifier is replaced, and would leave layers that don't match at random."""
+    wanted, given = (
+        {name for name in names if not name.startswith('fc.') and not name.endswith('num_batches_tracked')}
+        for names in (model.state_dict(), state_dict)
+    )
+    differ = {'missing': wanted - given, 'unexpected': given - wanted}
+    if wanted != given:
+        raise RuntimeError(
+            ', '.join(f'{len(names)} tensors {what} (such as {min(names)})' for what, names in differ.items() if names)
+        )
+    return state_dict
 
 
 def _cfg(weights: zoo.Weights | None = None) -> dict[str, Any]:
@@ -42,6 +57,7 @@ def _cfg(weights: zoo.Weights | None = None) -> dict[str, Any]:
     if weights is not None:
         cfg.update(
             hf_hub_id=weights.hf_hub_id,
+            hf_hub_filename=hub.WEIGHTS_NAME,  # or timm would go on to a pickle
             num_classes=weights.num_classes,
             input_size=weights.input_size,
             crop_pct=weights.crop_pct,
