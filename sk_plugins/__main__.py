@@ -1,0 +1,20 @@
+"""``python -m sk_plugins TOOL ...`` runs one of the project's tools, from a checkout or from the installed wheel."""
+
+import runpy
+import sys
+
+from ._resources import ROOT
+
+
+def main() -> None:
+    tools = {path.stem: path for path in sorted((ROOT / 'tools').glob('[a-z]*.py'))}
+    if len(sys.argv) < 2 or sys.argv[1] not in tools:
+        raise SystemExit(f'usage: python -m sk_plugins {{{",".join(tools)}}} ...')
+    path = tools[sys.argv[1]]
+    sys.argv = [str(path), *sys.argv[2:]]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(str(path), run_name='__main__')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,90 @@
+"""What train.py and test.py share: their common arguments, the config, and the process group."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from sk_plugins._resources import find_config
+from sk_plugins.checkpoints import CheckpointError
+from sk_plugins.hub import HubError
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('config', help="a config file, or the name of one of the project's own (sknet50_in1k)")
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings of the config to override, e.g. train_dataloader.batch_size=64 sync_bn=torch',
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    # torch.distributed.launch passes it; torchrun sets the variable instead.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config with the common arguments merged in."""
+    path = find_config(args.config)
+    cfg = Config.fromfile(path)
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / path.stem)
+    return cfg
+
+
+def build_runner(cfg: Config, local_rank: int = 0) -> Runner:
+    """mmengine's runner for a config; with a launcher, in a process group that also works without a GPU."""
+    os.environ.setdefault('LOCAL_RANK', str(local_rank))
+    if cfg.launcher != 'none' and not torch.cuda.is_available():
+        _init_gloo(cfg)
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)
+
+
+def _init_gloo(cfg: Config) -> None:
+    """mmengine's own launcher calls CUDA whatever the backend, so on CPUs the group is made before the runner."""
+    if cfg.launcher != 'pytorch':
+        raise ValueError(f'launcher={cfg.launcher!r} needs GPUs; on CPUs use torchrun and --launcher pytorch')
+    missing = [name for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if missing:
+        raise ValueError(f"launcher='pytorch' needs torchrun, which sets {', '.join(missing)}: see tools/dist_train.sh")
+    if not dist.is_initialized():
+        dist.init_process_group('gloo')
+    if cfg.get('model_wrapper_cfg') is None:
+        cfg.model_wrapper_cfg = ConfigDict(
+            type='MMDistributedDataParallel',
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
+
+
+def run(main) -> None:
+    """Call a tool's main; what the user can put right is one line on stderr and exit status 1."""
+    try:
+        main()
+    except (CheckpointError, FileExistsError, FileNotFoundError, HubError, ValueError) as error:
+        if os.environ.get('SK_PLUGINS_TRACEBACK'):
+            raise
+        message = ' '.join(str(error).split())
+        print(f'{Path(sys.argv[0]).name}: error: {message}', file=sys.stderr)
+        print('(set SK_PLUGINS_TRACEBACK=1 for the traceback)', file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,61 @@
+"""Train a config on mmengine's Runner.
+
+python tools/train.py configs/sknet50_in1k.py --amp
+python tools/train.py sknet_digits --work-dir work_dirs/digits --resume
+"""
+
+import argparse
+
+from _common import add_common_arguments, build_runner, load_config, run
+from mmengine.config import Config
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Train a model')
+    add_common_arguments(parser)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='PATH',
+        help='go on from a checkpoint; without PATH, from the last one in the work dir',
+    )
+    parser.add_argument('--no-validate', action='store_true', help='do not evaluate during training')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help="scale the learning rate by this run's total batch over the recipe's (auto_scale_lr.base_batch_size)",
+    )
+    parser.add_argument('--compile', action='store_true', help='torch.compile the training step')
+    return parser.parse_args(argv)
+
+
+def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
+    """The arguments that only training has, merged into the config."""
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+        # Nothing is measured, so there is no best checkpoint to keep.
+        cfg.default_hooks.checkpoint.pop('save_best', None)
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    if args.auto_scale_lr:
+        if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+            raise ValueError(f'--auto-scale-lr: {args.config} does not say auto_scale_lr.base_batch_size')
+        cfg.auto_scale_lr.enable = True
+    if args.compile:
+        cfg.compile = True
+    return cfg
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    cfg = merge_args(load_config(args), args)
+    build_runner(cfg, args.local_rank).train()
+
+
+if __name__ == '__main__':
+    run(main)
