@@ -1,0 +1,43 @@
+# make train: install, train a small SKNet on real digits, classify held-out ones through timm.
+# make test:  install, run the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OPENMMLAB_VENV ?= .venv-openmmlab
+WORK_DIR := work_dirs/sknet_digits
+
+.PHONY: train test test-slow test-openmmlab lint table clean
+
+train: $(VENV)/.installed
+	$(BIN)/python tools/train.py configs/sknet_digits.py --work-dir $(WORK_DIR)
+	$(BIN)/python tools/classify_digits.py "$$(cat $(WORK_DIR)/last_checkpoint)"
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+# The OpenMMLab side on mmengine, mmcv and mmpretrain themselves, which cannot be installed beside their continuation.
+test-openmmlab: $(OPENMMLAB_VENV)/.installed
+	$(OPENMMLAB_VENV)/bin/python -m pytest tests/test_mmpretrain_models.py tests/test_mmpretrain_datasets.py \
+		tests/test_checkpoints.py tests/tools tests/configs
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+table: $(VENV)/.installed
+	$(BIN)/python tools/model_table.py --write
+
+clean:
+	rm -rf $(VENV) $(OPENMMLAB_VENV) build dist work_dirs
+
+$(VENV)/.installed: EXTRAS := mm,dev
+$(OPENMMLAB_VENV)/.installed: EXTRAS := openmmlab,dev
+%/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv --clear $*
+	$*/bin/python -m pip install --quiet --upgrade pip
+	$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
