@@ -6,7 +6,6 @@ Both worlds hold the same parameters under the same names; mmpretrain puts ``bac
 
 import contextlib
 import os
-import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -83,7 +82,7 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
             raise CheckpointError(f'{path}: not a safetensors file: {error}') from error
     checkpoint = _load_pickle(path)
     state_dict = _pick_state_dict(checkpoint, use_ema) if isinstance(checkpoint, Mapping) else None
-    if not state_dict or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
+    if not _is_state_dict(state_dict):
         raise CheckpointError(
             f'{path}: holds no state dict of tensors (expected a checkpoint of mmengine or timm, or a bare state dict)'
         )
@@ -207,14 +206,15 @@ def save_hub_folder(
         raise CheckpointError(
             f'the weights do not fit {architecture} with {dict(model_args or {})}: {error}'
         ) from error
-    model.pretrained_cfg = {**model.pretrained_cfg, 'tag': None, 'notes': None, 'description': description}
+    own = dict(tag=None, notes=None, description=description)
+    model.pretrained_cfg = {**model.pretrained_cfg, **(data_config or {}), **own}
     with _whole(folder) as temporary:
         save_for_hf(
             model,
             temporary,
             model_config=dict(label_names=label_names) if label_names else None,
+            model_args=dict(model_args or {}),
             safe_serialization=True,
-            data_config=dict(data_config or {}),
         )
         (temporary / 'README.md').write_text(_model_card(architecture, folder.name, description), encoding='utf-8')
 
@@ -224,14 +224,22 @@ def _load_pickle(path: Path) -> Any:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except ValueError:  # torch's format before 1.6, whose names it cannot list: only plain state dicts load
         unknown = []
-    except (RuntimeError, OSError, EOFError) as error:
-        raise CheckpointError(f'{path}: not a file of torch.save, or a truncated one: {error}') from error
+    except Exception as error:  # damaged pickles raise nearly anything: KeyError, UnicodeDecodeError, struct.error, ...
+        raise CheckpointError(f'{path}: not a file of torch.save, or a damaged one: {error}') from error
     try:
         with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
             return torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f'{path}: cannot be read as weights: {reason}') from error
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
 
 
 def _pick_state_dict(checkpoint: Mapping[str, Any], use_ema: bool) -> Mapping[str, Tensor] | None:
@@ -239,7 +247,7 @@ def _pick_state_dict(checkpoint: Mapping[str, Any], use_ema: bool) -> Mapping[st
     if use_ema and isinstance(checkpoint.get('state_dict_ema'), Mapping):  # timm's
         return checkpoint['state_dict_ema']
     averaged = checkpoint.get('ema_state_dict')
-    if not use_ema and isinstance(averaged, Mapping):
+    if not use_ema and isinstance(averaged, Mapping) and isinstance(state_dict, Mapping):
         # mmengine's EMAHook saves the averaged weights as 'state_dict' and the trained ones here.
         return {**state_dict, **{k.removeprefix('module.'): v for k, v in averaged.items() if k.startswith('module.')}}
     return state_dict

@@ -21,7 +21,10 @@ def _create_skresnet(variant: str, pretrained: bool = False, **kwargs) -> SKResN
             f'{variant} has no published weights (pretrained=True); these models have: {", ".join(zoo.with_weights())}'
         )
     if cfg.hf_hub_id is None or cfg.file or cfg.state_dict:
-        return build_model_with_cfg(SKResNet, variant, True, **args)
+        try:
+            return build_model_with_cfg(SKResNet, variant, True, **args)
+        except RuntimeError as error:
+            raise RuntimeError(f'{variant}: the weights of {cfg.file or "state_dict"} do not fit: {error}') from error
     with hub.explain_errors(cfg.hf_hub_id, kwargs.get('cache_dir'), cfg.hf_hub_filename or hub.WEIGHTS_NAME):
         return build_model_with_cfg(SKResNet, variant, True, **args)
 

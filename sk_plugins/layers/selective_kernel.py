@@ -14,9 +14,9 @@ __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
 SELECT_MODES = ('channel', 'shared', 'sum')
 
 
-@torch.fx.wrap
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size == 1:
+def _check_batch_size(s: Tensor) -> None:
+    # A graph that torch.fx traces keeps torch's own error: the check would stay in it after .eval().
+    if not isinstance(s, torch.fx.Proxy) and s.shape[0] == 1:
         raise ValueError(
             'SelectiveKernel in training mode got a batch of 1, where the BatchNorm of its attention (Eq. 3) has one '
             'value per channel and no variance: use a batch of 2 or more, SyncBatchNorm over several processes, '
@@ -76,7 +76,7 @@ class SelectiveKernelAttention(nn.Module):
         s = fuse(branches)
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles a nested test, not a combined one
             if self.bn.training and isinstance(self.bn, _BatchNorm) and not isinstance(self.bn, nn.SyncBatchNorm):
-                _check_batch_size(s.shape[0])
+                _check_batch_size(s)
         z = self.act(self.bn(self.fc_reduce(s)))
         logits = self.fc_select(z)
         return logits.unflatten(1, (self.num_branches, -1)).softmax(dim=1)
@@ -191,7 +191,8 @@ class SelectiveKernel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inputs = [x] * len(self.paths)
         if self.split_input:
-            inputs = list(torch.chunk(x, len(self.paths), dim=1))
+            width = self.in_channels // len(self.paths)
+            inputs = [x[:, i * width : (i + 1) * width] for i in range(len(self.paths))]
         branches = []
         for i, path in enumerate(self.paths):
             branches.append(path(inputs[i]))
@@ -214,20 +215,19 @@ def _resolve_branches(
 ) -> list[tuple[int, int, int]]:
     """(kernel_size, dilation, groups) of every branch, checked."""
     if branches is None:
-        if isinstance(kernel_sizes, int):
-            raise ValueError(f'kernel_sizes={kernel_sizes} must be a sequence, one odd size per branch, e.g. (3, 5)')
+        if not isinstance(kernel_sizes, Sequence):
+            raise ValueError(f'kernel_sizes={kernel_sizes!r} must be a sequence, one odd size per branch: (3, 5)')
         shrink = [dilated and isinstance(k, int) and k > 3 for k in kernel_sizes]
         branches = [(3, (k - 1) // 2, groups) if s else (k, 1, groups) for k, s in zip(kernel_sizes, shrink)]
         sizes, name = kernel_sizes, 'kernel_sizes'
     else:
-        for branch in branches:
-            if not isinstance(branch, Sequence) or len(branch) != 3:
-                raise ValueError(f'branches={branches!r} must hold (kernel_size, dilation, groups) for every branch')
+        if not isinstance(branches, Sequence) or not all(isinstance(b, Sequence) and len(b) == 3 for b in branches):
+            raise ValueError(f'branches={branches!r} must be a sequence of (kernel_size, dilation, groups)')
         sizes, name = [kernel_size for kernel_size, _, _ in branches], 'branches'
     if len(branches) < 1:
         raise ValueError(f'{name}={sizes!r} must name at least one branch')
     for size in sizes:
-        if not isinstance(size, int) or size < 1 or size % 2 == 0:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2 == 0:
             raise ValueError(f'{name} has the kernel size {size!r}: kernel sizes must be odd and positive')
     for _, dilation, branch_groups in branches:
         _check_positive(dilation=dilation, groups=branch_groups)

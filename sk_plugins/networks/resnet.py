@@ -137,9 +137,11 @@ class SKResNet(ResNet):
                 raise ValueError(f'{name}={value!r} must be four integers of at least 1, one for each stage')
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride={output_stride!r} must be 8, 16 or 32')
-        for name, least in (('in_chans', 1), ('num_classes', 0)):
-            if name in kwargs and (not isinstance(kwargs[name], int) or kwargs[name] < least):
-                raise ValueError(f'{name}={kwargs[name]!r} must be an integer of at least {least}')
+        integers = {'in_chans': 1, 'num_classes': 0, 'cardinality': 1}
+        given = {**kwargs, 'cardinality': cardinality}
+        for name, least in integers.items():
+            if name in given and (not isinstance(given[name], int) or given[name] < least):
+                raise ValueError(f'{name}={given[name]!r} must be an integer of at least {least}')
         for name in ('drop_rate', 'drop_path_rate', 'drop_block_rate'):
             if not 0.0 <= kwargs.get(name, 0.0) < 1.0:
                 raise ValueError(f'{name}={kwargs[name]!r} must be at least 0 and below 1')
