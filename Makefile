@@ -31,7 +31,7 @@ table: $(VENV)/.installed
 	$(BIN)/python tools/model_table.py --write
 
 clean:
-	rm -rf $(VENV) $(OPENMMLAB_VENV) build dist work_dirs
+	rm -rf $(VENV) $(OPENMMLAB_VENV) build dist
 
 $(VENV)/.installed: EXTRAS := mm,dev
 $(OPENMMLAB_VENV)/.installed: EXTRAS := openmmlab,dev

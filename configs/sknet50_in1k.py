@@ -4,5 +4,3 @@ _base_ = [
     '_base_/schedules/imagenet_bs256.py',
     '_base_/default_runtime.py',
 ]
-
-model = dict(backbone=dict(depth=50))

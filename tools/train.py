@@ -46,7 +46,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
             raise ValueError(f'--auto-scale-lr: {args.config} does not say auto_scale_lr.base_batch_size')
         cfg.auto_scale_lr.enable = True
-    if args.compile:
+    if args.compile and not cfg.get('compile'):
         cfg.compile = True
     return cfg
 
