@@ -8,6 +8,7 @@ import argparse
 
 from _common import add_common_arguments, build_runner, load_config, run
 from mmengine.config import Config
+from mmengine.device import get_device
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,6 +54,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.amp and get_device() == 'cpu':
+        raise ValueError('--amp: mmengine trains with mixed precision on GPUs and the like, not on CPUs')
     cfg = merge_args(load_config(args), args)
     build_runner(cfg, args.local_rank).train()
 

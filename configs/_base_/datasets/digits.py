@@ -16,6 +16,7 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=64,
     num_workers=0,
+    persistent_workers=False,  # mmpretrain's own train script defaults to True
     collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(type='Digits', split='train', pipeline=train_pipeline),
@@ -24,6 +25,7 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=120,
     num_workers=0,
+    persistent_workers=False,
     collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(type='Digits', split='test', pipeline=test_pipeline),
