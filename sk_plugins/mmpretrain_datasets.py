@@ -13,7 +13,7 @@ __all__ = ['Digits']
 class Digits(BaseDataset):
     """scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels in ten classes, part of its package.
 
-    Every fifth image is held out: 1,438 for training and 359 for testing. Nothing is downloaded.
+    The split is fixed: 1,437 for training and 360 held out, as many of each class. Nothing is downloaded.
 
     Args:
         split: 'train' or 'test'.
@@ -25,7 +25,7 @@ class Digits(BaseDataset):
     """
 
     METAINFO = {'classes': tuple('0123456789')}
-    HELD_OUT = slice(4, None, 5)
+    NUM_TEST = 360
 
     def __init__(self, split: str, pipeline: list[dict[str, Any]] | tuple = (), **kwargs) -> None:
         if split not in ('train', 'test'):
@@ -34,11 +34,14 @@ class Digits(BaseDataset):
         super().__init__(ann_file='', pipeline=pipeline, test_mode=split == 'test', **kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
+        # Only this dataset needs scikit-learn, and it is slow to import.
         from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
         digits = load_digits()
-        held_out = np.zeros(len(digits.target), dtype=bool)
-        held_out[self.HELD_OUT] = True
-        part = held_out if self.split == 'test' else ~held_out
-        images = (digits.images[part] * (255 / 16)).round().astype(np.uint8)
-        return [dict(img=image, gt_label=int(label)) for image, label in zip(images, digits.target[part])]
+        images = (digits.images * (255 / 16)).round().astype(np.uint8)
+        parts = train_test_split(
+            np.arange(len(images)), test_size=self.NUM_TEST, stratify=digits.target, random_state=0
+        )
+        chosen = np.sort(parts[self.split == 'test'])
+        return [dict(img=images[i], gt_label=int(digits.target[i])) for i in chosen]

@@ -18,7 +18,6 @@ from mmpretrain.apis.model import ModelHub
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.models.utils import build_norm_layer
 from mmpretrain.registry import MODELS
-from timm.models import checkpoint_seq
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -107,15 +106,9 @@ class SKNet(SKResNet, BaseBackbone):
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        # Not timm's forward_intermediates, which before 1.0.31 ignores checkpointing.
-        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-        outputs = []
-        for i in range(max(self.out_indices) + 1):
-            stage = getattr(self, f'layer{i + 1}')
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-            if i in self.out_indices:
-                outputs.append(x)
-        return tuple(outputs)
+        # timm counts the stem as the first of its feature maps.
+        indices = [i + 1 for i in self.out_indices]
+        return tuple(self.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True))
 
     def init_weights(self, zero_init_last: bool | None = None) -> None:
         """timm's call, from the constructor, initialises; OpenMMLab's, without argument, applies ``init_cfg``."""

@@ -1,0 +1,822 @@
+"""SKNet as a backbone of OpenMMLab's: mmpretrain's own backbone tests and, against timm, what only ours can show."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip('mmpretrain')
+
+import mmpretrain
+import timm
+import torch
+from hub_server import FAULTS
+from mmengine.logging import MMLogger
+from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import DefaultScope
+from mmengine.runner import CheckpointLoader, load_checkpoint
+from mmpretrain.registry import MODELS
+from PIL import Image
+from safetensors.torch import save, save_file
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import sk_plugins
+from sk_plugins.checkpoints import save_mmengine_checkpoint, to_mmpretrain
+from sk_plugins.hub import HubError
+from sk_plugins.mmpretrain_models import SKNet
+
+# A network in which what is tested does not depend on the width takes a tenth of the time.
+NARROW = dict(channels=(16, 32, 64, 128), cardinality=8, base_width=16)
+CHANNELS = [64, 128, 256, 512]
+REPO = 'me/tiny'
+PUBLISHED = 'timm/skresnext50_32x4d.ra_in1k'
+
+
+def randomise(model, seed=0):
+    """Weights and statistics that no two layers share, small enough for sane outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith('running_var') or (name.endswith('weight') and tensor.ndim == 1):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.5 + 0.75)
+            elif tensor.is_floating_point() and tensor.ndim < 2:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+            elif name.endswith('fc_select.weight'):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def make_backbone(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return randomise(MODELS.build(dict(type='SKNet', depth=26, **{**NARROW, **kwargs})), seed)
+
+
+def make_timm(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return randomise(timm.create_model('sknet26', **{**NARROW, 'num_classes': 10, **kwargs}), seed)
+
+
+def get_classifier(pretrained=False, **backbone):
+    """The narrow network where a named model's config says SKNet-50, through mmpretrain's API."""
+    return mmpretrain.get_model(
+        'sknet50_in1k',
+        pretrained=pretrained,
+        backbone=dict(depth=26, **{**NARROW, **backbone}),
+        head=dict(in_channels=512, num_classes=10, topk=(1, 5)),
+    )
+
+
+def make_input(batch=2, channels=3, size=64):
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def same_state(backbone, timm_model):
+    """Bit for bit, whatever ``timm_model`` has beside a backbone."""
+    wanted = {k: v for k, v in timm_model.state_dict().items() if not k.startswith('fc.')}
+    state_dict = backbone.state_dict()
+    return list(state_dict) == list(wanted) and all(torch.equal(state_dict[k], wanted[k]) for k in wanted)
+
+
+def assert_equal(outputs, expected, atol=1e-5):
+    assert len(outputs) == len(expected)
+    for output, wanted in zip(outputs, expected):
+        torch.testing.assert_close(output, wanted, rtol=0, atol=atol)
+
+
+def weights(model):
+    return {'model.safetensors': save(model.state_dict())}
+
+
+@pytest.fixture(autouse=True)
+def logger():
+    """mmengine's current logger, without the lines that it prints for every parameter that is initialised."""
+    logger = MMLogger.get_instance('sknet-tests')
+    logger.handlers.clear()
+    yield logger
+    MMLogger._instance_dict.pop('sknet-tests')
+
+
+@pytest.fixture
+def warned(logger, caplog, capsys):
+    """What mmengine has logged as a warning or, where it is given no logger, printed."""
+    logger.addHandler(caplog.handler)
+
+    def warned():
+        logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        printed = capsys.readouterr().out.splitlines()
+        return logged + [line for line in printed if line.strip() and not line.startswith('Loads checkpoint by ')]
+
+    return warned
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    return make_timm()
+
+
+@pytest.fixture(scope='module')
+def sknet50():
+    torch.manual_seed(0)
+    return randomise(timm.create_model('sknet50'))
+
+
+@pytest.fixture(scope='module')
+def published(sknet50):
+    return weights(sknet50)
+
+
+class TestRegistry:
+    def test_models(self):
+        assert mmpretrain.list_models('sknet*') == ['sknet101_in1k', 'sknet26_in1k', 'sknet50_in1k']
+        assert mmpretrain.list_models('sknet50', task='Image Classification') == ['sknet50_in1k']
+        assert MODELS.get('SKNet') is SKNet
+        assert 'resnet50_8xb32_in1k' in mmpretrain.list_models()
+
+    @pytest.mark.parametrize(
+        ('name', 'parameters'),
+        [('sknet26_in1k', 16_746_408), ('sknet50_in1k', 27_479_784), ('sknet101_in1k', 48_736_040)],
+    )
+    def test_parameters(self, name, parameters):
+        with torch.device('meta'):
+            model = mmpretrain.get_model(name)
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert sum(p.numel() for p in model.backbone.parameters()) == parameters - 2048 * 1000 - 1000
+        assert model._metainfo.metadata.parameters == parameters
+
+    @pytest.mark.parametrize('norm_cfg', [None, dict(type='SyncBN', requires_grad=True)], ids=['BN', 'SyncBN'])
+    def test_from_another_scope(self, norm_cfg):
+        """As mmdetection and mmsegmentation build it; neither needs to be there."""
+        cfg = dict(type='mmpretrain.SKNet', depth=26, out_indices=(0, 1, 2, 3), norm_cfg=norm_cfg, **NARROW)
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            model = ROOT_MODELS.build(cfg)
+        assert type(model) is SKNet
+        with torch.no_grad():
+            assert [y.shape[1] for y in model.eval()(make_input())] == CHANNELS
+
+    def test_custom_imports(self, tmp_path):
+        """In a process of its own, where nothing but the config's line imports this package."""
+        config = tmp_path / 'detector.py'
+        config.write_text(
+            "custom_imports = dict(imports=['sk_plugins.mmpretrain_models'], allow_failed_imports=False)\n"
+            "default_scope = 'mmdet'\n"
+            "backbone = dict(type='mmpretrain.SKNet', depth=50, frozen_stages=1, norm_eval=True)\n"
+        )
+        script = (
+            'import sys\n'
+            'from mmengine.config import Config\n'
+            'from mmengine.registry import MODELS, DefaultScope\n'
+            "assert 'sk_plugins' not in sys.modules\n"
+            'config = Config.fromfile(sys.argv[1])\n'
+            "DefaultScope.get_instance('detector', scope_name=config.default_scope)\n"
+            'print(sum(p.numel() for p in MODELS.build(config.backbone).parameters()))\n'
+        )
+        path = os.pathsep.join([str(Path(sk_plugins.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])
+        done = subprocess.run(
+            [sys.executable, '-c', script, str(config)],
+            env={**os.environ, 'PYTHONPATH': path},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[-1] == '25430784'
+
+
+class TestNetwork:
+    @pytest.mark.parametrize(
+        'kwargs',
+        [
+            dict(output_stride=32),
+            dict(output_stride=16),
+            dict(output_stride=8),
+            dict(small_stem=True),
+            dict(block_args=dict(sk_kwargs=dict(kernel_sizes=(3, 5, 7), select='shared'))),
+        ],
+        ids=str,
+    )
+    def test_is_timms(self, kwargs):
+        backbone = make_backbone(out_indices=(0, 1, 2, 3), **kwargs)
+        features = make_timm(features_only=True, out_indices=(1, 2, 3, 4), **kwargs)
+        assert list(backbone.state_dict()) == list(features.state_dict())
+        features.load_state_dict(backbone.state_dict(), strict=True)
+        x = make_input(size=64)
+        with torch.no_grad():
+            outputs = backbone(x)
+            assert_equal(outputs, features(x))
+        first, least = (1, 32) if 'small_stem' in kwargs else (4, kwargs.get('output_stride', 32))
+        assert [y.shape[1] for y in outputs] == CHANNELS
+        assert [64 // y.shape[2] for y in outputs] == [min(first * 2**i, least) for i in range(4)]
+
+    def test_is_timms_sknet50(self, sknet50):
+        backbone = SKNet(50).eval()
+        backbone.load_state_dict(sknet50.state_dict(), strict=True)
+        with torch.no_grad():
+            (output,) = backbone(make_input())
+            torch.testing.assert_close(output, sknet50.forward_features(make_input()), rtol=0, atol=1e-5)
+
+    def test_in_channels(self):
+        model = make_backbone(in_channels=1)
+        assert model(make_input(channels=1))[0].shape == (2, 512, 2, 2)
+
+    @pytest.mark.parametrize('out_indices', [(3,), (0,), [1, 3], (3, 0), (0, 1, 2, 3)], ids=str)
+    def test_out_indices(self, out_indices):
+        model = make_backbone(out_indices=out_indices)
+        every = make_backbone(out_indices=(0, 1, 2, 3))
+        ran = []
+        for i in range(4):
+            getattr(model, f'layer{i + 1}').register_forward_hook(lambda *_, i=i: ran.append(i))
+        with torch.no_grad():
+            outputs = model(make_input())
+            expected = every(make_input())
+        assert isinstance(outputs, tuple)
+        assert_equal(outputs, [expected[i] for i in sorted(out_indices)], atol=0)
+        assert ran == list(range(max(out_indices) + 1))
+
+    def test_drop_path_rate(self):
+        model = SKNet(50, drop_path_rate=0.3, **NARROW)
+        units = [unit for i in range(1, 5) for unit in getattr(model, f'layer{i}')]
+        rates = [unit.drop_path.drop_prob if unit.drop_path else 0.0 for unit in units]
+        assert rates == pytest.approx(np.linspace(0, 0.3, 16).tolist())
+        assert not any(unit.drop_path for unit in make_backbone().layer4)
+
+    def test_channels_last(self):
+        model = make_backbone(out_indices=(0, 1, 2, 3), channels_last=True)
+        x = make_input().contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            outputs = model(x)
+            assert_equal(outputs, make_backbone(out_indices=(0, 1, 2, 3))(make_input()), atol=1e-4)
+        assert all(y.is_contiguous(memory_format=torch.channels_last) for y in outputs)
+        convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convs)
+
+    @pytest.mark.parametrize(
+        ('norm_cfg', 'kind', 'eps'),
+        [
+            (dict(type='BN', eps=1e-3), nn.BatchNorm2d, 1e-3),
+            (dict(type='SyncBN', requires_grad=True), nn.SyncBatchNorm, 1e-5),
+            (dict(type='GN', num_groups=4), nn.GroupNorm, 1e-5),
+        ],
+        ids=['BN', 'SyncBN', 'GN'],
+    )
+    def test_norm_cfg(self, norm_cfg, kind, eps):
+        given = copy.deepcopy(norm_cfg)
+        model = make_backbone(norm_cfg=norm_cfg)
+        assert norm_cfg == given
+        norms = [m for m in model.modules() if isinstance(m, (_BatchNorm, nn.GroupNorm))]
+        # Stem, three shortcuts (a narrow stage 1 needs none), and five in each of eight units.
+        assert len(norms) == 1 + 3 + 8 * 5
+        assert all(isinstance(m, kind) and m.eps == eps for m in norms)
+        model.train()(make_input())[0].sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+    def test_norm_cfg_sync_bn_is_the_same_network(self):
+        plain, sync = make_backbone(), make_backbone(seed=1, norm_cfg=dict(type='SyncBN'))
+        sync.load_state_dict(plain.state_dict(), strict=True)
+        with torch.no_grad():
+            assert_equal(sync(make_input()), plain(make_input()))
+
+    def test_norm_cfg_without_gradients(self):
+        model = make_backbone(norm_cfg=dict(type='BN', requires_grad=False))
+        trained = {name.split('.')[-2] for name, p in model.named_parameters() if p.requires_grad}
+        assert not any('bn' in name for name in trained)
+        assert 'fc_select' in trained
+
+    def test_init_weights_without_init_cfg(self):
+        """OpenMMLab's call leaves the paper's initialisation, made in the constructor, as it is."""
+        model = SKNet(26, **NARROW)
+        before = copy.deepcopy(model.state_dict())
+        model.init_weights()
+        assert model.is_init
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert model.layer4[1].conv2.attn.fc_select.weight.std().item() == pytest.approx(0.01, rel=0.05)
+
+    def test_zero_init_last(self):
+        model = SKNet(26, zero_init_last=True, **NARROW)
+        assert not model.layer1[0].conv3.bn.weight.any()
+
+    @pytest.mark.parametrize(
+        ('kwargs', 'match'),
+        [
+            (dict(depth=51), 'depth=51 is unknown: choose one of 26, 50, 101'),
+            (dict(depth='50'), "depth='50' is unknown"),
+            (dict(out_indices=3), 'out_indices=3 must be a sequence of stages from 0 to 3'),
+            (dict(out_indices=()), r'out_indices=\(\) must be'),
+            (dict(out_indices=(0, 4)), r'out_indices=\(0, 4\) must be'),
+            (dict(out_indices=(-1,)), r'out_indices=\(-1,\) must be'),
+            (dict(out_indices=None), 'out_indices=None must be'),
+            (dict(frozen_stages=5), r'frozen_stages=5 must be from -1 \(none\) to 4'),
+            (dict(frozen_stages=-2), 'frozen_stages=-2 must be'),
+            (dict(output_stride=4), 'output_stride=4 must be 8, 16 or 32'),
+            (dict(output_stride=None), 'output_stride=None must be 8, 16 or 32'),
+            (dict(in_channels=0), 'in_channels=0 must be an integer of at least 1'),
+            (dict(drop_path_rate=1.0), 'drop_path_rate=1.0 must be at least 0 and below 1'),
+            (dict(drop_path_rate=-0.1), 'drop_path_rate=-0.1 must be'),
+            (dict(channels=(16, 32)), r'channels=\(16, 32\) must be four integers'),
+        ],
+        ids=str,
+    )
+    def test_bad_argument(self, kwargs, match):
+        args = {'depth': 26, **NARROW, **kwargs}
+        with pytest.raises(ValueError, match=match):
+            SKNet(**args)
+        with pytest.raises(ValueError, match=match):
+            MODELS.build(dict(type='SKNet', **args))
+
+    @pytest.mark.parametrize('name', ['num_classes', 'in_chans', 'frozen_stage'])
+    def test_unknown_argument(self, name):
+        with pytest.raises(TypeError, match=name):
+            SKNet(26, **NARROW, **{name: 1})
+
+
+def train_step(model, times=1):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    for _ in range(times):
+        loss = sum(output.square().mean() for output in model(make_input()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def frozen_names(model, frozen_stages):
+    prefixes = ('conv1.', 'bn1.', *(f'layer{i}.' for i in range(1, frozen_stages + 1))) if frozen_stages >= 0 else ()
+    return {name for name in model.state_dict() if name.startswith(prefixes)} if prefixes else set()
+
+
+class TestTraining:
+    @pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 3, 4])
+    def test_frozen_stages(self, frozen_stages):
+        model = make_backbone(out_indices=(0, 1, 2, 3), frozen_stages=frozen_stages)
+        frozen = frozen_names(model, frozen_stages)
+        assert len(frozen) == {-1: 0, 0: 6, 1: 68, 2: 136, 3: 204, 4: 272}[frozen_stages]
+        before = copy.deepcopy(model.state_dict())
+        for mode in (True, False, True):
+            model.train(mode)
+            assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
+                name for name, _ in model.named_parameters() if name in frozen
+            }
+            for name, module in model.named_modules():
+                if isinstance(module, _BatchNorm):
+                    assert module.training == (mode and f'{name}.weight' not in frozen), name
+        if frozen_stages == 4:
+            assert not model(make_input())[3].requires_grad
+            unchanged = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
+            assert unchanged == set(before)
+        else:
+            train_step(model)
+            unchanged = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
+            assert unchanged == frozen
+
+    def test_frozen_in_a_classifier(self):
+        classifier = get_classifier(frozen_stages=2)
+        classifier.train()
+        assert classifier.training
+        assert not classifier.backbone.layer2[0].conv1.bn.training
+        assert classifier.backbone.layer3[0].conv1.bn.training
+
+    @pytest.mark.parametrize('frozen_stages', [-1, 1])
+    def test_norm_eval(self, frozen_stages):
+        model = make_backbone(frozen_stages=frozen_stages, norm_eval=True, drop_path_rate=0.1)
+        before = copy.deepcopy(model.state_dict())
+        buffers = {name for name, _ in model.named_buffers()}
+        model.train()
+        assert model.training
+        assert model.layer4[1].drop_path.training
+        assert not any(m.training for m in model.modules() if isinstance(m, _BatchNorm))
+        train_step(model)
+        unchanged = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
+        assert unchanged == buffers | frozen_names(model, frozen_stages)
+
+    def test_norm_eval_of_sync_bn(self):
+        model = make_backbone(norm_eval=True, norm_cfg=dict(type='SyncBN')).train()
+        assert not any(m.training for m in model.modules() if isinstance(m, nn.SyncBatchNorm))
+
+    @pytest.mark.parametrize('frozen_stages', [-1, 1])
+    def test_with_cp(self, frozen_stages):
+        """The same gradients, from units that run twice; also behind a stage that has none."""
+        gradients, runs = [], []
+        for with_cp in (False, True):
+            model = make_backbone(
+                out_indices=(0, 1, 2, 3), frozen_stages=frozen_stages, drop_path_rate=0.2, with_cp=with_cp
+            ).train()
+            ran = []
+            model.layer2[0].conv1.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+            torch.manual_seed(2)
+            sum(output.square().mean() for output in model(make_input())).backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+            runs.append(len(ran))
+        assert runs == [1, 2]
+        assert gradients[0].keys() == gradients[1].keys()
+        assert all(gradient is not None for gradient in gradients[1].values())
+        assert_equal(list(gradients[1].values()), list(gradients[0].values()), atol=1e-6)
+
+    def test_with_cp_in_eval(self):
+        with torch.no_grad():
+            assert_equal(make_backbone(with_cp=True)(make_input()), make_backbone()(make_input()), atol=0)
+
+    @pytest.mark.parametrize('channels_last', [False, True])
+    def test_loss_of_a_classifier_falls(self, channels_last):
+        torch.manual_seed(0)
+        classifier = get_classifier(channels_last=channels_last)
+        classifier.init_weights()
+        optimizer = torch.optim.SGD(classifier.train().parameters(), lr=0.01)
+        samples = [mmpretrain.structures.DataSample().set_gt_label(i) for i in range(4)]
+        losses = []
+        for _ in range(8):
+            loss = classifier(make_input(4), samples, mode='loss')['loss']
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(np.log(10), rel=0.1)
+        assert losses[-1] < 0.7 * losses[0]
+
+    @pytest.mark.parametrize(
+        'convert',
+        [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm],
+        ids=['torch', 'mmengine'],
+    )
+    def test_sync_batchnorm(self, convert):
+        """In training as in eval, there and back; timm's own units lose their ReLUs here."""
+
+        def outputs(model, mode):
+            with torch.no_grad():
+                return copy.deepcopy(model).train(mode)(make_input())
+
+        def count(model, kind):
+            return sum(type(m) is kind for m in model.modules())
+
+        model = make_backbone(out_indices=(0, 1, 2, 3), frozen_stages=1)
+        keys = list(model.state_dict())
+        expected = {mode: outputs(model, mode) for mode in (False, True)}
+        assert count(model, nn.BatchNorm2d) == 44
+
+        converted = convert(copy.deepcopy(model))
+        assert count(converted, nn.SyncBatchNorm) == 44
+        assert count(converted, nn.BatchNorm2d) == 0
+        assert count(converted, nn.ReLU) == count(model, nn.ReLU)
+        assert list(converted.state_dict()) == keys
+        assert not any(m.training for m in converted.train().layer1.modules())
+        assert not any(p.requires_grad for p in converted.layer1.parameters())
+
+        reverted = revert_sync_batchnorm(copy.deepcopy(converted))
+        assert count(reverted, nn.SyncBatchNorm) == 0
+        assert list(reverted.state_dict()) == keys
+        for mode in (False, True):
+            assert_equal(outputs(converted, mode), expected[mode])
+            assert_equal(outputs(reverted, mode), expected[mode])
+
+
+def save_as(kind, model, path):
+    """One of the files that people have, and the ``init_cfg`` that reads it."""
+    if kind == 'timm.pth':
+        torch.save(model.state_dict(), path / 'tiny.pth')
+    elif kind == 'timm-training.pth':
+        torch.save(dict(epoch=3, arch='sknet26', state_dict=model.state_dict()), path / 'tiny.pth')
+    elif kind == 'ddp.pth':
+        torch.save({f'module.{k}': v for k, v in model.state_dict().items()}, path / 'tiny.pth')
+    elif kind == 'timm.safetensors':
+        save_file(model.state_dict(), path / 'tiny.safetensors')
+    elif kind == 'mmengine.pth':
+        save_mmengine_checkpoint(model.state_dict(), path / 'tiny.pth')
+    elif kind == 'mmengine.safetensors':
+        save_file(to_mmpretrain(model.state_dict()), path / 'tiny.safetensors')
+    file = next(path.glob('tiny.*'))
+    return dict(type='Pretrained', checkpoint=str(file), **(dict(prefix='backbone.') if 'mmengine' in kind else {}))
+
+
+TIMM_FILES = ['timm.pth', 'timm-training.pth', 'ddp.pth', 'timm.safetensors']
+FILES = [*TIMM_FILES, 'mmengine.pth', 'mmengine.safetensors']
+
+
+def initialise(init_cfg, **kwargs):
+    model = SKNet(26, init_cfg=init_cfg, **{**NARROW, **kwargs})
+    model.init_weights()
+    return model
+
+
+class TestInitCfg:
+    @pytest.mark.parametrize('kind', FILES)
+    def test_local(self, tmp_path, tiny, kind, warned):
+        assert same_state(initialise(save_as(kind, tiny, tmp_path)), tiny)
+        assert warned() == []
+
+    @pytest.mark.parametrize('as_list', [False, True])
+    def test_hf_hub(self, hub, tiny, as_list, warned):
+        hub.add(REPO, weights(tiny))
+        init_cfg = dict(type='Pretrained', checkpoint=f'hf-hub:{REPO}')
+        assert same_state(initialise([init_cfg] if as_list else init_cfg, frozen_stages=1), tiny)
+        assert warned() == []
+
+    def test_hf_hub_revision(self, hub, tiny, warned):
+        old, branch = make_timm(seed=1), make_timm(seed=2)
+        commit = hub.add(REPO, weights(old), 'v1')
+        hub.add(REPO, weights(branch), 'refs/pr/1')
+        hub.add(REPO, weights(tiny))
+        for revision, model in (('', tiny), ('@v1', old), (f'@{commit}', old), ('@refs/pr/1', branch)):
+            assert same_state(initialise(dict(type='Pretrained', checkpoint=f'hf-hub:{REPO}{revision}')), model)
+        assert warned() == []
+
+    def test_hf_hub_without_a_classifier(self, hub, warned):
+        headless = make_timm(num_classes=0)
+        hub.add(REPO, weights(headless))
+        assert same_state(initialise(dict(type='Pretrained', checkpoint=f'hf-hub:{REPO}')), headless)
+        assert warned() == []
+
+    def test_published(self, hub, sknet50, published, warned):
+        """The line of the README, in a detector."""
+        hub.add(PUBLISHED, published)
+        cfg = dict(
+            type='mmpretrain.SKNet',
+            depth=50,
+            out_indices=(0, 1, 2, 3),
+            init_cfg=dict(type='Pretrained', checkpoint=f'hf-hub:{PUBLISHED}'),
+        )
+        model = ROOT_MODELS.build(cfg)
+        model.init_weights()
+        assert same_state(model, sknet50)
+        assert warned() == []
+
+    @pytest.mark.parametrize('checkpoint', ['timm.pth', 'hf-hub'])
+    def test_of_a_classifiers_backbone(self, hub, tmp_path, tiny, checkpoint, warned):
+        hub.add(REPO, weights(tiny))
+        hf_hub = dict(type='Pretrained', checkpoint=f'hf-hub:{REPO}')
+        init_cfg = hf_hub if checkpoint == 'hf-hub' else save_as(checkpoint, tiny, tmp_path)
+        classifier = get_classifier(init_cfg=init_cfg)
+        classifier.init_weights()
+        assert same_state(classifier.backbone, tiny)
+        assert not torch.equal(classifier.head.fc.weight, tiny.fc.weight)
+        assert warned() == []
+
+    @pytest.mark.parametrize('checkpoint', ['timm.pth', 'hf-hub'])
+    def test_of_a_classifier(self, hub, tmp_path, tiny, checkpoint, warned):
+        hub.add(REPO, weights(tiny))
+        file = save_as('timm.pth', tiny, tmp_path)['checkpoint']
+        classifier = MODELS.build(
+            dict(
+                type='ImageClassifier',
+                backbone=dict(type='SKNet', depth=26, **NARROW),
+                neck=dict(type='GlobalAveragePooling'),
+                head=dict(type='LinearClsHead', num_classes=10, in_channels=512),
+                pretrained=f'hf-hub:{REPO}' if checkpoint == 'hf-hub' else file,
+            )
+        )
+        classifier.init_weights()
+        assert same_state(classifier.backbone, tiny)
+        assert torch.equal(classifier.head.fc.weight, tiny.fc.weight)
+        assert warned() == []
+
+    def test_local_that_does_not_fit_warns_as_everywhere(self, tmp_path, warned):
+        """And so it is seen that ``warned`` sees."""
+        init_cfg = save_as('timm.pth', make_timm(layers=(1, 1, 1, 1)), tmp_path)
+        initialise(init_cfg)
+        (message,) = warned()
+        assert 'missing keys in source state_dict: layer1.1.conv1.conv.weight' in message
+        assert 'fc.' not in message
+
+    @pytest.mark.parametrize('repo', ['', 'tiny', 'me/tiny@', 'me/tiny/x'])
+    def test_hf_hub_needs_owner_and_name(self, repo):
+        with pytest.raises(ValueError, match='must be OWNER/NAME or OWNER/NAME@REVISION') as error:
+            initialise(dict(type='Pretrained', checkpoint=f'hf-hub:{repo}'))
+        assert repr(repo) in str(error.value)
+
+    def test_bad_safetensors(self, tmp_path):
+        path = tmp_path / 'tiny.safetensors'
+        with pytest.raises(FileNotFoundError, match=r'tiny\.safetensors can not be found'):
+            initialise(dict(type='Pretrained', checkpoint=str(path)))
+        path.write_bytes(b'\xff' * 100)
+        with pytest.raises(ValueError, match=r'tiny\.safetensors is not a safetensors file'):
+            initialise(dict(type='Pretrained', checkpoint=str(path)))
+
+    @pytest.mark.parametrize('name', ['http://127.0.0.1/tiny.safetensors', 's3://tiny.safetensors', 'tiny.pth'])
+    def test_other_loaders_keep_what_is_theirs(self, name):
+        loader = CheckpointLoader._get_checkpoint_loader(name)
+        assert loader.__module__ != SKNet.__module__
+
+
+class TestStateDicts:
+    """torch's and mmengine's loading, strict, of timm's names and of mmpretrain's."""
+
+    def test_of_a_backbone(self, tiny):
+        state_dict = tiny.state_dict()
+        model = make_backbone(seed=1)
+        model.load_state_dict(state_dict, strict=True)
+        assert same_state(model, tiny)
+        assert 'fc.weight' in state_dict
+
+    @pytest.mark.parametrize('to_names', [dict, to_mmpretrain], ids=['timm', 'mmpretrain'])
+    def test_of_a_classifier(self, tiny, to_names):
+        state_dict = to_names(tiny.state_dict())
+        names = list(state_dict)
+        classifier = get_classifier()
+        classifier.load_state_dict(state_dict, strict=True)
+        assert list(state_dict) == names
+        assert same_state(classifier.backbone, tiny)
+        assert list(classifier.state_dict()) == list(to_mmpretrain(tiny.state_dict()))
+
+    @pytest.mark.parametrize('checkpoint', [*TIMM_FILES, 'mmengine.pth', 'hf-hub'])
+    def test_load_checkpoint(self, hub, tmp_path, tiny, checkpoint, warned):
+        """As the Runner's ``load_from`` does."""
+        hub.add(REPO, weights(tiny))
+        name = f'hf-hub:{REPO}' if checkpoint == 'hf-hub' else save_as(checkpoint, tiny, tmp_path)['checkpoint']
+        classifier = get_classifier()
+        load_checkpoint(classifier, name, map_location='cpu', strict=True)
+        with torch.no_grad():
+            torch.testing.assert_close(classifier(make_input()), tiny(make_input()), rtol=0, atol=1e-5)
+        assert warned() == []
+
+    def test_missing_and_unexpected_are_still_reported(self, tiny):
+        state_dict = tiny.state_dict()
+        state_dict['extra.weight'] = state_dict.pop('conv1.weight')
+        with pytest.raises(RuntimeError, match=r'(?s)Missing.*conv1.weight.*Unexpected.*extra.weight'):
+            make_backbone().load_state_dict(state_dict, strict=True)
+
+
+class TestGetModel:
+    def test_pretrained(self, hub, published, warned, recwarn):
+        hub.add(PUBLISHED, published)
+        model = mmpretrain.get_model('sknet50_in1k', pretrained=True)
+        assert warned() == []
+        assert not [str(w.message) for w in recwarn if 'checkpoint' in str(w.message)]
+        expected = timm.create_model('sknet50', pretrained=True).eval()
+        assert not model.training
+        x = make_input(2, size=224)
+        with torch.no_grad():
+            logits = model(x)
+            torch.testing.assert_close(logits, expected(x), rtol=0, atol=1e-5)
+        assert logits.shape == (2, 1000)
+        assert logits.std() > 1e-3
+        assert len(list(hub.cache.glob('models--*/blobs/*'))) == 1
+
+    def test_pretrained_with_other_classes(self, hub, sknet50, published, warned):
+        hub.add(PUBLISHED, published)
+        model = mmpretrain.get_model('sknet50_in1k', pretrained=True, head=dict(num_classes=10, topk=(1, 5)))
+        assert same_state(model.backbone, sknet50)
+        assert model.head.fc.weight.shape == (10, 2048)
+        said = '\n'.join(warned())
+        assert 'size mismatch for head.fc.weight' in said
+        assert 'backbone' not in said
+        assert 'missing' not in said
+        assert 'unexpected' not in said
+
+    @pytest.mark.parametrize('checkpoint', [*TIMM_FILES, 'mmengine.pth', 'hf-hub'])
+    def test_pretrained_names_a_checkpoint(self, hub, tmp_path, tiny, checkpoint, warned):
+        hub.add(REPO, weights(tiny))
+        name = f'hf-hub:{REPO}' if checkpoint == 'hf-hub' else save_as(checkpoint, tiny, tmp_path)['checkpoint']
+        model = get_classifier(pretrained=name)
+        with torch.no_grad():
+            torch.testing.assert_close(model(make_input()), tiny(make_input()), rtol=0, atol=1e-5)
+        assert warned() == []
+
+    def test_without_published_weights(self):
+        with pytest.warns(UserWarning, match='Unable to find pre-defined checkpoint'):
+            mmpretrain.get_model('sknet26_in1k', pretrained=True)
+
+    def test_unknown(self):
+        with pytest.raises(ValueError, match='Failed to find model "sknet51_in1k"'):
+            mmpretrain.get_model('sknet51_in1k')
+
+    def test_features_of_every_stage(self):
+        model = get_classifier(out_indices=(0, 1, 2, 3))
+        with torch.no_grad():
+            assert [y.shape for y in model.extract_feat(make_input(1))] == [(1, c) for c in CHANNELS]
+
+
+@pytest.fixture(scope='module')
+def photo():
+    """Of no side that the resize would keep, and smooth, as photographs are."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((400, 300), Image.Resampling.BICUBIC)
+
+
+class TestInferencer:
+    def test_is_timms(self, hub, tmp_path, sknet50, published, photo):
+        """From the file to the scores: the preprocessing is the published weights' own."""
+        hub.add(PUBLISHED, published)
+        photo.save(tmp_path / 'photo.png')
+        inferencer = mmpretrain.ImageClassificationInferencer('sknet50_in1k', pretrained=True, device='cpu')
+        (result,) = inferencer(str(tmp_path / 'photo.png'))
+
+        data_config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg('sknet50').to_dict())
+        transform = timm.data.create_transform(**data_config)
+        with torch.no_grad():
+            scores = sknet50(transform(photo)[None]).softmax(1)[0]
+        assert scores.max() > 1.5 * scores.mean()  # or any two classifiers would agree
+        np.testing.assert_allclose(result['pred_scores'], scores.numpy(), rtol=0, atol=1e-5)
+        assert result['pred_label'] == scores.argmax().item()
+        assert result['pred_class'] == mmpretrain.datasets.ImageNet.METAINFO['classes'][result['pred_label']]
+
+    def test_array_is_the_file(self, tmp_path, photo, tiny):
+        photo.save(tmp_path / 'photo.png')
+        model = get_classifier()
+        model.load_state_dict(tiny.state_dict())
+        inferencer = mmpretrain.ImageClassificationInferencer(model, device='cpu', classes=[f'c{i}' for i in range(10)])
+        bgr = np.ascontiguousarray(np.asarray(photo)[..., ::-1])
+        results = inferencer([str(tmp_path / 'photo.png'), bgr], batch_size=2)
+        assert len(results) == 2
+        np.testing.assert_array_equal(results[0]['pred_scores'], results[1]['pred_scores'])
+        for result in results:
+            assert result['pred_class'] == f'c{result["pred_label"]}'
+            assert result['pred_score'] == result['pred_scores'].max()
+
+    def test_inference_model(self, photo, tiny):
+        model = get_classifier()
+        model.load_state_dict(tiny.state_dict())
+        result = mmpretrain.inference_model(model, np.asarray(photo))
+        assert result['pred_scores'].shape == (10,)
+        assert result['pred_class'] in mmpretrain.datasets.ImageNet.METAINFO['classes'][:10]
+
+
+def load_by_init_cfg(repo=REPO, **kwargs):
+    return initialise(dict(type='Pretrained', checkpoint=f'hf-hub:{repo}'), **kwargs)
+
+
+def load_by_get_model(repo=REPO, **kwargs):
+    return get_classifier(f'hf-hub:{repo}', **kwargs).backbone
+
+
+@pytest.fixture(params=[load_by_init_cfg, load_by_get_model], ids=['init_cfg', 'get_model'])
+def load(request):
+    return request.param
+
+
+def fails(load, repo, cause, **kwargs):
+    with pytest.raises(HubError, match=cause) as error:
+        load(repo, **kwargs)
+    message = str(error.value)
+    assert message.startswith(f'{repo}: ')
+    assert '\n' not in message
+    assert len(message) < 600
+
+
+class TestFaults:
+    """What the errors of tests/test_hub.py become on their way through mmengine."""
+
+    @pytest.mark.parametrize(
+        ('fault', 'cause'),
+        [
+            ('missing', 'repository not found, or private .*HTTP 404: Repository not found'),
+            ('unauthorized', 'repository not found, or private .*HTTP 401: Invalid username or password'),
+            ('garbage', 'model.safetensors is not a safetensors file .*removed from the cache'),
+        ],
+    )
+    def test_fault(self, hub, tiny, load, fault, cause):
+        hub.add(REPO, weights(tiny))
+        hub.faults[REPO] = FAULTS[fault]
+        fails(load, REPO, cause)
+        assert not list(hub.cache.glob('models--*/snapshots/*/*'))
+        hub.faults.clear()
+        assert same_state(load(), tiny)
+
+    def test_truncated(self, hub, tiny):
+        hub.add(REPO, weights(tiny))
+        hub.faults[REPO] = FAULTS['truncated']
+        fails(load_by_get_model, REPO, 'the download failed: ')
+        assert not list(hub.cache.glob('models--*/snapshots/*/*'))
+        hub.faults.clear()
+        assert same_state(load_by_get_model(), tiny)
+
+    def test_refused(self, hub, tiny, load):
+        hub.add(REPO, weights(tiny))
+        hub.stop()
+        fails(load, REPO, 'not in the local cache and the Hub did not give it .*[Cc]onnection refused')
+        hub.start()
+        assert same_state(load(), tiny)
+
+    def test_unknown_revision(self, hub, tiny, load):
+        hub.add(REPO, weights(tiny))
+        fails(load, f'{REPO}@v2', 'the repository has no such revision')
+        hub.add(REPO, weights(tiny), 'v2')
+        assert same_state(load(f'{REPO}@v2'), tiny)
+
+    @pytest.mark.parametrize(
+        ('saved', 'cause'),
+        [
+            (dict(layers=(1, 2, 2, 2)), r'layer1.1.conv1.conv.weight is missing; .* and \d+ more'),
+            (dict(layers=(2, 2, 2, 3)), 'layer4.2.conv1.conv.weight is not part of it'),
+            (
+                dict(channels=(16, 32, 64, 96)),
+                r'layer4.0.conv1.conv.weight is \(192, 256, 1, 1\), not \(256, 256, 1, 1',
+            ),
+            (dict(in_chans=1), r'conv1.weight is \(64, 1, 7, 7\), not \(64, 3, 7, 7\)$'),
+        ],
+        ids=['missing', 'unexpected', 'narrower', 'grey'],
+    )
+    def test_wrong_shapes(self, hub, tiny, load, saved, cause):
+        hub.add(REPO, weights(make_timm(**saved)))
+        fails(load, REPO, f'its weights do not fit this SKNet of depth 26: .*{cause}')
+        hub.add(REPO, weights(tiny))
+        assert same_state(load(), tiny)
+
+    def test_of_a_named_model(self, hub, published, sknet50):
+        hub.faults[PUBLISHED] = FAULTS['missing']
+        fails(lambda _: mmpretrain.get_model('sknet50_in1k', pretrained=True), PUBLISHED, 'HTTP 404')
+        hub.faults.clear()
+        hub.add(PUBLISHED, published)
+        assert same_state(mmpretrain.get_model('sknet50_in1k', pretrained=True).backbone, sknet50)
