@@ -1,5 +1,6 @@
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from hub_server import HubServer
@@ -37,3 +38,39 @@ def hub(tmp_path, monkeypatch):
     yield server
     server.stop()
     shutil.rmtree(home, ignore_errors=True)  # pytest keeps tmp_path of three runs
+
+
+@pytest.fixture(scope='session')
+def imagenet(tmp_path_factory):
+    """ImageNet's layout with two classes of real images: crops of two photographs, in many sizes, one of them grey.
+
+    ``root``, its ``classes``, and the ``options`` for a config that trains on it quickly.
+    """
+    datasets = pytest.importorskip('sklearn.datasets')
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp('imagenet')
+    sizes = {'train': [(90, 140), (150, 100), (120, 120), (70, 200)], 'val': [(130, 90), (100, 100), (80, 150)]}
+    photographs = {'n01': datasets.load_sample_image('china.jpg'), 'n02': datasets.load_sample_image('flower.jpg')}
+    for name, photograph in photographs.items():
+        for split, shapes in sizes.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i, (height, width) in enumerate(shapes):
+                top, left = 60 * i + (30 if split == 'val' else 0), 90 * i
+                image = Image.fromarray(photograph[top : top + height, left : left + width])
+                assert image.size == (width, height)
+                image.convert('L' if i == 2 else 'RGB').save(folder / f'{name}_{i}.JPEG')
+    options = [f'{split}_dataloader.{option}' for split in ('train', 'val', 'test') for option in _loader_options(root)]
+    return SimpleNamespace(root=root, classes=('n01', 'n02'), options=options)
+
+
+def _loader_options(root):
+    return [
+        f'dataset.data_root={root}',
+        'dataset.metainfo.classes=n01,n02',
+        'batch_size=4',
+        'num_workers=0',
+        'persistent_workers=False',
+        'pin_memory=False',
+    ]

@@ -39,26 +39,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def convert(checkpoint: Path, out: Path, to: str, config: str | None = None, use_ema: bool = True) -> None:
     """Convert ``checkpoint`` to ``out``; ``to`` is 'hub', 'timm' or 'mmengine'. Errors as in ``checkpoints``."""
     state_dict, meta = checkpoints.load_checkpoint(checkpoint, use_ema=use_ema)
+    classes = (meta.get('dataset_meta') or {}).get('classes')
     try:
-        state_dict = checkpoints.to_timm(state_dict)
+        if to == 'timm':
+            checkpoints.save_state_dict(checkpoints.to_timm(state_dict), out)
+        elif to == 'mmengine':
+            checkpoints.save_mmengine_checkpoint(state_dict, out, meta)
+        else:
+            architecture, model_args, data_config = checkpoints.timm_arguments(Config.fromfile(find_config(config)))
+            checkpoints.save_hub_folder(
+                state_dict,
+                out,
+                architecture,
+                model_args,
+                data_config,
+                label_names=list(classes) if classes else None,
+                description=f'{architecture} trained with the config {Path(config).stem} of sk-plugins.',
+            )
     except checkpoints.CheckpointError as error:
         raise checkpoints.CheckpointError(f'{checkpoint}: {error}') from error
-    classes = (meta.get('dataset_meta') or {}).get('classes')
-    if to == 'timm':
-        checkpoints.save_state_dict(state_dict, out)
-    elif to == 'mmengine':
-        checkpoints.save_mmengine_checkpoint(state_dict, out, meta)
-    else:
-        architecture, model_args, data_config = checkpoints.timm_arguments(Config.fromfile(find_config(config)))
-        checkpoints.save_hub_folder(
-            state_dict,
-            out,
-            architecture,
-            model_args,
-            data_config,
-            label_names=list(classes) if classes else None,
-            description=f'{architecture} trained with the config {Path(config).stem} of sk-plugins.',
-        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,6 +12,10 @@ import mmengine
 from _common import add_common_arguments, build_runner, load_config, run
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
+from mmengine.runner import Runner
+
+from sk_plugins.checkpoints import CheckpointError
+from sk_plugins.hub import HubError
 
 # Short side before the centre crop: 256 for 224 and 352 for 320, as the paper tests.
 RESIZE_FOR_CROP = {224: 256, 320: 352}
@@ -66,9 +70,25 @@ def set_crop(pipeline: list[dict], crop: int) -> None:
     transforms['CenterCrop']['crop_size'] = crop
 
 
+def require_fit(runner: Runner) -> None:
+    """Make the runner refuse a checkpoint that mmengine would load in part, warn of, and then measure."""
+    load = runner.load_checkpoint
+
+    def load_strictly(filename: str, **kwargs) -> dict:
+        try:
+            return load(filename, **{**kwargs, 'strict': True})
+        except HubError:
+            raise
+        except RuntimeError as error:
+            raise CheckpointError(f'{filename}: {error}') from error
+
+    runner.load_checkpoint = load_strictly
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     runner = build_runner(merge_args(load_config(args), args), args.local_rank)
+    require_fit(runner)
     if args.out is not None and args.out.suffix == '.pkl':
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=str(args.out)))
     metrics = runner.test()

@@ -1,0 +1,138 @@
+"""Every snippet of the README is run as it stands, but for what the function below says it shortens."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save
+
+import sk_plugins  # noqa: F401 - registers the models
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+SNIPPETS = re.findall(r'^```(\w+)\n(.*?)^```$', README, flags=re.DOTALL | re.MULTILINE)
+PYTHON = [code for language, code in SNIPPETS if language == 'python']
+SHELL = [
+    line.split('  #')[0].strip()
+    for language, code in SNIPPETS
+    if language == 'bash'
+    for line in code.splitlines()
+    if line.strip()
+]
+# They install, or run this test: CI runs them from outside.
+INSTALLERS = ('make train', 'make test', 'pip install')
+CLASSES = [f'{split}_dataloader.dataset.metainfo.classes=n01,n02' for split in ('train', 'val', 'test')]
+SHORT_IMAGENET = [
+    *CLASSES,
+    'train_cfg.max_epochs=1',
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'val_dataloader.num_workers=0',
+    'val_dataloader.persistent_workers=False',
+    'train_dataloader.batch_size=2',
+    'train_dataloader.dataset.pipeline.1.scale=64',
+]
+SHORT = ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=64', 'val_dataloader.dataset.indices=64']
+
+
+def run(command, cwd, **env):
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, f'{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}'
+    return done.stdout
+
+
+@pytest.fixture
+def published(hub):
+    """The loopback Hub with SKNet-50's repository; processes started by the test find it too."""
+    state_dict = timm.create_model('skresnext50_32x4d').state_dict()
+    hub.add('timm/skresnext50_32x4d.ra_in1k', {'model.safetensors': save(state_dict)})
+
+
+def shorten(line: str) -> list[str]:
+    """The README's line on a CPU and a tiny data set: one epoch, few images, small crops, two processes."""
+    words = ['2' if word == '8' else word.replace('epoch_100', 'epoch_1') for word in shlex.split(line)]
+    if words[0] == 'python':
+        words[0] = sys.executable
+    tool = next(word for word in words if 'tools/' in word or word == 'sk_plugins')
+    if 'sknet50_in1k' in line and tool.endswith(('train.py', 'dist_train.sh')):
+        options = SHORT_IMAGENET
+    elif tool.endswith('test.py'):
+        options = [*CLASSES, 'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False']
+    elif 'train' in line:
+        options = SHORT
+    else:
+        return words
+    if '--cfg-options' not in words:
+        words.append('--cfg-options')
+    # torch's SyncBatchNorm trains on GPUs only.
+    return [word for word in words if word != 'sync_bn=torch'] + options
+
+
+def test_python_snippets_are_all_of_a_known_kind():
+    assert len(PYTHON) == 6
+    assert len(SHELL) == 11
+    assert sum(line.startswith(INSTALLERS) for line in SHELL) == 4
+
+
+@pytest.mark.parametrize('code', [code for code in PYTHON if code.startswith('import') and 'local-dir' not in code])
+def test_python_snippet_runs(code, published, tmp_path):
+    if 'mmpretrain' in code:
+        pytest.importorskip('mmpretrain')
+    run([sys.executable, '-c', code], tmp_path)
+
+
+@pytest.mark.parametrize('code', [code for code in PYTHON if code.startswith('custom_imports')])
+def test_config_snippet_builds(code, published, tmp_path):
+    pytest.importorskip('mmpretrain')
+    (tmp_path / 'snippet.py').write_text(code)
+    run([sys.executable, '-c', BUILD], tmp_path)
+
+
+BUILD = """
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope, MODELS
+
+model = Config.fromfile('snippet.py').model
+model.backbone.pop('_delete_', None)
+with DefaultScope.overwrite_default_scope('mmpretrain' if 'type' in model else 'mmdet'):
+    model = MODELS.build(model if 'type' in model else model.backbone)
+model.init_weights()
+model.train()
+backbone = getattr(model, 'backbone', model)
+assert not backbone.conv1.weight.requires_grad and not backbone.layer4[0].conv1.bn.training
+channels = [feature.shape[1] for feature in backbone(torch.randn(1, 3, 64, 64))]
+assert channels in ([256, 512, 1024, 2048], [2048]), channels
+"""
+
+
+def test_shell_lines_run_in_their_order(tmp_path, imagenet, published):
+    pytest.importorskip('mmpretrain')
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'imagenet').symlink_to(imagenet.root)
+    for name in ('configs', 'tools'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    lines = [line for line in SHELL if not line.startswith(INSTALLERS)]
+    if not Path('/usr/share/datasets/fashion-mnist').is_dir():
+        lines = [line for line in lines if 'fashion_mnist' not in line]
+    for line in lines:
+        run(shorten(line), tmp_path, PATH=path)
+
+    assert (tmp_path / 'work_dirs' / 'sknet_digits' / 'epoch_1.pth').is_file()
+    (code,) = [code for code in PYTHON if 'local-dir' in code]
+    run([sys.executable, '-c', code], tmp_path)
+    model = timm.create_model(f'local-dir:{tmp_path / "sknet50_hub"}', pretrained=True).eval()
+    trained = torch.load(tmp_path / 'work_dirs' / 'sknet50_in1k' / 'epoch_1.pth', weights_only=False)['state_dict']
+    torch.testing.assert_close(model.state_dict()['conv1.weight'], trained['backbone.conv1.weight'], rtol=0, atol=0)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r'\]\((?!https?://)([^)#]+)\)', README):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,72 @@
+"""What a user gets who installs the wheel and has no checkout."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytest.importorskip('hatchling')
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp('wheel')
+    command = [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = out.glob('sk_plugins-*.whl')
+    return path
+
+
+@pytest.fixture(scope='module')
+def site(wheel, tmp_path_factory):
+    """A folder with the wheel's contents, to go first on the path of a process that runs outside the checkout."""
+    folder = tmp_path_factory.mktemp('site')
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def run_outside(site, cwd, *args):
+    command = [sys.executable, '-c', f'import sys; sys.path.insert(0, {str(site)!r}); ' + args[0], *args[1:]]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_wheel_holds_configs_tools_and_model_index(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder in ('configs', 'tools'):
+        for path in (ROOT / folder).rglob('*'):
+            if path.suffix in ('.py', '.sh', '.yml'):
+                assert f'sk_plugins/.mim/{path.relative_to(ROOT)}' in names
+    assert 'sk_plugins/.mim/model-index.yml' in names
+    assert not [name for name in names if name.startswith('tests/')]
+
+
+def test_timm_models_from_the_wheel(site, tmp_path):
+    code = 'import sk_plugins, timm; print(sk_plugins.__file__, *timm.list_models("sknet*"))'
+    file, *names = run_outside(site, tmp_path, code).split()
+    assert Path(file).is_relative_to(site)
+    assert names == ['sknet26', 'sknet50', 'sknet101']
+
+
+def test_model_index_from_the_wheel(site, tmp_path):
+    pytest.importorskip('mmpretrain')
+    code = (
+        'import sk_plugins.mmpretrain_models, mmpretrain; '
+        'model = mmpretrain.get_model("sknet26_in1k"); print(sum(p.numel() for p in model.parameters()))'
+    )
+    assert run_outside(site, tmp_path, code).split()[-1] == '16746408'
+
+
+def test_training_from_the_wheel(site, tmp_path):
+    pytest.importorskip('mmpretrain')
+    code = (
+        'import runpy; sys.argv = ["sk_plugins", "train", "sknet_digits", "--cfg-options", "train_cfg.max_epochs=1", '
+        '"train_dataloader.dataset.indices=128"]; runpy.run_module("sk_plugins", run_name="__main__")'
+    )
+    run_outside(site, tmp_path, code)
+    assert (tmp_path / 'work_dirs' / 'sknet_digits' / 'epoch_1.pth').is_file()

@@ -1,0 +1,72 @@
+"""tools/classify_digits.py on a checkpoint of a short run."""
+
+import re
+import shutil
+
+import pytest
+
+pytest.importorskip('mmpretrain')
+
+import matplotlib.pyplot as plt
+import torch
+from PIL import Image
+
+from sk_plugins.checkpoints import CheckpointError
+from sk_plugins.mmpretrain_datasets import Digits
+
+
+@pytest.fixture(scope='module')
+def tool(load_tool):
+    yield load_tool('classify_digits')
+    plt.close('all')
+
+
+@pytest.fixture
+def checkpoint(digits_run, tmp_path):
+    """A copy, since the tool writes beside it."""
+    return shutil.copy(digits_run / 'epoch_2.pth', tmp_path / 'epoch_2.pth')
+
+
+def test_prints_and_draws(tool, load_tool, reads_checkpoints, checkpoint, tmp_path, capsys):
+    tool.main([str(checkpoint), '--count', '10'])
+    lines = capsys.readouterr().out.splitlines()
+    labels = [Digits('test').get_data_info(i)['gt_label'] for i in range(10)]
+    for i, (line, label) in enumerate(zip(lines, labels)):
+        assert re.fullmatch(rf'held-out image +{i}: label {label}, answer \d \(\d+\.\d%\)', line)
+    said, drawn = lines[10:]
+    assert drawn == f'drawn: {tmp_path / "digits.png"}'
+    with Image.open(tmp_path / 'digits.png') as picture:
+        picture.load()
+        assert picture.format == 'PNG'
+        assert picture.width > picture.height > 100
+        assert len(set(picture.convert('L').tobytes())) > 10
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['digits.png', 'epoch_2.pth', 'hub']
+
+    held_out = len(Digits('test'))
+    # timm's preprocessing and network count as right what mmpretrain's do.
+    words = ['sknet_digits', str(checkpoint), '--work-dir', str(tmp_path / 'run')]
+    expected = load_tool('test').main(words)['accuracy/top1']
+    assert said == f'top-1 through timm, {held_out} held-out images: {expected:.2f}%'
+
+
+def test_again(tool, checkpoint, tmp_path, capsys):
+    """A second run replaces the first one's folder and picture."""
+    for count in ('3', '5'):
+        tool.main([str(checkpoint), '--count', count])
+    assert capsys.readouterr().out.count('held-out image ') == 3 + 5
+
+
+def test_draw(tool):
+    images = [Digits('test').get_data_info(i)['img'] for i in range(3)]
+    scores = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
+    figure = tool.draw(images, [0, 1, 1], scores, columns=2)
+    titles = [(axis.get_title(), axis.title.get_color()) for axis in figure.axes]
+    assert titles == [('0 → 0 (90%)', 'black'), ('1 → 1 (80%)', 'black'), ('1 → 0 (60%)', 'red'), ('', 'black')]
+
+
+def test_checkpoint_of_another_network(tool, tmp_path):
+    torch.save({'stem.weight': torch.zeros(3)}, tmp_path / 'other.pth')
+    with pytest.raises(CheckpointError, match=r'other\.pth: no '):
+        tool.main([str(tmp_path / 'other.pth')])
+    with pytest.raises(FileNotFoundError, match=r'gone\.pth: no such checkpoint file'):
+        tool.main([str(tmp_path / 'gone.pth')])

@@ -1,0 +1,173 @@
+"""tools/convert_checkpoint.py: its three targets, and what it refuses."""
+
+import json
+
+import pytest
+
+pytest.importorskip('mmpretrain')
+
+import timm
+import torch
+
+from sk_plugins._resources import find_config
+from sk_plugins.checkpoints import CheckpointError, load_checkpoint, save_state_dict, to_mmpretrain, to_timm
+
+
+@pytest.fixture(scope='module')
+def tool(load_tool):
+    return load_tool('convert_checkpoint')
+
+
+@pytest.fixture
+def convert(tool, capsys):
+    """``convert(*words)``: the tool in this process, which prints what it wrote."""
+
+    def run(*words):
+        tool.main([str(word) for word in words])
+        assert capsys.readouterr().out == f'{words[1]}\n'
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def checkpoint(digits_run):
+    return digits_run / 'epoch_2.pth'
+
+
+@pytest.fixture(scope='module')
+def weights(checkpoint):
+    return load_checkpoint(checkpoint)[0]
+
+
+def assert_same(got, expected):
+    assert set(got) == set(expected)
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+
+
+@pytest.mark.parametrize(
+    ('out', 'words', 'to'),
+    [
+        ('sknet_hub', ['--config', 'sknet_digits'], 'hub'),
+        ('sknet.v2', ['--config', 'sknet_digits', '--to', 'hub'], 'hub'),
+        ('sknet.safetensors', [], 'timm'),
+        ('sknet.pth', ['--to', 'timm'], 'timm'),
+        ('sknet.pth', [], 'mmengine'),
+        ('sknet.safetensors', ['--to', 'mmengine'], 'mmengine'),
+    ],
+)
+def test_target(tool, out, words, to):
+    assert tool.parse_args(['epoch.pth', out, *words]).to == to
+
+
+@pytest.mark.parametrize(
+    ('words', 'said'),
+    [
+        (['epoch.pth', 'sknet_hub'], 'a Hub folder needs --config'),
+        (['epoch.pth', 'sknet', '--to', 'timm'], '--to timm writes one file: give sknet an ending'),
+        (['epoch.pth', 'sknet', '--to', 'mmengine'], '--to mmengine writes one file: give sknet an ending'),
+        (['epoch.pth', 'sknet.pth', '--to', 'onnx'], "argument --to: invalid choice: 'onnx'"),
+        (['epoch.pth'], 'the following arguments are required: out'),
+    ],
+)
+def test_bad_arguments(tool, capsys, words, said):
+    with pytest.raises(SystemExit) as caught:
+        tool.main(words)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_to_hub(convert, checkpoint, weights, tmp_path):
+    folder = tmp_path / 'sknet_hub'
+    convert(checkpoint, folder, '--config', 'sknet_digits')
+    assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    config = json.loads((folder / 'config.json').read_text())
+    assert (config['architecture'], config['num_classes']) == ('sknet26', 10)
+    assert config['label_names'] == list('0123456789')
+    assert 'sknet26 trained with the config sknet_digits of sk-plugins.' in (folder / 'README.md').read_text()
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert_same(to_mmpretrain(model.state_dict()), weights)
+
+
+@pytest.mark.parametrize('name', ['sknet.safetensors', 'sknet.pth'])
+def test_to_timm_and_back(convert, checkpoint, weights, tmp_path, name):
+    convert(checkpoint, tmp_path / name, '--to', 'timm')
+    assert_same(load_checkpoint(tmp_path / name)[0], to_timm(weights))
+    convert(tmp_path / name, tmp_path / 'back.pth', '--to', 'mmengine')
+    assert_same(load_checkpoint(tmp_path / 'back.pth')[0], weights)
+
+
+def test_to_mmengine_keeps_meta_and_drops_the_rest(convert, checkpoint, weights, tmp_path):
+    convert(checkpoint, tmp_path / 'small.pth')
+    small = torch.load(tmp_path / 'small.pth', weights_only=True)
+    assert set(small) == {'meta', 'state_dict'}
+    assert tuple(small['meta']['dataset_meta']['classes']) == tuple('0123456789')
+    assert small['meta']['epoch'] == 2
+    assert_same(small['state_dict'], weights)
+
+
+def test_no_ema(convert, weights, tmp_path):
+    """As mmengine's EMAHook saves: the averaged weights in 'state_dict', the trained ones beside them."""
+    trained = {f'module.{k}': v + 1 for k, v in weights.items()}
+    torch.save(dict(state_dict=weights, ema_state_dict={**trained, 'steps': torch.tensor(6)}), tmp_path / 'ema.pth')
+    convert(tmp_path / 'ema.pth', tmp_path / 'averaged.safetensors')
+    assert_same(load_checkpoint(tmp_path / 'averaged.safetensors')[0], to_timm(weights))
+    convert(tmp_path / 'ema.pth', tmp_path / 'trained.safetensors', '--no-ema')
+    expected = {k: v + 1 for k, v in to_timm(weights).items()}
+    assert_same(load_checkpoint(tmp_path / 'trained.safetensors')[0], expected)
+
+
+def test_command(python_tool, checkpoint, weights, tmp_path):
+    assert (
+        python_tool('convert_checkpoint', checkpoint, 'sknet.safetensors', cwd=tmp_path).stdout == 'sknet.safetensors\n'
+    )
+    assert_same(load_checkpoint(tmp_path / 'sknet.safetensors')[0], to_timm(weights))
+
+
+# What is refused: one error that names the file, and nothing written.
+
+
+@pytest.mark.parametrize('words', [['out.safetensors'], ['out.pth'], ['out', '--config', 'sknet_digits']], ids=' '.join)
+@pytest.mark.parametrize(
+    ('content', 'error', 'said'),
+    [
+        (None, FileNotFoundError, 'no such checkpoint file'),
+        (b'', CheckpointError, r'epoch\.pth: \S'),
+        (b'PK\x03\x04 but no more', CheckpointError, r'epoch\.pth: \S'),
+        ({'stem.weight': torch.zeros(3)}, CheckpointError, r"epoch\.pth: no 'conv1\.weight'"),
+    ],
+    ids=['missing', 'empty', 'truncated', 'foreign'],
+)
+def test_refused(tool, tmp_path, content, error, said, words):
+    path = tmp_path / 'epoch.pth'
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    out, *words = words
+    with pytest.raises(error, match=said):
+        tool.main([str(path), str(tmp_path / out), *words])
+    assert [p.name for p in tmp_path.iterdir()] == ([] if content is None else ['epoch.pth'])
+
+
+def test_wrong_shapes(tool, weights, tmp_path):
+    save_state_dict({**to_timm(weights), 'fc.bias': torch.zeros(7)}, tmp_path / 'epoch.safetensors')
+    with pytest.raises(CheckpointError, match=r'epoch\.safetensors: the weights do not fit sknet26 [\s\S]*fc\.bias'):
+        tool.main([str(tmp_path / 'epoch.safetensors'), str(tmp_path / 'out'), '--config', 'sknet_digits'])
+    assert [p.name for p in tmp_path.iterdir()] == ['epoch.safetensors']
+
+
+def test_another_config(tool, checkpoint, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r'epoch_2\.pth: the weights do not fit sknet26 with .*num_classes.: 1000'
+    ):
+        tool.main([str(checkpoint), str(tmp_path / 'out'), '--config', str(find_config('sknet26_in1k'))])
+    with pytest.raises(FileNotFoundError, match=r"config 'nonsense' is neither a file nor .*sknet_digits\.py"):
+        tool.main([str(checkpoint), str(tmp_path / 'out'), '--config', 'nonsense'])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_is_not_empty(tool, checkpoint, tmp_path):
+    (tmp_path / 'notes.txt').write_text('mine')
+    with pytest.raises(FileExistsError, match='exists and is not empty'):
+        tool.main([str(checkpoint), str(tmp_path), '--config', 'sknet_digits', '--to', 'hub'])
+    assert [p.name for p in tmp_path.iterdir()] == ['notes.txt']
