@@ -79,11 +79,11 @@ def assert_identical(got, expected):
     assert list(got) == list(expected)
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype, name
-        assert torch.equal(got[name], tensor), name
+        assert torch.equal(got[name].cpu(), tensor.cpu()), name
 
 
 def differ(a, b):
-    return [name for name in a if not torch.equal(a[name], b[name])]
+    return [name for name in a if not torch.equal(a[name].cpu(), b[name].cpu())]
 
 
 # Reading

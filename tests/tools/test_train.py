@@ -433,8 +433,8 @@ def test_resume(reads_checkpoints, train, short_digits, digits_run, tmp_path, ho
     assert [e['step'] for e in validations] == [3]
     # The warm-up of two epochs is over: the schedule went on where it was.
     before, _ = log_of(digits_run)
-    assert before[0]['lr'] == pytest.approx(0.01)
-    assert training[0]['lr'] == pytest.approx(0.1, rel=0.02)
+    assert before[0]['lr'] == pytest.approx(0.001)
+    assert training[0]['lr'] == pytest.approx(0.01, rel=0.02)
     # So did the optimizer.
     saved = torch.load(digits_run / 'epoch_2.pth', weights_only=False)['optimizer']['state'][0]['momentum_buffer']
     assert len(momentum) == 3
@@ -472,14 +472,18 @@ def test_sync_bn_is_one_option(build, monkeypatch, free_port, patched):
     assert len(norms) == len(plain) > 30
 
 
+def on_cpus(free_port):
+    return {'PORT': free_port(), 'CUDA_VISIBLE_DEVICES': ''}
+
+
 @pytest.fixture(scope='module')
 def dist_train(command, short_digits, free_port):
     """``dist_train(work_dir, epochs, *words)``: sknet_digits in two processes, through tools/dist_train.sh."""
 
     def run(work_dir, epochs, *words):
         words = ['sknet_digits', '2', '--work-dir', work_dir, *words, '--cfg-options', *short_digits]
-        words += ['train_dataloader.batch_size=8', f'train_cfg.max_epochs={epochs}']
-        return command('bash', ROOT / 'tools' / 'dist_train.sh', *words, env={'PORT': free_port()}, cwd=work_dir)
+        words += ['train_dataloader.batch_size=8', 'val_dataloader.batch_size=5', f'train_cfg.max_epochs={epochs}']
+        return command('bash', ROOT / 'tools' / 'dist_train.sh', *words, env=on_cpus(free_port), cwd=work_dir)
 
     return run
 
@@ -496,10 +500,11 @@ def test_two_processes(distributed_run):
     assert_sane(distributed_run, epoch=1, iteration=3)
     training, (validation,) = log_of(distributed_run)
     assert [(e['epoch'], e['iter']) for e in training] == [(1, 1), (1, 2), (1, 3)]
-    # All 20 images, in steps of 5 %; one process's ten would be in steps of 10.
-    assert validation['accuracy/top1'] % 5 == pytest.approx(0)
     (log,) = distributed_run.glob('*/*.log')  # the first process's alone
     text = log.read_text()
+    # 20 images, 5 at a time, in steps of 5 %.
+    assert 'Epoch(val) [1][2/2]' in text
+    assert validation['accuracy/top1'] % 5 == pytest.approx(0)
     assert 'Distributed training: True' in text
     assert 'GPU number: 2' in text
 
@@ -516,9 +521,7 @@ def test_two_processes_test(reads_checkpoints, command, load_tool, distributed_r
     words = ['sknet_digits', str(distributed_run / 'epoch_1.pth')]
     options = ['--work-dir', str(tmp_path), '--cfg-options', *short_digits]
     out = ['--out', tmp_path / 'metrics.json']
-    command(
-        'bash', ROOT / 'tools' / 'dist_test.sh', *words, '2', *out, *options, env={'PORT': free_port()}, cwd=tmp_path
-    )
+    command('bash', ROOT / 'tools' / 'dist_test.sh', *words, '2', *out, *options, env=on_cpus(free_port), cwd=tmp_path)
     expected = load_tool('test').main([*words, *options])
     assert json.loads((tmp_path / 'metrics.json').read_text()) == expected
 
@@ -602,7 +605,9 @@ def test_fashion_mnist(train, tmp_path):
     assert_sane(tmp_path / 'run', epoch=1, iteration=3)
     training, (validation,) = log_of(tmp_path / 'run')
     assert training[0]['loss'] == pytest.approx(np.log(10), abs=0.5)
-    # 20 images in steps of 5 %, so the other files were read.
+    # 20 images in one batch, so the other files were read.
     assert validation['accuracy/top1'] % 5 == pytest.approx(0)
+    (log,) = (tmp_path / 'run').glob('*/*.log')
+    assert 'Epoch(val) [1][1/1]' in log.read_text()
     _, meta = load_checkpoint(tmp_path / 'run' / 'epoch_1.pth')
     assert tuple(meta['dataset_meta']['classes']) == tuple(FashionMNIST.METAINFO['classes'])
