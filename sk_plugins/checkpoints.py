@@ -20,6 +20,7 @@ from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor
 
 from . import zoo
+from .hub import shorten
 
 __all__ = [
     'CheckpointError',
@@ -33,7 +34,8 @@ __all__ = [
     'to_timm',
 ]
 
-_STEM = 'conv1.weight'
+# Every network of the project has it, and no plain ResNet.
+_OWN = 'layer1.0.conv2.paths.0.conv.weight'
 _BACKBONE = 'backbone.'
 _HEAD = 'head.fc.'
 
@@ -92,7 +94,7 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
 
 def is_timm_format(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether the names are timm's: the network's own, with no ``backbone.`` before them."""
-    return _STEM in state_dict
+    return _OWN in state_dict
 
 
 def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -103,9 +105,9 @@ def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if is_timm_format(state_dict):
         return dict(state_dict)
-    if _BACKBONE + _STEM not in state_dict:
+    if _BACKBONE + _OWN not in state_dict:
         raise CheckpointError(
-            f'no {_STEM!r} and no {_BACKBONE + _STEM!r} among its {len(state_dict)} names '
+            f'no {_OWN!r} and no {_BACKBONE + _OWN!r} among its {len(state_dict)} names '
             f'({", ".join(list(state_dict)[:3])}, ...): expected the names of timm or of mmpretrain'
         )
     renamed = {k.removeprefix(_BACKBONE): v for k, v in state_dict.items() if k.startswith(_BACKBONE)}
@@ -143,7 +145,13 @@ def timm_arguments(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict
     kind = str(backbone.pop('type', None)).removeprefix('mmpretrain.')
     if kind != 'SKNet' or depth not in names:
         raise ValueError(f'model.backbone of type {kind!r} and depth {depth!r} is not a network of this project')
-    for own in ('out_indices', 'frozen_stages', 'norm_eval', 'with_cp', 'norm_cfg', 'channels_last', 'init_cfg'):
+    norm_cfg = dict(backbone.pop('norm_cfg', None) or {})
+    if norm_cfg.pop('type', 'BN') not in ('BN', 'SyncBN') or norm_cfg.keys() - {'requires_grad', 'momentum'}:
+        raise ValueError(
+            f'model.backbone.norm_cfg={dict(model["backbone"]["norm_cfg"])} is not plain BatchNorm, for which alone '
+            f'there are timm arguments; convert to a state dict instead'
+        )
+    for own in ('out_indices', 'frozen_stages', 'norm_eval', 'with_cp', 'channels_last', 'init_cfg'):
         backbone.pop(own, None)
     args = {'in_chans': backbone.pop('in_channels', 3), **_plain(backbone)}
     args['num_classes'] = (model.get('head') or {}).get('num_classes', 0)
@@ -151,10 +159,14 @@ def timm_arguments(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict
 
 
 def save_state_dict(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Write a bare state dict, as safetensors or, by any other ending, with ``torch.save``."""
+    """Write a bare state dict, as safetensors or, by any other ending, with ``torch.save``.
+
+    Raises:
+        FileExistsError: ``path`` is a folder.
+    """
     path = Path(path)
     tensors = {k: v.contiguous() for k, v in state_dict.items()}
-    with _whole(path) as temporary:
+    with _whole_file(path) as temporary:
         if path.suffix == '.safetensors':
             safetensors.torch.save_file(tensors, temporary, metadata={'format': 'pt'})
         else:
@@ -164,8 +176,13 @@ def save_state_dict(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -
 def save_mmengine_checkpoint(
     state_dict: Mapping[str, Tensor], path: str | os.PathLike, meta: Mapping[str, Any] | None = None
 ) -> None:
-    """Write weights of either world as a checkpoint for mmengine: ``load_from``, ``tools/test.py``, ``get_model``."""
-    with _whole(Path(path)) as temporary:
+    """Write weights of either world as a checkpoint for mmengine: ``load_from``, ``tools/test.py``, ``get_model``.
+
+    Raises:
+        FileExistsError: ``path`` is a folder.
+        CheckpointError: no backbone of this project under either world's names.
+    """
+    with _whole_file(Path(path)) as temporary:
         torch.save(dict(meta=dict(meta or {}), state_dict=to_mmpretrain(state_dict)), temporary)
 
 
@@ -204,9 +221,10 @@ def save_hub_folder(
         model.load_state_dict(to_timm(state_dict), strict=True)
     except RuntimeError as error:
         raise CheckpointError(
-            f'the weights do not fit {architecture} with {dict(model_args or {})}: {error}'
+            f'the weights do not fit {architecture} with {dict(model_args or {})}: {shorten(error)}'
         ) from error
-    own = dict(tag=None, notes=None, description=description)
+    # What the registered cfg says of the published weights is not said of these.
+    own = dict(tag=None, notes=None, license=None, origin_url=None, pool_size=None, description=description)
     model.pretrained_cfg = {**model.pretrained_cfg, **(data_config or {}), **own}
     with _whole(folder) as temporary:
         save_for_hf(
@@ -291,6 +309,12 @@ def _model_card(architecture: str, name: str, description: str | None) -> str:
         f"model = timm.create_model('hf-hub:OWNER/{name}', pretrained=True)\n```\n\n"
         f'Architecture: [Selective Kernel Networks](https://arxiv.org/abs/1903.06586).\n'
     )
+
+
+def _whole_file(path: Path) -> contextlib.AbstractContextManager[Path]:
+    if path.is_dir():
+        raise FileExistsError(f'{path}: is a folder; name a file')
+    return _whole(path)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor
 
-__all__ = ['WEIGHTS_NAME', 'HubError', 'explain_errors', 'load_state_dict', 'split_revision']
+__all__ = ['WEIGHTS_NAME', 'HubError', 'explain_errors', 'load_state_dict', 'shorten', 'split_revision']
 
 WEIGHTS_NAME = 'model.safetensors'
 _PICKLE_NAME = 'pytorch_model.bin'  # what timm reads, with weights_only=True, where a repository has no safetensors
@@ -70,17 +70,17 @@ def explain_errors(
     except hf_errors.EntryNotFoundError as error:
         raise HubError(f'{repo}: the repository has no {filename}') from error
     except hf_errors.HFValidationError as error:
-        raise HubError(f'{repo}: not a valid repository name: {_shorten(error)}') from error
+        raise HubError(f'{repo}: not a valid repository name: {shorten(error)}') from error
     # Connections that break during a download reach us as the HTTP library's own errors, which are no OSError.
     except (OSError, hf_errors.HTTPError) as error:
         raise HubError(f'{repo}: the download failed: {_root_cause(error)}') from error
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         damaged = _forget_damaged(repo, cache_dir, filename)
         if damaged is None:
-            raise HubError(f'{repo}: its weights cannot be loaded into this model: {_shorten(error)}') from error
+            raise HubError(f'{repo}: its weights cannot be loaded into this model: {shorten(error)}') from error
         kind = 'safetensors file' if damaged.endswith('.safetensors') else 'pickle of tensors'
         raise HubError(
-            f'{repo}: {damaged} is not a {kind} ({_shorten(error)}); it was removed from the cache'
+            f'{repo}: {damaged} is not a {kind} ({shorten(error)}); it was removed from the cache'
         ) from error
 
 
@@ -142,7 +142,7 @@ def _root_cause(error: BaseException) -> str:
     return f'HTTP {response.status_code}' + (f': {" ".join(said.split())}' if said else '')
 
 
-def _shorten(error: Exception, lines: int = 2, width: int = 200) -> str:
+def shorten(error: Exception, lines: int = 2, width: int = 200) -> str:
     """The head of a message to which torch gives a line for each tensor, or a line with the names of them all."""
     said = str(error).splitlines() or [type(error).__name__]
     head, *rest = [textwrap.shorten(line, width, placeholder=' ...') for line in said]

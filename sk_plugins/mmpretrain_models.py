@@ -82,7 +82,7 @@ class SKNet(SKResNet, BaseBackbone):
             raise ValueError(f'depth={depth!r} is unknown: choose one of {", ".join(map(str, self.depths))}')
         if isinstance(out_indices, int) or not out_indices or not set(out_indices) <= set(range(_NUM_STAGES)):
             raise ValueError(f'out_indices={out_indices!r} must be a sequence of stages from 0 to {_NUM_STAGES - 1}')
-        if frozen_stages not in range(-1, _NUM_STAGES + 1):
+        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= _NUM_STAGES:
             raise ValueError(f'frozen_stages={frozen_stages!r} must be from -1 (none) to {_NUM_STAGES}')
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(f'in_channels={in_channels!r} must be an integer of at least 1')
@@ -127,7 +127,7 @@ class SKNet(SKResNet, BaseBackbone):
         return self
 
     def _freeze(self) -> None:
-        frozen = [self.conv1, self.bn1] if self.frozen_stages >= 0 else []
+        frozen = [self.conv1, self.bn1, self.maxpool] if self.frozen_stages >= 0 else []
         frozen += [getattr(self, f'layer{stage}') for stage in range(1, self.frozen_stages + 1)]
         for module in frozen:
             module.eval()

@@ -1,7 +1,9 @@
 """timm's door: every model of the zoo as a registered timm model."""
 
+import pickle
 from typing import Any
 
+from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor
 
@@ -23,8 +25,9 @@ def _create_skresnet(variant: str, pretrained: bool = False, **kwargs) -> SKResN
     if cfg.hf_hub_id is None or cfg.file or cfg.state_dict:
         try:
             return build_model_with_cfg(SKResNet, variant, True, **args)
-        except RuntimeError as error:
-            raise RuntimeError(f'{variant}: the weights of {cfg.file or "state_dict"} do not fit: {error}') from error
+        except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+            where = cfg.file or cfg.url or 'state_dict'
+            raise RuntimeError(f'{variant}: the weights of {where} cannot be loaded: {hub.shorten(error)}') from error
     with hub.explain_errors(cfg.hf_hub_id, kwargs.get('cache_dir'), cfg.hf_hub_filename or hub.WEIGHTS_NAME):
         return build_model_with_cfg(SKResNet, variant, True, **args)
 

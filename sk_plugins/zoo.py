@@ -1,6 +1,6 @@
 """One row per named model: its shape, the paper's figures for it, and where its weights are.
 
-The registries read this table; nothing else in the package names a model.
+The registries read this table.
 """
 
 from dataclasses import dataclass, field

@@ -343,7 +343,7 @@ def test_to_timm_leaves_a_neck_out(model):
 def test_foreign_names(rename):
     foreign = timm.create_model('resnetv2_18', num_classes=2).state_dict()
     assert 'stem.conv.weight' in foreign
-    with pytest.raises(CheckpointError, match=r"no 'conv1\.weight' and no 'backbone\.conv1\.weight' .*stem\.conv"):
+    with pytest.raises(CheckpointError, match=r"no 'layer1\.0\.conv2\.paths.*' and no 'backbone.*stem\.conv"):
         rename(foreign)
 
 
@@ -573,3 +573,17 @@ def test_timm_arguments_drop_what_only_openmmlab_has():
 def test_timm_arguments_of_another_network(backbone):
     with pytest.raises(ValueError, match=r'model\.backbone of type .* is not a network of this project'):
         checkpoints.timm_arguments(dict(model=dict(backbone=backbone)))
+
+
+@pytest.mark.parametrize('norm_cfg', [dict(type='GN', num_groups=4), dict(type='BN', eps=0.1)])
+def test_norms_that_timm_arguments_cannot_say_are_refused(norm_cfg):
+    model = dict(backbone=dict(type='SKNet', depth=26, norm_cfg=norm_cfg))
+    with pytest.raises(ValueError, match=r'norm_cfg=.* is not plain BatchNorm'):
+        checkpoints.timm_arguments(dict(model=model))
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path):
+    for save in (checkpoints.save_state_dict, checkpoints.save_mmengine_checkpoint):
+        with pytest.raises(FileExistsError, match='is a folder; name a file'):
+            save({}, tmp_path)
+    assert tmp_path.is_dir()

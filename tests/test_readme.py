@@ -135,6 +135,10 @@ def test_shell_lines_run_in_their_order(tmp_path, imagenet, published):
     assert (tmp_path / 'work_dirs' / 'sknet_digits' / 'epoch_1.pth').is_file()
 
 
+def test_no_figure_is_left_out():
+    assert not re.search(r'\| [A-Z]{4,} \|', README)
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r'\]\((?!https?://)([^)#]+)\)', README):
         assert (ROOT / target).exists(), target

@@ -78,7 +78,7 @@ def run(main) -> None:
     """Call a tool's main; what the user can put right is one line on stderr and exit status 1."""
     try:
         main()
-    except (CheckpointError, FileExistsError, FileNotFoundError, HubError, ValueError) as error:
+    except (CheckpointError, HubError, OSError, ValueError) as error:
         if os.environ.get('SK_PLUGINS_TRACEBACK'):
             raise
         message = ' '.join(str(error).split())

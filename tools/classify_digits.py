@@ -2,12 +2,12 @@
 
 python tools/classify_digits.py work_dirs/sknet_digits/epoch_20.pth
 
-Writes a Hub folder beside the checkpoint, loads it with timm.create_model('local-dir:...'), prints each image's label
-and the network's answer, and draws them in digits.png.
+Turns the checkpoint into a Hub folder, loads that with timm.create_model('local-dir:...'), prints each image's label
+and the network's answer, and draws them in digits.png beside the checkpoint.
 """
 
 import argparse
-import shutil
+import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -52,14 +52,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('checkpoint', type=Path)
     parser.add_argument('--count', type=int, default=16, help='images to print and draw (default: 16)')
     args = parser.parse_args(argv)
-    folder = args.checkpoint.parent / 'hub'
-    shutil.rmtree(folder, ignore_errors=True)
-    convert(args.checkpoint, folder, 'hub', config='sknet_digits')
-
+    if args.count < 1:
+        parser.error(f'argument --count: {args.count} must be at least 1')
     test = Digits('test')
     samples = [test.get_data_info(i) for i in range(len(test))]
     images, labels = [s['img'] for s in samples], [s['gt_label'] for s in samples]
-    scores = classify(folder, images)
+    with tempfile.TemporaryDirectory() as folder:
+        convert(args.checkpoint, Path(folder), 'hub', config='sknet_digits')
+        scores = classify(Path(folder), images)
     accuracy = (scores.argmax(1) == torch.tensor(labels)).float().mean().item()
     for i in range(min(args.count, len(images))):
         print(f'held-out image {i:3d}: label {labels[i]}, answer {int(scores[i].argmax())} ({scores[i].max():.1%})')

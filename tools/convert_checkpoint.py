@@ -5,8 +5,8 @@ python tools/convert_checkpoint.py work_dirs/sknet50_in1k/epoch_100.pth sknet50.
 python tools/convert_checkpoint.py sknet50_hub/model.safetensors sknet50_mmpretrain.pth --to mmengine
 
 --to is hub (a folder for timm and the Hub: config.json, model.safetensors, model card), timm (a state dict, as
-safetensors or by another ending with torch.save) or mmengine (a checkpoint); where it is not given, the ending of OUT
-says which: none, .safetensors, or another.
+safetensors or by another ending with torch.save) or mmengine (a checkpoint); where it is not given, it is hub with
+--config, else the ending of OUT says which: none, .safetensors, or another.
 """
 
 import argparse
@@ -28,7 +28,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--no-ema', action='store_true', help='the trained weights, not their running average')
     args = parser.parse_args(argv)
     if args.to is None:
-        args.to = {'': 'hub', '.safetensors': 'timm'}.get(args.out.suffix, 'mmengine')
+        named = {'': 'hub', '.safetensors': 'timm'}.get(args.out.suffix, 'mmengine')
+        args.to = 'hub' if args.config is not None else named
+    if args.config is not None and args.to != 'hub':
+        parser.error(f'--config is for a Hub folder, not for --to {args.to}')
     if args.to == 'hub' and args.config is None:
         parser.error('a Hub folder needs --config, the config that the checkpoint was trained with')
     if args.to != 'hub' and not args.out.suffix:

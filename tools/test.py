@@ -5,6 +5,8 @@ python tools/test.py sknet50_in1k hf-hub:timm/skresnext50_32x4d.ra_in1k --out me
 """
 
 import argparse
+import re
+from collections import OrderedDict
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,10 +14,10 @@ import mmengine
 from _common import add_common_arguments, build_runner, load_config, run
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner, load_state_dict
 
-from sk_plugins.checkpoints import CheckpointError
-from sk_plugins.hub import HubError
+from sk_plugins.checkpoints import CheckpointError, load_checkpoint
+from sk_plugins.hub import HubError, shorten
 
 # Short side before the centre crop: 256 for 224 and 352 for 320, as the paper tests.
 RESIZE_FOR_CROP = {224: 256, 320: 352}
@@ -40,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     """The arguments that only testing has, merged into the config."""
-    cfg.load_from = args.checkpoint
+    cfg.load_from = None
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.crop is not None:
@@ -70,25 +72,33 @@ def set_crop(pipeline: list[dict], crop: int) -> None:
     transforms['CenterCrop']['crop_size'] = crop
 
 
-def require_fit(runner: Runner) -> None:
-    """Make the runner refuse a checkpoint that mmengine would load in part, warn of, and then measure."""
-    load = runner.load_checkpoint
+def load_weights(runner: Runner, checkpoint: str) -> None:
+    """Load what is to be measured: all of it, where mmengine would load a part and warn, and no code of a pickle.
 
-    def load_strictly(filename: str, **kwargs) -> dict:
-        try:
-            return load(filename, **{**kwargs, 'strict': True})
-        except HubError:
-            raise
-        except RuntimeError as error:
-            raise CheckpointError(f'{filename}: {error}') from error
-
-    runner.load_checkpoint = load_strictly
+    Raises:
+        FileNotFoundError: ``checkpoint`` is neither a file nor an address.
+        CheckpointError: a file that cannot be read, or weights of another network.
+        HubError: ``hf-hub:`` weights that cannot be had or don't fit.
+    """
+    if Path(checkpoint).is_file():
+        state_dict, _ = load_checkpoint(checkpoint)
+    elif re.match(r'hf-hub:|\w+://', checkpoint):
+        loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+        state_dict = loaded.get('state_dict', loaded)
+    else:
+        raise FileNotFoundError(f'{checkpoint} can not be found.')
+    try:
+        load_state_dict(runner.model, OrderedDict(state_dict) if type(state_dict) is dict else state_dict, strict=True)
+    except HubError:
+        raise
+    except RuntimeError as error:
+        raise CheckpointError(f'{checkpoint}: {shorten(error)}') from error
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     runner = build_runner(merge_args(load_config(args), args), args.local_rank)
-    require_fit(runner)
+    load_weights(runner, args.checkpoint)
     if args.out is not None and args.out.suffix == '.pkl':
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=str(args.out)))
     metrics = runner.test()

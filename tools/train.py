@@ -5,10 +5,13 @@ python tools/train.py sknet_digits --work-dir work_dirs/digits --resume
 """
 
 import argparse
+from pathlib import Path
 
 from _common import add_common_arguments, build_runner, load_config, run
 from mmengine.config import Config
 from mmengine.device import get_device
+
+from sk_plugins.checkpoints import CheckpointError, load_checkpoint
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,10 +55,21 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     return cfg
 
 
+def require_training_checkpoint(path: str) -> None:
+    """Raise unless ``path`` is a whole checkpoint of an mmengine run: weights alone cannot be gone on from."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'--resume {path}: there is no such file')
+    _, meta = load_checkpoint(path)
+    if 'iter' not in meta:
+        raise CheckpointError(f'--resume {path}: holds weights but no training state; start from it with load_from')
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.amp and get_device() == 'cpu':
         raise ValueError('--amp: mmengine trains with mixed precision on GPUs and the like, not on CPUs')
+    if args.resume not in (None, 'auto'):
+        require_training_checkpoint(args.resume)
     cfg = merge_args(load_config(args), args)
     build_runner(cfg, args.local_rank).train()
 

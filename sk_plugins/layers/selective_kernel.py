@@ -191,8 +191,8 @@ class SelectiveKernel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inputs = [x] * len(self.paths)
         if self.split_input:
-            width = self.in_channels // len(self.paths)
-            inputs = [x[:, i * width : (i + 1) * width] for i in range(len(self.paths))]
+            chunks = torch.chunk(x, len(self.paths), dim=1)
+            inputs = [chunks[i] for i in range(len(self.paths))]
         branches = []
         for i, path in enumerate(self.paths):
             branches.append(path(inputs[i]))

@@ -143,8 +143,8 @@ class SKResNet(ResNet):
             if name in given and (not isinstance(given[name], int) or given[name] < least):
                 raise ValueError(f'{name}={given[name]!r} must be an integer of at least {least}')
         for name in ('drop_rate', 'drop_path_rate', 'drop_block_rate'):
-            if not 0.0 <= kwargs.get(name, 0.0) < 1.0:
-                raise ValueError(f'{name}={kwargs[name]!r} must be at least 0 and below 1')
+            if not isinstance(kwargs.get(name, 0.0), (int, float)) or not 0 <= kwargs.get(name, 0.0) <= 1:
+                raise ValueError(f'{name}={kwargs[name]!r} must be a number from 0 to 1')
         super().__init__(
             block,
             layers,

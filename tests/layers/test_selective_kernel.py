@@ -515,3 +515,8 @@ def test_init_weights_of_the_attention():
     for layer in (attention.fc_reduce, attention.fc_select):
         assert layer.weight.std().item() == pytest.approx(0.01, rel=0.05)
         assert layer.weight.mean().item() == pytest.approx(0, abs=5e-4)
+
+
+def test_split_input_refuses_other_channels():
+    with pytest.raises(RuntimeError, match='channels'):
+        SelectiveKernel(64, split_input=True)(torch.randn(2, 128, 8, 8))

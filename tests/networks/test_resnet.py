@@ -243,7 +243,7 @@ def test_options_of_timms_resnet(kwargs):
         (dict(in_chans=3.0), r'in_chans=3\.0 '),
         (dict(num_classes=-1), 'num_classes=-1 .*at least 0'),
         (dict(num_classes='10'), "num_classes='10' "),
-        (dict(drop_rate=1.0), r'drop_rate=1\.0 '),
+        (dict(drop_rate=1.5), r'drop_rate=1\.5 '),
         (dict(drop_rate=-0.1), r'drop_rate=-0\.1 '),
         (dict(drop_path_rate=1.5), r'drop_path_rate=1\.5 '),
         (dict(drop_block_rate=-1), 'drop_block_rate=-1 '),

@@ -27,7 +27,7 @@ def checkpoint(digits_run, tmp_path):
     return shutil.copy(digits_run / 'epoch_2.pth', tmp_path / 'epoch_2.pth')
 
 
-def test_prints_and_draws(tool, load_tool, reads_checkpoints, checkpoint, tmp_path, capsys):
+def test_prints_and_draws(tool, load_tool, checkpoint, tmp_path, capsys):
     tool.main([str(checkpoint), '--count', '10'])
     lines = capsys.readouterr().out.splitlines()
     labels = [Digits('test').get_data_info(i)['gt_label'] for i in range(10)]
@@ -40,7 +40,7 @@ def test_prints_and_draws(tool, load_tool, reads_checkpoints, checkpoint, tmp_pa
         assert picture.format == 'PNG'
         assert picture.width > picture.height > 100
         assert len(set(picture.convert('L').tobytes())) > 10
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['digits.png', 'epoch_2.pth', 'hub']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['digits.png', 'epoch_2.pth']
 
     held_out = len(Digits('test'))
     # timm's preprocessing and network count as right what mmpretrain's do.
@@ -50,7 +50,7 @@ def test_prints_and_draws(tool, load_tool, reads_checkpoints, checkpoint, tmp_pa
 
 
 def test_again(tool, checkpoint, tmp_path, capsys):
-    """A second run replaces the first one's folder and picture."""
+    """A second run replaces the first one's picture."""
     for count in ('3', '5'):
         tool.main([str(checkpoint), '--count', count])
     assert capsys.readouterr().out.count('held-out image ') == 3 + 5
@@ -70,3 +70,10 @@ def test_checkpoint_of_another_network(tool, tmp_path):
         tool.main([str(tmp_path / 'other.pth')])
     with pytest.raises(FileNotFoundError, match=r'gone\.pth: no such checkpoint file'):
         tool.main([str(tmp_path / 'gone.pth')])
+
+
+@pytest.mark.parametrize('count', ['0', '-3'])
+def test_count(tool, checkpoint, count, capsys):
+    with pytest.raises(SystemExit):
+        tool.main([str(checkpoint), '--count', count])
+    assert f'argument --count: {count} must be at least 1' in capsys.readouterr().err

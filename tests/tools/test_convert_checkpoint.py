@@ -133,7 +133,7 @@ def test_command(python_tool, checkpoint, weights, tmp_path):
         (None, FileNotFoundError, 'no such checkpoint file'),
         (b'', CheckpointError, r'epoch\.pth: \S'),
         (b'PK\x03\x04 but no more', CheckpointError, r'epoch\.pth: \S'),
-        ({'stem.weight': torch.zeros(3)}, CheckpointError, r"epoch\.pth: no 'conv1\.weight'"),
+        ({'stem.weight': torch.zeros(3)}, CheckpointError, r"epoch\.pth: no 'layer1\.0\.conv2\.paths"),
     ],
     ids=['missing', 'empty', 'truncated', 'foreign'],
 )

@@ -51,12 +51,7 @@ def evaluate(tool, tmp_path):
 
 def test_defaults(merged):
     cfg, untouched = merged('sknet50_in1k', 'x.pth'), Config.fromfile(find_config('sknet50_in1k'))
-    assert (cfg.pop('work_dir'), cfg.pop('launcher'), cfg.pop('load_from')) == (
-        'work_dirs/sknet50_in1k',
-        'none',
-        'x.pth',
-    )
-    assert untouched.pop('load_from') is None
+    assert (cfg.pop('work_dir'), cfg.pop('launcher')) == ('work_dirs/sknet50_in1k', 'none')
     assert cfg.to_dict() == untouched.to_dict()
 
 
@@ -140,13 +135,13 @@ def test_unknown_config(evaluate):
 # Measuring
 
 
-def test_digits(reads_checkpoints, evaluate, digits_run, short_digits):
+def test_digits(evaluate, digits_run, short_digits):
     path = digits_run / 'epoch_2.pth'
     validation = json.loads(next(digits_run.glob('*/vis_data/scalars.json')).read_text().splitlines()[-1])
     assert evaluate('sknet_digits', path, options=short_digits) == {'accuracy/top1': validation['accuracy/top1']}
 
 
-def test_formats_agree(reads_checkpoints, evaluate, digits_run, short_digits, tmp_path):
+def test_formats_agree(evaluate, digits_run, short_digits, tmp_path):
     """The checkpoint, and its weights under timm's names in both of timm's formats."""
     state_dict, _ = load_checkpoint(digits_run / 'epoch_2.pth')
     outs = []
@@ -160,6 +155,7 @@ def test_formats_agree(reads_checkpoints, evaluate, digits_run, short_digits, tm
         evaluate('sknet_digits', path, '--out', out, options=short_digits)
         outs.append(scores_of(out))
     assert outs[0].shape == (20, 10)
+    assert outs[0].std(0).max() > 1e-3
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
 
@@ -190,7 +186,7 @@ def scores_of(path):
 
 
 @pytest.mark.parametrize('words', [[], ['--crop', '224'], ['--crop', '320'], ['--tta'], ['--amp']], ids=' '.join)
-def test_imagenet(reads_checkpoints, evaluate, imagenet, imagenet_run, tmp_path, words):
+def test_imagenet(evaluate, imagenet, imagenet_run, tmp_path, words):
     sizes = set()
 
     def look(module, args):
@@ -212,7 +208,7 @@ def test_imagenet(reads_checkpoints, evaluate, imagenet, imagenet_run, tmp_path,
     assert images == pytest.approx(round(images), abs=1e-3)
 
 
-def test_tta_averages_the_mirror_image(reads_checkpoints, evaluate, digits_run, short_digits, tmp_path):
+def test_tta_averages_the_mirror_image(evaluate, digits_run, short_digits, tmp_path):
     mirror = tmp_path / 'mirror.py'
     mirror.write_text(
         f'_base_ = [{str(find_config("sknet_digits"))!r}]\n'
@@ -233,3 +229,20 @@ def test_tta_averages_the_mirror_image(reads_checkpoints, evaluate, digits_run, 
     assert plain.shape == (20, 10)
     assert (plain - mirrored).abs().max() > 1e-4
     assert (tta - (plain + mirrored) / 2).abs().max() < 1e-6
+
+
+def test_damaged_checkpoint_is_named(evaluate, tmp_path):
+    (tmp_path / 'bad.pth').write_bytes(b'no checkpoint')
+    with pytest.raises(CheckpointError, match=r'bad\.pth'):
+        evaluate('sknet_digits', tmp_path / 'bad.pth')
+
+
+def test_pickle_runs_no_code(evaluate, digits_run, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return eval, (f'open({str(tmp_path / "marker")!r}, "w").close()',)
+
+    checkpoint = torch.load(digits_run / 'epoch_2.pth', weights_only=False)
+    torch.save({**checkpoint, 'extra': Evil()}, tmp_path / 'evil.pth')
+    evaluate('sknet_digits', tmp_path / 'evil.pth')
+    assert not (tmp_path / 'marker').exists()

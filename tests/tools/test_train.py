@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sk_plugins.__main__ import main as sk_plugins_main
 from sk_plugins._resources import ROOT, find_config
-from sk_plugins.checkpoints import load_checkpoint
+from sk_plugins.checkpoints import CheckpointError, load_checkpoint
 from sk_plugins.mmpretrain_datasets import Digits
 
 OWN_CONFIGS = ('sknet101_in1k', 'sknet26_in1k', 'sknet50_in1k', 'sknet_digits', 'sknet_fashion_mnist')
@@ -433,8 +433,8 @@ def test_resume(reads_checkpoints, train, short_digits, digits_run, tmp_path, ho
     assert [e['step'] for e in validations] == [3]
     # The warm-up of two epochs is over: the schedule went on where it was.
     before, _ = log_of(digits_run)
-    assert before[0]['lr'] == pytest.approx(0.001)
-    assert training[0]['lr'] == pytest.approx(0.01, rel=0.02)
+    assert before[0]['lr'] == pytest.approx(0.002)
+    assert training[0]['lr'] == pytest.approx(0.02, rel=0.02)
     # So did the optimizer.
     saved = torch.load(digits_run / 'epoch_2.pth', weights_only=False)['optimizer']['state'][0]['momentum_buffer']
     assert len(momentum) == 3
@@ -611,3 +611,13 @@ def test_fashion_mnist(train, tmp_path):
     assert 'Epoch(val) [1][1/1]' in log.read_text()
     _, meta = load_checkpoint(tmp_path / 'run' / 'epoch_1.pth')
     assert tuple(meta['dataset_meta']['classes']) == tuple(FashionMNIST.METAINFO['classes'])
+
+
+def test_resume_from_weights_alone_is_refused(load_tool, tmp_path):
+    torch.save({'state_dict': {'backbone.conv1.weight': torch.zeros(1)}}, tmp_path / 'weights.pth')
+    for path, message in (
+        ('weights.pth', 'holds weights but no training state'),
+        ('gone.pth', 'there is no such file'),
+    ):
+        with pytest.raises((CheckpointError, FileNotFoundError), match=f'--resume .*{path}: {message}'):
+            load_tool('train').main(['sknet_digits', '--resume', str(tmp_path / path)])
