@@ -316,7 +316,7 @@ class TestNetwork:
             (dict(output_stride=4), 'output_stride=4 must be 8, 16 or 32'),
             (dict(output_stride=None), 'output_stride=None must be 8, 16 or 32'),
             (dict(in_channels=0), 'in_channels=0 must be an integer of at least 1'),
-            (dict(drop_path_rate=1.0), 'drop_path_rate=1.0 must be at least 0 and below 1'),
+            (dict(drop_path_rate=1.5), 'drop_path_rate=1.5 must be a number from 0 to 1'),
             (dict(drop_path_rate=-0.1), 'drop_path_rate=-0.1 must be'),
             (dict(channels=(16, 32)), r'channels=\(16, 32\) must be four integers'),
         ],

@@ -568,7 +568,7 @@ def test_python_m(command, short_digits, tmp_path):
     assert log_of(work_dir)[1] == []
 
 
-@pytest.mark.parametrize('words', [[], ['nonsense'], ['_common'], ['--help']], ids=str)
+@pytest.mark.parametrize('words', [[], ['nonsense'], ['_common']], ids=str)
 def test_python_m_without_a_tool(monkeypatch, words):
     monkeypatch.setattr(sys, 'argv', ['sk_plugins', *words])
     with pytest.raises(
@@ -576,6 +576,12 @@ def test_python_m_without_a_tool(monkeypatch, words):
     ) as caught:
         sk_plugins_main()
     assert '_common' not in str(caught.value)
+
+
+def test_python_m_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['sk_plugins', '--help'])
+    sk_plugins_main()
+    assert capsys.readouterr().out.startswith('usage: python -m sk_plugins {classify_digits,')
 
 
 def write_idx(folder, images, labels, split):
