@@ -12,6 +12,7 @@ import timm
 import torch
 from hub_server import FAULTS, Fault
 from huggingface_hub import constants
+from randomised import randomise
 from safetensors.torch import save
 
 from sk_plugins import hub as sk_hub
@@ -19,18 +20,6 @@ from sk_plugins import hub as sk_hub
 REPO = 'me/tiny'
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), cardinality=8, base_width=16, num_classes=10)
 PUBLISHED = 'timm/skresnext50_32x4d.ra_in1k'
-
-
-def randomise(model, seed=0):
-    """Weights and statistics that no two layers share, small enough for sane outputs."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith('running_var') or (name.endswith('weight') and tensor.ndim == 1):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.5 + 0.75)
-            elif tensor.is_floating_point() and tensor.ndim < 2:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-    return model.eval()
 
 
 def create_tiny(seed=0, **kwargs):

@@ -23,6 +23,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from mmpretrain.registry import MODELS
 from PIL import Image
+from randomised import randomise
 from safetensors.torch import save, save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -37,20 +38,6 @@ NARROW = dict(channels=(16, 32, 64, 128), cardinality=8, base_width=16)
 CHANNELS = [64, 128, 256, 512]
 REPO = 'me/tiny'
 PUBLISHED = 'timm/skresnext50_32x4d.ra_in1k'
-
-
-def randomise(model, seed=0):
-    """Weights and statistics that no two layers share, small enough for sane outputs."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith('running_var') or (name.endswith('weight') and tensor.ndim == 1):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.5 + 0.75)
-            elif tensor.is_floating_point() and tensor.ndim < 2:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-            elif name.endswith('fc_select.weight'):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-    return model.eval()
 
 
 def make_backbone(seed=0, **kwargs):

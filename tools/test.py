@@ -6,7 +6,6 @@ python tools/test.py sknet50_in1k hf-hub:timm/skresnext50_32x4d.ra_in1k --out me
 
 import argparse
 import re
-from collections import OrderedDict
 from copy import deepcopy
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def load_weights(runner: Runner, checkpoint: str) -> None:
     else:
         raise FileNotFoundError(f'{checkpoint} can not be found.')
     try:
-        load_state_dict(runner.model, OrderedDict(state_dict) if type(state_dict) is dict else state_dict, strict=True)
+        load_state_dict(runner.model, state_dict, strict=True)
     except HubError:
         raise
     except RuntimeError as error:
