@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from mmengine.runner import CheckpointLoader
 from mmpretrain.apis.model import ModelHub
@@ -24,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import hub, zoo
 from . import mmpretrain_datasets as mmpretrain_datasets
 from ._resources import ROOT
-from .checkpoints import is_timm_format, to_mmpretrain
+from .checkpoints import is_timm_format, load_checkpoint, to_mmpretrain
 from .networks import SKResNet
 
 __all__ = ['SKNet']
@@ -185,15 +184,9 @@ def load_from_safetensors(filename: str, map_location: str | None = None) -> dic
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not safetensors.
+        sk_plugins.checkpoints.CheckpointError: the file is not safetensors.
     """
-    path = Path(filename).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f'{path} can not be found.')
-    try:
-        state_dict = safetensors.torch.load_file(path, device=str(map_location or 'cpu'))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f'{path} is not a safetensors file: {error}') from error
+    state_dict, _ = load_checkpoint(Path(filename).expanduser())
     return dict(state_dict=OrderedDict(state_dict), meta={})
 
 

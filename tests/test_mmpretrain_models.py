@@ -575,10 +575,10 @@ class TestInitCfg:
 
     def test_bad_safetensors(self, tmp_path):
         path = tmp_path / 'tiny.safetensors'
-        with pytest.raises(FileNotFoundError, match=r'tiny\.safetensors can not be found'):
+        with pytest.raises(FileNotFoundError, match=r'tiny\.safetensors: no such checkpoint file'):
             initialise(dict(type='Pretrained', checkpoint=str(path)))
         path.write_bytes(b'\xff' * 100)
-        with pytest.raises(ValueError, match=r'tiny\.safetensors is not a safetensors file'):
+        with pytest.raises(ValueError, match=r'tiny\.safetensors: not a safetensors file'):
             initialise(dict(type='Pretrained', checkpoint=str(path)))
 
     @pytest.mark.parametrize('name', ['http://127.0.0.1/tiny.safetensors', 's3://tiny.safetensors', 'tiny.pth'])
@@ -807,3 +807,10 @@ class TestFaults:
         hub.faults.clear()
         hub.add(PUBLISHED, published)
         assert same_state(mmpretrain.get_model('sknet50_in1k', pretrained=True).backbone, sknet50)
+
+
+def test_frozen_stem_has_its_pooling_convolution():
+    backbone = make_backbone(replace_stem_pool=True, frozen_stages=0).train()
+    assert not any(module.training for module in backbone.maxpool.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.maxpool.parameters())
+    assert backbone.layer1[0].conv1.conv.weight.requires_grad

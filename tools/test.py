@@ -85,7 +85,7 @@ def load_weights(runner: Runner, checkpoint: str) -> None:
         loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
         state_dict = loaded.get('state_dict', loaded)
     else:
-        raise FileNotFoundError(f'{checkpoint} can not be found.')
+        raise FileNotFoundError(f'{checkpoint}: no such checkpoint file')
     try:
         load_state_dict(runner.model, state_dict, strict=True)
     except HubError:

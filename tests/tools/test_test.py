@@ -116,13 +116,13 @@ def test_bad_ending(merged, capsys, out):
 def test_missing_checkpoint(python_tool, tmp_path):
     done = python_tool('test', 'sknet_digits', 'gone.pth', status=1, cwd=tmp_path)
     *_, error, hint = done.stderr.strip().splitlines()
-    assert error == 'test.py: error: gone.pth can not be found.'
+    assert error == 'test.py: error: gone.pth: no such checkpoint file'
     assert hint == '(set SK_PLUGINS_TRACEBACK=1 for the traceback)'
     assert 'Traceback' not in done.stderr
 
 
 def test_missing_safetensors(evaluate):
-    with pytest.raises(FileNotFoundError, match=r'gone\.safetensors can not be found'):
+    with pytest.raises(FileNotFoundError, match=r'gone\.safetensors: no such checkpoint file'):
         evaluate('sknet_digits', 'gone.safetensors')
 
 
@@ -227,7 +227,7 @@ def test_tta_averages_the_mirror_image(evaluate, digits_run, short_digits, tmp_p
         scores[name] = scores_of(out)
     plain, mirrored, tta = scores.values()
     assert plain.shape == (20, 10)
-    assert (plain - mirrored).abs().max() > 1e-4
+    assert (plain - mirrored).abs().max() > 1e-3
     assert (tta - (plain + mirrored) / 2).abs().max() < 1e-6
 
 
