@@ -22,7 +22,9 @@ class ConvBNAct(nn.Module):
         stride: of the convolution, or of ``aa_layer`` where there is one.
         dilation: of the convolution.
         groups: of the convolution.
-        apply_act: whether an activation follows the norm.
+        bias: of the convolution.
+        apply_norm: whether a norm follows the convolution.
+        apply_act: whether an activation follows.
         act_layer: activation class.
         norm_layer: norm class, called with the number of channels.
         aa_layer: anti-aliasing layer that strides in the convolution's place.
@@ -39,6 +41,8 @@ class ConvBNAct(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         groups: int = 1,
+        bias: bool = False,
+        apply_norm: bool = True,
         apply_act: bool = True,
         act_layer: type[nn.Module] = nn.ReLU,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
@@ -58,10 +62,10 @@ class ConvBNAct(nn.Module):
             padding=dilation * (kernel_size - 1) // 2,
             dilation=dilation,
             groups=groups,
-            bias=False,
+            bias=bias,
             **dd,
         )
-        self.bn = norm_layer(out_channels, **dd)
+        self.bn = norm_layer(out_channels, **dd) if apply_norm else nn.Identity()
         self.drop = nn.Identity() if drop_layer is None else drop_layer()
         self.act = act_layer(inplace=True) if apply_act else nn.Identity()
         self.aa = create_aa(aa_layer, out_channels, stride=stride, enable=use_aa, **dd)

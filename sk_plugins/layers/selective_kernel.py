@@ -12,6 +12,7 @@ from .conv_bn_act import ConvBNAct
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
 
 SELECT_MODES = ('channel', 'shared', 'sum')
+NORM_POSITIONS = ('branch', 'output')
 
 
 def _check_batch_size(s: Tensor) -> None:
@@ -35,6 +36,9 @@ class SelectiveKernelAttention(nn.Module):
         num_branches: M.
         dim: d, channels of z.
         shared: one softmax for all channels, attention (B, M, 1, 1, 1), in place of one per channel.
+        select_bias: a bias in A_m, logits A_m z + b_m.
+        reduce_norm: norm after W; False puts a bias in its place.
+        reduce_act: activation after the norm.
         act_layer: activation class of z.
         norm_layer: norm class of z, called with ``dim``.
         device: of the parameters.
@@ -50,6 +54,9 @@ class SelectiveKernelAttention(nn.Module):
         num_branches: int,
         dim: int,
         shared: bool = False,
+        select_bias: bool = False,
+        reduce_norm: bool = True,
+        reduce_act: bool = True,
         act_layer: type[nn.Module] = nn.ReLU,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         device=None,
@@ -58,19 +65,22 @@ class SelectiveKernelAttention(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.num_branches = num_branches
-        self.fc_reduce = nn.Conv2d(channels, dim, kernel_size=1, bias=False, **dd)
-        self.bn = norm_layer(dim, **dd)
+        self.fc_reduce = nn.Conv2d(channels, dim, kernel_size=1, bias=not reduce_norm, **dd)
+        self.bn = norm_layer(dim, **dd) if reduce_norm else nn.Identity()
         if isinstance(self.bn, nn.GroupNorm):
             # On a 1x1 map a group holds dim / num_groups values, often a single one, which norms to zero.
             self.bn = nn.GroupNorm(1, dim, eps=self.bn.eps, affine=self.bn.affine, **dd)
-        self.act = act_layer(inplace=True)
-        self.fc_select = nn.Conv2d(dim, num_branches * (1 if shared else channels), kernel_size=1, bias=False, **dd)
+        self.act = act_layer(inplace=True) if reduce_act else nn.Identity()
+        out_channels = num_branches * (1 if shared else channels)
+        self.fc_select = nn.Conv2d(dim, out_channels, kernel_size=1, bias=select_bias, **dd)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """N(0, 0.01) for both layers, as the authors train them."""
-        nn.init.normal_(self.fc_reduce.weight, std=0.01)
-        nn.init.normal_(self.fc_select.weight, std=0.01)
+        """N(0, 0.01) for both layers, as the authors train them; biases, where there are some, zero."""
+        for layer in (self.fc_reduce, self.fc_select):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def forward(self, branches: list[Tensor]) -> Tensor:
         s = fuse(branches)
@@ -105,6 +115,12 @@ class SelectiveKernel(nn.Module):
         split_input: give each branch its 1/M of the input channels instead of all of them.
         branches: (kernel_size, dilation, groups) of each branch in full, in place of ``kernel_sizes``, ``dilated``
             and ``groups``, where branches differ in more than size (Table 6).
+        select_bias: a bias in the attention's last layer, as in most PyTorch implementations.
+        reduce_norm: BatchNorm in z (Eq. 3); False puts a bias in its place.
+        reduce_act: ReLU in z (Eq. 3).
+        conv_bias: a bias in the branches' convolutions.
+        norm_position: 'branch' (norm and activation in every branch, the paper's) or 'output' (bare convolutions,
+            norm and activation once, after the selection).
         act_layer: activation class.
         norm_layer: norm class, called with the number of channels.
         aa_layer: anti-aliasing layer that strides in the convolutions' place.
@@ -132,6 +148,11 @@ class SelectiveKernel(nn.Module):
         select: str = 'channel',
         split_input: bool = False,
         branches: Sequence[tuple[int, int, int]] | None = None,
+        select_bias: bool = False,
+        reduce_norm: bool = True,
+        reduce_act: bool = True,
+        conv_bias: bool = False,
+        norm_position: str = 'branch',
         act_layer: type[nn.Module] = nn.ReLU,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         aa_layer: Callable[..., nn.Module] | None = None,
@@ -147,6 +168,10 @@ class SelectiveKernel(nn.Module):
         )  # fmt: skip
         if select not in SELECT_MODES:
             raise ValueError(f'select={select!r} is unknown: choose one of {", ".join(map(repr, SELECT_MODES))}')
+        if norm_position not in NORM_POSITIONS:
+            raise ValueError(
+                f'norm_position={norm_position!r} is unknown: choose one of {", ".join(map(repr, NORM_POSITIONS))}'
+            )
         branches = _resolve_branches(kernel_sizes, groups, dilated, branches)
         num_branches = len(branches)
         branch_channels = in_channels
@@ -177,6 +202,9 @@ class SelectiveKernel(nn.Module):
                 stride=stride,
                 dilation=branch_dilation * dilation,
                 groups=branch_groups,
+                bias=conv_bias,
+                apply_norm=norm_position == 'branch',
+                apply_act=norm_position == 'branch',
                 aa_layer=aa_layer,
                 drop_layer=drop_layer,
                 **layers,
@@ -186,7 +214,20 @@ class SelectiveKernel(nn.Module):
         self.attn = None
         if select != 'sum':
             dim = max(out_channels // reduction, min_dim)
-            self.attn = SelectiveKernelAttention(out_channels, num_branches, dim, select == 'shared', **layers)
+            self.attn = SelectiveKernelAttention(
+                out_channels,
+                num_branches,
+                dim,
+                shared=select == 'shared',
+                select_bias=select_bias,
+                reduce_norm=reduce_norm,
+                reduce_act=reduce_act,
+                **layers,
+            )
+        self.bn = self.act = None
+        if norm_position == 'output':
+            self.bn = norm_layer(out_channels, device=device, dtype=dtype)
+            self.act = act_layer(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = [x] * len(self.paths)
@@ -197,11 +238,14 @@ class SelectiveKernel(nn.Module):
         for i, path in enumerate(self.paths):
             branches.append(path(inputs[i]))
         if self.attn is None:
-            total = branches[0]
+            x = branches[0]
             for branch in branches[1:]:
-                total = total + branch
-            return total
-        return select(branches, self.attn(branches))
+                x = x + branch
+        else:
+            x = select(branches, self.attn(branches))
+        if self.bn is not None:
+            x = self.act(self.bn(x))
+        return x
 
     def extra_repr(self) -> str:
         return f'select={self.select!r}, split_input={self.split_input}'
