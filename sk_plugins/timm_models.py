@@ -5,18 +5,21 @@ from typing import Any
 
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import hub, zoo
-from .networks import SKResNet
+from .networks import SKResNet, SKShuffleNetV2
 
 __all__: list[str] = []
 
 
-def _create_skresnet(variant: str, pretrained: bool = False, **kwargs) -> SKResNet:
-    args = {'pretrained_filter_fn': _require_same_names, **zoo.MODELS[variant].args, **kwargs}
+def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
+    spec = zoo.MODELS[variant]
+    args = {'pretrained_filter_fn': _require_same_names, **spec.arguments(**kwargs)}
+    if spec.network is SKResNet:
+        args['feature_cfg'] = dict(out_indices=tuple(range(len(args['layers']) + 1)))
     if not pretrained:
-        return build_model_with_cfg(SKResNet, variant, False, **args)
+        return build_model_with_cfg(spec.network, variant, False, **args)
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     if not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(
@@ -24,15 +27,15 @@ def _create_skresnet(variant: str, pretrained: bool = False, **kwargs) -> SKResN
         )
     if cfg.hf_hub_id is None or cfg.file or cfg.state_dict:
         try:
-            return build_model_with_cfg(SKResNet, variant, True, **args)
-        except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+            return build_model_with_cfg(spec.network, variant, True, **args)
+        except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
             where = cfg.file or cfg.url or 'state_dict'
             raise RuntimeError(f'{variant}: the weights of {where} cannot be loaded: {hub.shorten(error)}') from error
     with hub.explain_errors(cfg.hf_hub_id, kwargs.get('cache_dir'), cfg.hf_hub_filename or hub.WEIGHTS_NAME):
-        return build_model_with_cfg(SKResNet, variant, True, **args)
+        return build_model_with_cfg(spec.network, variant, True, **args)
 
 
-def _require_same_names(state_dict: dict[str, Tensor], model: SKResNet) -> dict[str, Tensor]:
+def _require_same_names(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm loads loosely where the classifier is replaced, and would leave layers that don't match at random."""
     wanted, given = (
         {name for name in names if not name.startswith('fc.') and not name.endswith('num_batches_tracked')}
@@ -46,24 +49,28 @@ def _require_same_names(state_dict: dict[str, Tensor], model: SKResNet) -> dict[
     return state_dict
 
 
-def _cfg(weights: zoo.Weights | None = None) -> dict[str, Any]:
+def _cfg(spec: zoo.ModelSpec, weights: zoo.Weights | None = None) -> dict[str, Any]:
+    small = spec.input_size[-1] == 32
     cfg = dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.875,
+        num_classes=spec.num_classes,
+        input_size=spec.input_size,
+        pool_size=(8, 8) if small else (7, 7),
+        crop_pct=1.0 if small else 0.875,
         interpolation='bicubic',
-        first_conv='conv1',
+        first_conv='conv1.0' if spec.network is SKShuffleNetV2 else 'conv1',
         classifier='fc',
         license='apache-2.0',
         paper_name='Selective Kernel Networks',
         paper_ids='arXiv:1903.06586',
         origin_url='https://github.com/implus/SKNet',
     )
+    if small:
+        cfg.update(mean=_CIFAR100_MEAN, std=_CIFAR100_STD)
     if weights is not None:
         cfg.update(
             hf_hub_id=weights.hf_hub_id,
-            hf_hub_filename=hub.WEIGHTS_NAME,  # or timm would go on to a pickle
+            hf_hub_filename=hub.WEIGHTS_NAME if weights.hf_hub_id else None,  # or timm would go on to a pickle
+            url=weights.url or '',
             num_classes=weights.num_classes,
             input_size=weights.input_size,
             crop_pct=weights.crop_pct,
@@ -71,17 +78,21 @@ def _cfg(weights: zoo.Weights | None = None) -> dict[str, Any]:
             mean=weights.mean,
             std=weights.std,
             license=weights.license,
-            origin_url='https://github.com/huggingface/pytorch-image-models',
+            origin_url=weights.origin_url,
             description=weights.recipe,
             notes=(f'ImageNet-1k top-1 {weights.top1:.2f} % at {weights.input_size[-1]}',),
         )
     return cfg
 
 
+_CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
+_CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+
 default_cfgs = generate_default_cfgs(
     {
-        f'{spec.name}.{weights.tag if weights else "untrained"}': _cfg(weights)
+        f'{spec.name}.{weights.tag if weights else "untrained"}': _cfg(spec, weights)
         for spec in zoo.MODELS.values()
+        if not spec.in_timm
         for weights in spec.weights or (None,)
     }
 )
@@ -90,16 +101,124 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def sknet26(pretrained: bool = False, **kwargs) -> SKResNet:
     """SKNet-26, SK[2, 32, 16]: 2, 2, 2, 2 units."""
-    return _create_skresnet('sknet26', pretrained, **kwargs)
+    return _create('sknet26', pretrained, **kwargs)
 
 
 @register_model
 def sknet50(pretrained: bool = False, **kwargs) -> SKResNet:
     """SKNet-50, SK[2, 32, 16]: 3, 4, 6, 3 units (Table 1); the network of timm's ``skresnext50_32x4d``."""
-    return _create_skresnet('sknet50', pretrained, **kwargs)
+    return _create('sknet50', pretrained, **kwargs)
 
 
 @register_model
 def sknet101(pretrained: bool = False, **kwargs) -> SKResNet:
     """SKNet-101, SK[2, 32, 16]: 3, 4, 23, 3 units, with Eq. 4's floor on d in every stage."""
-    return _create_skresnet('sknet101', pretrained, **kwargs)
+    return _create('sknet101', pretrained, **kwargs)
+
+
+@register_model
+def skresnext101_32x4d(pretrained: bool = False, **kwargs) -> SKResNet:
+    """SK-ResNeXt-101 32x4d: SKNet-101 under its ResNeXt name."""
+    return _create('skresnext101_32x4d', pretrained, **kwargs)
+
+
+@register_model
+def skresnext101_32x8d(pretrained: bool = False, **kwargs) -> SKResNet:
+    """SK-ResNeXt-101 32x8d: twice as wide."""
+    return _create('skresnext101_32x8d', pretrained, **kwargs)
+
+
+@register_model
+def skresnext101_64x4d(pretrained: bool = False, **kwargs) -> SKResNet:
+    """SK-ResNeXt-101 64x4d: twice as many groups."""
+    return _create('skresnext101_64x4d', pretrained, **kwargs)
+
+
+@register_model
+def shufflenetv2_x0_5(pretrained: bool = False, **kwargs) -> SKShuffleNetV2:
+    """ShuffleNetV2 0.5x, torchvision's network."""
+    return _create('shufflenetv2_x0_5', pretrained, **kwargs)
+
+
+@register_model
+def shufflenetv2_x1_0(pretrained: bool = False, **kwargs) -> SKShuffleNetV2:
+    """ShuffleNetV2 1.0x, torchvision's network."""
+    return _create('shufflenetv2_x1_0', pretrained, **kwargs)
+
+
+@register_model
+def shufflenetv2_x1_5(pretrained: bool = False, **kwargs) -> SKShuffleNetV2:
+    """ShuffleNetV2 1.5x, torchvision's network."""
+    return _create('shufflenetv2_x1_5', pretrained, **kwargs)
+
+
+@register_model
+def shufflenetv2_x2_0(pretrained: bool = False, **kwargs) -> SKShuffleNetV2:
+    """ShuffleNetV2 2.0x, torchvision's network."""
+    return _create('shufflenetv2_x2_0', pretrained, **kwargs)
+
+
+@register_model
+def seshufflenetv2_x0_5(pretrained: bool = False, **kwargs) -> SKShuffleNetV2:
+    """ShuffleNetV2 0.5x with squeeze-and-excitation in every unit."""
+    return _create('seshufflenetv2_x0_5', pretrained, **kwargs)
+
+
+@register_model
+def seshufflenetv2_x1_0(pretrained: bool = False, **kwargs) -> SKShuffleNetV2:
+    """ShuffleNetV2 1.0x with squeeze-and-excitation in every unit."""
+    return _create('seshufflenetv2_x1_0', pretrained, **kwargs)
+
+
+@register_model
+def seshufflenetv2_x1_5(pretrained: bool = False, **kwargs) -> SKShuffleNetV2:
+    """ShuffleNetV2 1.5x with squeeze-and-excitation in every unit."""
+    return _create('seshufflenetv2_x1_5', pretrained, **kwargs)
+
+
+@register_model
+def seshufflenetv2_x2_0(pretrained: bool = False, **kwargs) -> SKShuffleNetV2:
+    """ShuffleNetV2 2.0x with squeeze-and-excitation in every unit."""
+    return _create('seshufflenetv2_x2_0', pretrained, **kwargs)
+
+
+@register_model
+def skshufflenetv2_x0_5(pretrained: bool = False, **kwargs) -> SKShuffleNetV2:
+    """ShuffleNetV2 0.5x with SK convolutions in its stride-1 units (Table 4)."""
+    return _create('skshufflenetv2_x0_5', pretrained, **kwargs)
+
+
+@register_model
+def skshufflenetv2_x1_0(pretrained: bool = False, **kwargs) -> SKShuffleNetV2:
+    """ShuffleNetV2 1.0x with SK convolutions in its stride-1 units (Table 4)."""
+    return _create('skshufflenetv2_x1_0', pretrained, **kwargs)
+
+
+@register_model
+def skshufflenetv2_x1_5(pretrained: bool = False, **kwargs) -> SKShuffleNetV2:
+    """ShuffleNetV2 1.5x with SK convolutions in its stride-1 units (Table 4)."""
+    return _create('skshufflenetv2_x1_5', pretrained, **kwargs)
+
+
+@register_model
+def skshufflenetv2_x2_0(pretrained: bool = False, **kwargs) -> SKShuffleNetV2:
+    """ShuffleNetV2 2.0x with SK convolutions in its stride-1 units (Table 4)."""
+    return _create('skshufflenetv2_x2_0', pretrained, **kwargs)
+
+
+@register_model
+def resnext29_16x32d(pretrained: bool = False, **kwargs) -> SKResNet:
+    """ResNeXt-29 16x32d for 32x32 images."""
+    return _create('resnext29_16x32d', pretrained, **kwargs)
+
+
+@register_model
+def seresnext29_16x32d(pretrained: bool = False, **kwargs) -> SKResNet:
+    """SE-ResNeXt-29 16x32d for 32x32 images."""
+    return _create('seresnext29_16x32d', pretrained, **kwargs)
+
+
+@register_model
+def sknet29_16x32d(pretrained: bool = False, **kwargs) -> SKResNet:
+    """SKNet-29 16x32d, SK[2, 16, 32] with kernels {1x1, 3x3}, for 32x32 images (Table 5)."""
+    return _create('sknet29_16x32d', pretrained, **kwargs)

@@ -1,3 +1,4 @@
-from .resnet import SKBottleneck, SKResNet
+from .resnet import SKBasicBlock, SKBottleneck, SKResNet
+from .shufflenet import SKShuffleNetV2
 
-__all__ = ['SKBottleneck', 'SKResNet']
+__all__ = ['SKBasicBlock', 'SKBottleneck', 'SKResNet', 'SKShuffleNetV2']

@@ -1,7 +1,7 @@
-"""SK units on timm's ResNet: SKNet (Li et al., CVPR 2019, arXiv:1903.06586, Table 1).
+"""SK units on timm's ResNet: SKNet (Li et al., CVPR 2019, arXiv:1903.06586, Table 1), SK-ResNeXt and SK-ResNet.
 
 The network is ``timm.models.resnet.ResNet``; features, output stride, drop path, checkpointing and the classifier
-come from there. This file adds the unit, the paper's initialisation and a stem for small images.
+come from there. This file adds the units, the paper's initialisation and a stem and stages for small images.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from timm.layers import create_attn
-from timm.models.resnet import ResNet
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from ..layers import ConvBNAct, SelectiveKernel, SelectiveKernelAttention
 
-__all__ = ['SKBottleneck', 'SKResNet']
+__all__ = ['UNITS', 'SKBasicBlock', 'SKBottleneck', 'SKResNet']
+
+UNITS = ('sk', 'plain', 'se')
 
 
 class SKBottleneck(nn.Module):
@@ -96,6 +99,87 @@ class SKBottleneck(nn.Module):
         return self.act(x)
 
 
+class SKBasicBlock(nn.Module):
+    """SK convolution -> 3x3, residual, ReLU after the sum: the unit of timm's ``skresnet18`` and ``skresnet34``.
+
+    (B, inplanes, H, W) to (B, planes, H / stride, W / stride). Arguments as in :class:`SKBottleneck`, but that there
+    are neither groups nor widths: ``cardinality`` is 1 and ``base_width`` 64.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        cardinality: int = 1,
+        base_width: int = 64,
+        reduce_first: int = 1,
+        dilation: int = 1,
+        first_dilation: int | None = None,
+        sk_kwargs: dict[str, Any] | None = None,
+        act_layer: type[nn.Module] = nn.ReLU,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        attn_layer: Callable[..., nn.Module] | str | None = None,
+        aa_layer: Callable[..., nn.Module] | None = None,
+        drop_block: Callable[..., nn.Module] | None = None,
+        drop_path: nn.Module | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        layers = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
+        first_planes = planes // reduce_first
+        outplanes = planes * self.expansion
+
+        self.conv1 = SelectiveKernel(
+            inplanes,
+            first_planes,
+            stride=stride,
+            dilation=first_dilation or dilation,
+            aa_layer=aa_layer,
+            drop_layer=drop_block,
+            **{'groups': 1, **(sk_kwargs or {})},
+            **layers,
+        )
+        self.conv2 = ConvBNAct(first_planes, outplanes, kernel_size=3, dilation=dilation, apply_act=False, **layers)
+        self.se = create_attn(attn_layer, outplanes, **dd)
+        self.act = act_layer(inplace=True)
+        self.downsample = downsample
+        self.drop_path = drop_path
+
+    def zero_init_last(self) -> None:
+        """Zero the last norm's scale, so that the unit starts as its shortcut."""
+        if getattr(self.conv2.bn, 'weight', None) is not None:
+            nn.init.zeros_(self.conv2.bn.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.conv1(x)
+        x = self.conv2(x)
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act(x)
+
+
+_BLOCKS = {
+    ('bottleneck', 'sk'): SKBottleneck,
+    ('bottleneck', 'plain'): Bottleneck,
+    ('bottleneck', 'se'): Bottleneck,
+    ('basic', 'sk'): SKBasicBlock,
+    ('basic', 'plain'): BasicBlock,
+    ('basic', 'se'): BasicBlock,
+}
+
+
 class SKResNet(ResNet):
     """timm's ResNet built from SK units; SKNet where the defaults stand.
 
@@ -103,12 +187,16 @@ class SKResNet(ResNet):
     ``num_classes=0`` and ``global_pool=''``.
 
     Args:
-        layers: units in each of the four stages.
-        block: the unit.
-        channels: planes of each stage: a unit's SK convolution has ``planes * base_width / 64 * cardinality``
-            channels and its output ``4 * planes``.
+        layers: units in each of the four stages, or of three.
+        block: 'bottleneck' (1x1, SK, 1x1), 'basic' (SK, 3x3), or a block class of one's own.
+        unit: 'sk', or what it is compared with: 'plain' (a 3x3 in the SK convolution's place: ResNeXt) or 'se'
+            (that and squeeze-and-excitation: SENet), both timm's blocks.
+        channels: planes of each stage: a bottleneck's SK convolution has ``planes * base_width / 64 * cardinality``
+            channels and its output ``4 * planes``; a basic unit has ``planes`` throughout.
         cardinality: G, groups of every branch.
         base_width: width of one group, in 64ths of the planes.
+        sk_kwargs: arguments of every :class:`~sk_plugins.layers.SelectiveKernel`: ``kernel_sizes``, ``branches``,
+            ``reduction``, ``min_dim``, ``select``, ``split_input``, ...
         output_stride: 32, 16 or 8; below 32 the last stages dilate instead of striding.
         small_stem: for images of some 32 pixels, one 3x3 convolution of stride 1 and no pooling in place of 7x7 / 2
             and pool / 2 (the stem of CIFAR networks): every stride is a quarter of what it says elsewhere.
@@ -123,18 +211,38 @@ class SKResNet(ResNet):
     def __init__(
         self,
         layers: Sequence[int],
-        block: type[nn.Module] = SKBottleneck,
-        channels: Sequence[int] = (64, 128, 256, 512),
+        block: str | type[nn.Module] = 'bottleneck',
+        unit: str = 'sk',
+        channels: Sequence[int] | None = None,
         cardinality: int = 32,
         base_width: int = 4,
         output_stride: int = 32,
         small_stem: bool = False,
         zero_init_last: bool = False,
+        sk_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ) -> None:
-        for name, value in (('layers', layers), ('channels', channels)):
-            if len(value) != 4 or not all(isinstance(v, int) and v >= 1 for v in value):
-                raise ValueError(f'{name}={value!r} must be four integers of at least 1, one for each stage')
+        if len(layers) not in (3, 4) or not _all_positive(layers):
+            raise ValueError(f'layers={layers!r} must be three or four integers of at least 1, one for each stage')
+        channels = (64, 128, 256, 512)[: len(layers)] if channels is None else channels
+        if len(channels) != len(layers) or not _all_positive(channels):
+            raise ValueError(
+                f'channels={channels!r} must be {len(layers)} integers of at least 1, one for each stage of '
+                f'layers={layers!r}'
+            )
+        if unit not in UNITS:
+            raise ValueError(f'unit={unit!r} is unknown: choose one of {", ".join(map(repr, UNITS))}')
+        if unit != 'sk' and sk_kwargs:
+            raise ValueError(f"sk_kwargs={sk_kwargs!r} are for unit='sk', and this is unit={unit!r}")
+        if isinstance(block, str):
+            if (block, unit) not in _BLOCKS:
+                raise ValueError(f"block={block!r} is unknown: choose 'bottleneck' or 'basic'")
+            if block == 'basic' and (cardinality, base_width) != (1, 64):
+                raise ValueError(
+                    f"block='basic' has no groups: cardinality={cardinality!r} must be 1 and "
+                    f'base_width={base_width!r} must be 64'
+                )
+            block = _BLOCKS[block, unit]
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride={output_stride!r} must be 8, 16 or 32')
         integers = {'in_chans': 1, 'num_classes': 0, 'cardinality': 1}
@@ -145,9 +253,15 @@ class SKResNet(ResNet):
         for name in ('drop_rate', 'drop_path_rate', 'drop_block_rate'):
             if not isinstance(kwargs.get(name, 0.0), (int, float)) or not 0 <= kwargs.get(name, 0.0) <= 1:
                 raise ValueError(f'{name}={kwargs[name]!r} must be a number from 0 to 1')
+        block_args = {**(kwargs.pop('block_args', None) or {})}
+        if sk_kwargs:
+            block_args['sk_kwargs'] = {**block_args.get('sk_kwargs', {}), **sk_kwargs}
+        if unit == 'se':
+            block_args.setdefault('attn_layer', 'se')
         super().__init__(
             block,
             layers,
+            block_args=block_args,
             channels=channels,
             cardinality=cardinality,
             base_width=base_width,
@@ -155,6 +269,8 @@ class SKResNet(ResNet):
             zero_init_last=zero_init_last,
             **kwargs,
         )
+        if len(layers) == 3:
+            self.layer4 = nn.Sequential()  # timm's ResNet calls four stages
         if small_stem:
             stem = self.conv1
             if not isinstance(stem, nn.Conv2d):
@@ -176,3 +292,27 @@ class SKResNet(ResNet):
         if isinstance(self.fc, nn.Linear):
             nn.init.normal_(self.fc.weight, std=0.01)
             nn.init.zeros_(self.fc.bias)
+
+    # timm counts five feature maps, whatever the number of stages.
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, **kwargs
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """As timm's: features at ``indices`` of the stem (0) and the stages (1 and on), each (B, C_i, H_i, W_i)."""
+        indices, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().forward_intermediates(x, indices, **kwargs)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As timm's: drop what the features at ``indices`` don't need."""
+        indices, last = feature_take_indices(len(self.feature_info), indices)
+        if last == len(self.feature_info) - 1:
+            if prune_head:
+                self.reset_classifier(0, '')
+            return indices
+        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
+
+
+def _all_positive(values: Sequence[int]) -> bool:
+    return all(isinstance(v, int) and v >= 1 for v in values)
