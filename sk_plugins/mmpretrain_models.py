@@ -8,6 +8,7 @@ its entries in mmpretrain's model index, and two kinds of checkpoint: ``hf-hub:O
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,81 +21,47 @@ from mmpretrain.registry import MODELS
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import hub, zoo
+from . import hub, networks, zoo
 from . import mmpretrain_datasets as mmpretrain_datasets
 from ._resources import ROOT
 from .checkpoints import is_timm_format, load_checkpoint, to_mmpretrain
-from .networks import SKResNet
 
-__all__ = ['SKNet']
-
-_NUM_STAGES = 4
+__all__ = ['SKNet', 'SKResNeXt', 'SKResNet', 'SKShuffleNetV2']
 
 
-@MODELS.register_module()
-class SKNet(SKResNet, BaseBackbone):
-    """SKNet as an OpenMMLab backbone: (B, in_channels, H, W) to a tuple of stage outputs.
+class _Backbone:
+    """What OpenMMLab expects of a backbone, around a network of timm's kind.
 
-    Stage i of ``out_indices`` gives (B, C_i, H / s_i, W / s_i), C = 256, 512, 1024, 2048 and s = 4, 8, 16, 32 (less
-    where ``output_stride`` is less). The parameters are those of timm's ``sknet*`` under the same names, so
-    timm-format checkpoints load as they are, here and into an ``ImageClassifier`` that holds this backbone.
-
-    Args:
-        depth: 26, 50 or 101.
-        out_indices: stages whose outputs are returned, 0 to 3.
-        frozen_stages: stages whose parameters and BatchNorm statistics stay as they are: 0 the stem, 1 to 4 the
-            stem and so many stages; -1 none.
-        norm_eval: keep every BatchNorm in eval mode in training.
-        with_cp: gradient checkpointing, memory for time.
-        drop_path_rate: stochastic depth, growing linearly to this rate in the last unit.
-        output_stride: 32, 16 or 8; below 32 the last stages dilate instead of striding.
-        in_channels: channels of the input.
-        norm_cfg: OpenMMLab's config of every norm, such as ``dict(type='SyncBN')``; BatchNorm where None.
-        channels_last: keep the convolutions' weights, and with them all feature maps, in channels_last.
-        init_cfg: OpenMMLab's; ``dict(type='Pretrained', checkpoint='hf-hub:timm/skresnext50_32x4d.ra_in1k')``
-            loads published weights.
-        **kwargs: further arguments of :class:`~sk_plugins.networks.SKResNet`: ``channels``, ``small_stem``,
-            ``block_args``, ...
-
-    Raises:
-        ValueError: an argument out of its range; the message names it, its value and what is right.
+    A class of the door inherits from it, its network and ``BaseBackbone``, in this order, and names the network's
+    modules: timm's ``__init__`` reaches ``BaseModule.__init__`` through ``super()``.
     """
 
-    depths: dict[int, zoo.ModelSpec] = {spec.depth: spec for spec in zoo.MODELS.values()}
+    stem: tuple[str, ...]
+    stages: tuple[str, ...]
 
-    def __init__(
+    def _build(
         self,
-        depth: int,
-        out_indices: Sequence[int] = (3,),
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        drop_path_rate: float = 0.0,
-        output_stride: int = 32,
-        in_channels: int = 3,
-        norm_cfg: dict[str, Any] | None = None,
-        channels_last: bool = False,
-        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
-        **kwargs,
+        spec_args: dict[str, Any],
+        out_indices: Sequence[int],
+        frozen_stages: int,
+        norm_eval: bool,
+        with_cp: bool,
+        in_channels: int,
+        norm_cfg: dict[str, Any] | None,
+        channels_last: bool,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None,
+        num_stages: int,
     ) -> None:
-        if depth not in self.depths:
-            raise ValueError(f'depth={depth!r} is unknown: choose one of {", ".join(map(str, self.depths))}')
-        if isinstance(out_indices, int) or not out_indices or not set(out_indices) <= set(range(_NUM_STAGES)):
-            raise ValueError(f'out_indices={out_indices!r} must be a sequence of stages from 0 to {_NUM_STAGES - 1}')
-        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= _NUM_STAGES:
-            raise ValueError(f'frozen_stages={frozen_stages!r} must be from -1 (none) to {_NUM_STAGES}')
+        """Check the arguments, run the network's constructor, and set what the other methods need."""
+        if isinstance(out_indices, int) or not out_indices or not set(out_indices) <= set(range(num_stages)):
+            raise ValueError(f'out_indices={out_indices!r} must be a sequence of stages from 0 to {num_stages - 1}')
+        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_stages:
+            raise ValueError(f'frozen_stages={frozen_stages!r} must be from -1 (none) to {num_stages}')
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(f'in_channels={in_channels!r} must be an integer of at least 1')
         if norm_cfg is not None:
-            kwargs['norm_layer'] = lambda channels, **_: build_norm_layer(norm_cfg, channels)
-        super().__init__(
-            **{**self.depths[depth].args, **kwargs},
-            num_classes=0,
-            in_chans=in_channels,
-            output_stride=output_stride,
-            drop_path_rate=drop_path_rate,
-        )
-        self.depth = depth
+            spec_args['norm_layer'] = lambda channels, **_: build_norm_layer(norm_cfg, channels)
+        super().__init__(**spec_args, num_classes=0, in_chans=in_channels)
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -104,19 +71,14 @@ class SKNet(SKResNet, BaseBackbone):
             self.to(memory_format=torch.channels_last)
         self._freeze()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        # timm counts the stem as the first of its feature maps.
-        indices = [i + 1 for i in self.out_indices]
-        return tuple(self.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True))
-
-    def init_weights(self, zero_init_last: bool | None = None) -> None:
-        """timm's call, from the constructor, initialises; OpenMMLab's, without argument, applies ``init_cfg``."""
-        if zero_init_last is None:
+    def init_weights(self, *args, **kwargs) -> None:
+        """The network's call, from its constructor, initialises; OpenMMLab's, later, applies ``init_cfg``."""
+        if hasattr(self, 'out_indices'):
             BaseBackbone.init_weights(self)
         else:
-            SKResNet.init_weights(self, zero_init_last)
+            super().init_weights(*args, **kwargs)
 
-    def train(self, mode: bool = True) -> 'SKNet':
+    def train(self, mode: bool = True) -> '_Backbone':
         super().train(mode)
         self._freeze()
         if self.norm_eval:
@@ -126,9 +88,9 @@ class SKNet(SKResNet, BaseBackbone):
         return self
 
     def _freeze(self) -> None:
-        frozen = [self.conv1, self.bn1, self.maxpool] if self.frozen_stages >= 0 else []
-        frozen += [getattr(self, f'layer{stage}') for stage in range(1, self.frozen_stages + 1)]
-        for module in frozen:
+        names = (*self.stem, *self.stages[: self.frozen_stages]) if self.frozen_stages >= 0 else ()
+        for name in names:
+            module = getattr(self, name)
             module.eval()
             module.requires_grad_(False)
 
@@ -151,10 +113,10 @@ class SKNet(SKResNet, BaseBackbone):
         ]
         if wrong:
             more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-            raise hub.HubError(
-                f'{source}: its weights do not fit this {type(self).__name__} of depth {self.depth}: '
-                f'{"; ".join(wrong[:3])}{more}'
-            )
+            raise hub.HubError(f'{source}: its weights do not fit this {self._title()}: {"; ".join(wrong[:3])}{more}')
+
+    def _title(self) -> str:
+        raise NotImplementedError
 
     def _checkpoint_filter(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         # ImageClassifier calls this on every checkpoint it loads: here a timm-format one gets mmpretrain's names.
@@ -162,6 +124,282 @@ class SKNet(SKResNet, BaseBackbone):
             renamed = to_mmpretrain(state_dict)
             state_dict.clear()
             state_dict.update(renamed)
+
+
+class _ResNetBackbone(_Backbone, networks.SKResNet, BaseBackbone):
+    """The ResNets' part of the door."""
+
+    stem = ('conv1', 'bn1', 'maxpool')
+    stages = ('layer1', 'layer2', 'layer3', 'layer4')
+
+    def __init__(
+        self,
+        args: dict[str, Any],
+        depth: int | str,
+        out_indices: Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        drop_path_rate: float = 0.0,
+        output_stride: int = 32,
+        in_channels: int = 3,
+        norm_cfg: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+    ) -> None:
+        num_stages = len(args['layers'])
+        self._build(
+            {**args, 'output_stride': output_stride, 'drop_path_rate': drop_path_rate},
+            out_indices=(num_stages - 1,) if out_indices is None else out_indices,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            with_cp=with_cp,
+            in_channels=in_channels,
+            norm_cfg=norm_cfg,
+            channels_last=channels_last,
+            init_cfg=init_cfg,
+            num_stages=num_stages,
+        )
+        self.depth = depth
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        # timm counts the stem as the first of its feature maps.
+        indices = [i + 1 for i in self.out_indices]
+        return tuple(self.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True))
+
+    def _title(self) -> str:
+        return f'{type(self).__name__} of depth {self.depth}'
+
+
+def _choose(**argument_and_choices) -> Any:
+    """The chosen one of the choices; ``_choose(depth=(depth, choices))``."""
+    ((name, (value, choices)),) = argument_and_choices.items()
+    if isinstance(value, (list, dict)) or value not in choices:
+        raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(map(repr, choices))}')
+    return choices[value]
+
+
+@MODELS.register_module()
+class SKNet(_ResNetBackbone):
+    """SKNet as an OpenMMLab backbone: (B, in_channels, H, W) to a tuple of stage outputs.
+
+    Stage i of ``out_indices`` gives (B, C_i, H / s_i, W / s_i), C = 256, 512, 1024, 2048 and s = 4, 8, 16, 32 (less
+    where ``output_stride`` is less); at depth 29, for 32x32 images, C = 256, 512, 1024 and s = 1, 2, 4. The parameters
+    are those of timm's ``sknet*`` under the same names, so timm-format checkpoints load as they are, here and into an
+    ``ImageClassifier`` that holds this backbone.
+
+    Args:
+        depth: 26, 29, 50 or 101.
+        out_indices: stages whose outputs are returned, 0 to 3 (2 at depth 29); the last where None.
+        frozen_stages: stages whose parameters and BatchNorm statistics stay as they are: 0 the stem, 1 and on the
+            stem and so many stages; -1 none.
+        norm_eval: keep every BatchNorm in eval mode in training.
+        with_cp: gradient checkpointing, memory for time.
+        drop_path_rate: stochastic depth, growing linearly to this rate in the last unit.
+        output_stride: 32, 16 or 8; below 32 the last stages dilate instead of striding.
+        in_channels: channels of the input.
+        norm_cfg: OpenMMLab's config of every norm, such as ``dict(type='SyncBN')``; BatchNorm where None.
+        channels_last: keep the convolutions' weights, and with them all feature maps, in channels_last.
+        init_cfg: OpenMMLab's; ``dict(type='Pretrained', checkpoint='hf-hub:timm/skresnext50_32x4d.ra_in1k')``
+            loads published weights.
+        **kwargs: further arguments of :class:`~sk_plugins.networks.SKResNet`: ``sk_kwargs``, ``unit``, ``channels``,
+            ``small_stem``, ...
+
+    Raises:
+        ValueError: an argument out of its range; the message names it, its value and what is right.
+    """
+
+    depths: dict[int, zoo.ModelSpec] = {depth: zoo.find('SKNet', depth=depth) for depth in (26, 29, 50, 101)}
+
+    def __init__(
+        self,
+        depth: int,
+        out_indices: Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        drop_path_rate: float = 0.0,
+        output_stride: int = 32,
+        in_channels: int = 3,
+        norm_cfg: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+        **kwargs,
+    ) -> None:
+        spec = _choose(depth=(depth, self.depths))
+        if kwargs.get('unit', 'sk') != 'sk':
+            spec = replace(spec, args={k: v for k, v in spec.args.items() if k != 'sk_kwargs'})
+        super().__init__(
+            spec.arguments(**kwargs), depth, out_indices, frozen_stages, norm_eval, with_cp, drop_path_rate,
+            output_stride, in_channels, norm_cfg, channels_last, init_cfg,
+        )  # fmt: skip
+
+
+@MODELS.register_module()
+class SKResNeXt(_ResNetBackbone):
+    """SKNet in ResNeXt's terms: groups and their width are arguments.
+
+    ``SKResNeXt(101)`` is ``SKNet(101)``, and timm's ``skresnext50_32x4d`` is ``SKResNeXt(50)``. Outputs and the other
+    arguments are :class:`SKNet`'s.
+
+    Args:
+        depth: 26, 50, 101 or 152.
+        groups: G, groups of every branch (cardinality).
+        width_per_group: channels of a group in the first stage.
+        **kwargs: further arguments of :class:`~sk_plugins.networks.SKResNet`: ``sk_kwargs``, ``unit``, ...
+
+    Raises:
+        ValueError: an argument out of its range; the message names it, its value and what is right.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        groups: int = 32,
+        width_per_group: int = 4,
+        out_indices: Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        drop_path_rate: float = 0.0,
+        output_stride: int = 32,
+        in_channels: int = 3,
+        norm_cfg: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+        **kwargs,
+    ) -> None:
+        layers = _choose(depth=(depth, zoo.LAYERS))
+        for name, value in (('groups', groups), ('width_per_group', width_per_group)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f'{name}={value!r} must be an integer of at least 1')
+        args = {'layers': layers, 'cardinality': groups, 'base_width': width_per_group, **kwargs}
+        super().__init__(
+            args, depth, out_indices, frozen_stages, norm_eval, with_cp, drop_path_rate, output_stride, in_channels,
+            norm_cfg, channels_last, init_cfg,
+        )  # fmt: skip
+        self.groups = groups
+        self.width_per_group = width_per_group
+
+
+@MODELS.register_module()
+class SKResNet(_ResNetBackbone):
+    """SK-ResNet, timm's design for networks without groups: each branch sees its share of the input channels.
+
+    Stage i of ``out_indices`` gives (B, C_i, H / s_i, W / s_i), C = 64, 128, 256, 512 at depth 18 and 34, else 256,
+    512, 1024, 2048. The parameters are those of timm's ``skresnet*``, whose published weights load:
+    ``hf-hub:timm/skresnet18.ra_in1k`` and ``hf-hub:timm/skresnet34.ra_in1k``. The other arguments are :class:`SKNet`'s.
+
+    Args:
+        depth: 18, 34, 50 or '50d' (three 3x3 convolutions in the stem, average pooling in the shortcuts).
+        split_input: give each of the M branches 1/M of the input channels; False gives every branch all of them.
+        **kwargs: further arguments of :class:`~sk_plugins.networks.SKResNet`: ``sk_kwargs``, ``channels``, ...
+
+    Raises:
+        ValueError: an argument out of its range; the message names it, its value and what is right.
+    """
+
+    depths: dict[int | str, zoo.ModelSpec] = {depth: zoo.find('SKResNet', depth=depth) for depth in (18, 34, 50, '50d')}
+
+    def __init__(
+        self,
+        depth: int | str,
+        split_input: bool = True,
+        out_indices: Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        drop_path_rate: float = 0.0,
+        output_stride: int = 32,
+        in_channels: int = 3,
+        norm_cfg: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+        **kwargs,
+    ) -> None:
+        spec = _choose(depth=(depth, self.depths))
+        kwargs['sk_kwargs'] = {'split_input': split_input, **(kwargs.get('sk_kwargs') or {})}
+        super().__init__(
+            spec.arguments(**kwargs), depth, out_indices, frozen_stages, norm_eval, with_cp, drop_path_rate,
+            output_stride, in_channels, norm_cfg, channels_last, init_cfg,
+        )  # fmt: skip
+
+
+@MODELS.register_module()
+class SKShuffleNetV2(_Backbone, networks.SKShuffleNetV2, BaseBackbone):
+    """ShuffleNetV2 with plain, SE or SK units: (B, in_channels, H, W) to a tuple of stage outputs.
+
+    Stages 0, 1 and 2 have strides 8, 16 and 32, and stage 3 is the last 1x1 convolution, as in mmpretrain's
+    ``ShuffleNetV2``: C = 48, 96, 192, 1024 at 0.5x; 116, 232, 464, 1024 at 1x; 176, 352, 704, 1024 at 1.5x; 244, 488,
+    976, 2048 at 2x. The parameters are those of timm's ``shufflenetv2_*``, ``seshufflenetv2_*`` and
+    ``skshufflenetv2_*``, named as torchvision's, whose published weights load into ``unit='plain'``.
+
+    Args:
+        widen_factor: 0.5, 1.0, 1.5 or 2.0.
+        unit: 'sk', 'se' or 'plain'.
+        out_indices: stages whose outputs are returned, 0 to 3.
+        frozen_stages: stages whose parameters and BatchNorm statistics stay as they are: 0 the stem, 1 to 4 the
+            stem and so many stages; -1 none.
+        norm_eval: keep every BatchNorm in eval mode in training.
+        with_cp: gradient checkpointing, memory for time.
+        output_stride: 32, 16 or 8; below 32 the last stages dilate instead of striding.
+        in_channels: channels of the input.
+        norm_cfg: OpenMMLab's config of every norm, such as ``dict(type='SyncBN')``; BatchNorm where None.
+        channels_last: keep the convolutions' weights, and with them all feature maps, in channels_last.
+        init_cfg: OpenMMLab's, such as ``dict(type='Pretrained', checkpoint=...)``.
+        **kwargs: further arguments of :class:`~sk_plugins.networks.SKShuffleNetV2`: ``sk_kwargs``, ``channels``, ...
+
+    Raises:
+        ValueError: an argument out of its range; the message names it, its value and what is right.
+    """
+
+    stem = ('conv1',)
+    stages = ('stage2', 'stage3', 'stage4', 'conv5')
+
+    def __init__(
+        self,
+        widen_factor: float = 1.0,
+        unit: str = 'sk',
+        out_indices: Sequence[int] = (3,),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        output_stride: int = 32,
+        in_channels: int = 3,
+        norm_cfg: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+        **kwargs,
+    ) -> None:
+        factors = {
+            factor: zoo.find('SKShuffleNetV2', widen_factor=factor, unit='plain') for factor in (0.5, 1.0, 1.5, 2.0)
+        }
+        spec = _choose(widen_factor=(widen_factor, factors))
+        self._build(
+            spec.arguments(**kwargs, unit=unit, output_stride=output_stride),
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            with_cp=with_cp,
+            in_channels=in_channels,
+            norm_cfg=norm_cfg,
+            channels_last=channels_last,
+            init_cfg=init_cfg,
+            num_stages=len(self.stages),
+        )
+        self.widen_factor = widen_factor
+        self.unit = unit
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        # timm's feature maps begin with the stem and its pooling, and leave out the last convolution.
+        indices = [i + 2 for i in self.out_indices if i < 3]
+        if 3 not in self.out_indices:
+            return tuple(self.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True))
+        last, features = self.forward_intermediates(x, indices=indices or [0])
+        return (*features[: len(indices)], last)
+
+    def _title(self) -> str:
+        return f'{type(self).__name__} of widen factor {self.widen_factor} and unit {self.unit!r}'
 
 
 @CheckpointLoader.register_scheme(prefixes='hf-hub:')
