@@ -6,9 +6,11 @@ Both worlds hold the same parameters under the same names; mmpretrain puts ``bac
 
 import contextlib
 import os
+import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,18 @@ import timm
 import torch
 from huggingface_hub import ModelCardData
 from timm.models import clean_state_dict, save_for_hf
-from torch import Tensor
+from torch import Tensor, nn
+from torch.hub import load_state_dict_from_url
 
 from . import zoo
-from .hub import shorten
+from .hub import load_state_dict, shorten
 
 __all__ = [
     'CheckpointError',
+    'PartialLoad',
     'is_timm_format',
     'load_checkpoint',
+    'load_partial',
     'save_hub_folder',
     'save_mmengine_checkpoint',
     'save_state_dict',
@@ -34,8 +39,13 @@ __all__ = [
     'to_timm',
 ]
 
-# Every network of the project has it, and no plain ResNet.
-_OWN = 'layer1.0.conv2.paths.0.conv.weight'
+# One of them is in every network of the project: SK and plain bottlenecks, SK basic blocks, ShuffleNetV2's units.
+_OWN = (
+    'layer1.0.conv2.paths.0.conv.weight',
+    'layer1.0.conv3.weight',
+    'layer1.0.conv1.paths.0.conv.weight',
+    'stage2.0.branch1.0.weight',
+)
 _BACKBONE = 'backbone.'
 _HEAD = 'head.fc.'
 
@@ -94,7 +104,7 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
 
 def is_timm_format(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether the names are timm's: the network's own, with no ``backbone.`` before them."""
-    return _OWN in state_dict
+    return any(name in state_dict for name in _OWN)
 
 
 def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,10 +115,11 @@ def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if is_timm_format(state_dict):
         return dict(state_dict)
-    if _BACKBONE + _OWN not in state_dict:
+    if not any(_BACKBONE + name in state_dict for name in _OWN):
         raise CheckpointError(
-            f'no {_OWN!r} and no {_BACKBONE + _OWN!r} among its {len(state_dict)} names '
-            f'({", ".join(list(state_dict)[:3])}, ...): expected the names of timm or of mmpretrain'
+            f'no {_OWN[0]!r} and no {_OWN[-1]!r}, with {_BACKBONE!r} before them or without, among its '
+            f'{len(state_dict)} names ({", ".join(list(state_dict)[:3])}, ...): expected the names of timm or of '
+            'mmpretrain'
         )
     renamed = {k.removeprefix(_BACKBONE): v for k, v in state_dict.items() if k.startswith(_BACKBONE)}
     renamed.update({f'fc.{k.removeprefix(_HEAD)}': v for k, v in state_dict.items() if k.startswith(_HEAD)})
@@ -129,7 +140,7 @@ def timm_arguments(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict
     """What an mmpretrain config says, in timm's terms.
 
     Args:
-        config: an mmengine ``Config`` of an ``ImageClassifier`` or detector whose backbone is ``SKNet``.
+        config: an mmengine ``Config`` of an ``ImageClassifier`` or detector whose backbone is one of this project's.
 
     Returns:
         The registered model name, the arguments for ``timm.create_model``, and the preprocessing (``input_size``,
@@ -140,22 +151,116 @@ def timm_arguments(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict
     """
     model = config['model']
     backbone = {**model['backbone']}
-    depth = backbone.pop('depth', None)
-    names = {spec.depth: spec.name for spec in zoo.MODELS.values()}
     kind = str(backbone.pop('type', None)).removeprefix('mmpretrain.')
-    if kind != 'SKNet' or depth not in names:
-        raise ValueError(f'model.backbone of type {kind!r} and depth {depth!r} is not a network of this project')
-    norm_cfg = dict(backbone.pop('norm_cfg', None) or {})
+    name, args = _timm_name(kind, backbone)
+    norm_cfg = dict(args.pop('norm_cfg', None) or {})
     if norm_cfg.pop('type', 'BN') not in ('BN', 'SyncBN') or norm_cfg.keys() - {'requires_grad', 'momentum'}:
         raise ValueError(
             f'model.backbone.norm_cfg={dict(model["backbone"]["norm_cfg"])} is not plain BatchNorm, for which alone '
             f'there are timm arguments; convert to a state dict instead'
         )
     for own in ('out_indices', 'frozen_stages', 'norm_eval', 'with_cp', 'channels_last', 'init_cfg'):
-        backbone.pop(own, None)
-    args = {'in_chans': backbone.pop('in_channels', 3), **_plain(backbone)}
+        args.pop(own, None)
+    args = {'in_chans': args.pop('in_channels', 3), **_plain(args)}
+    if zoo.MODELS[name].in_timm and (
+        args.pop('split_input', True) is not True or args.keys() & {'sk_kwargs', 'small_stem', 'unit', 'block'}
+    ):
+        raise ValueError(f'model.backbone={dict(model["backbone"])} is not what timm calls {name}')
     args['num_classes'] = (model.get('head') or {}).get('num_classes', 0)
-    return names[depth], args, _preprocessing(config, args['in_chans'])
+    return name, args, _preprocessing(config, args['in_chans'])
+
+
+def _timm_name(kind: str, backbone: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The registered name nearest to a backbone of the project's, and the arguments that are left to give it."""
+    rows = {}
+    for spec in zoo.MODELS.values():
+        openmmlab_type, args = spec.openmmlab
+        given = {**_DEFAULTS.get(kind, {}), **backbone}
+        if openmmlab_type == kind and all(given.get(k) == v for k, v in args.items()):
+            rows[spec.name] = {k: v for k, v in backbone.items() if k not in args}
+    if rows:
+        return min(rows.items(), key=lambda row: len(row[1]))
+    if kind == 'SKResNeXt' and backbone.get('depth') in zoo.LAYERS:
+        names = {'groups': 'cardinality', 'width_per_group': 'base_width'}
+        args = {names.get(k, k): v for k, v in backbone.items() if k != 'depth'}
+        return 'sknet50', {'layers': zoo.LAYERS[backbone['depth']], **args}
+    raise ValueError(f'model.backbone={dict(backbone)} of type {kind!r} is not a network of this project')
+
+
+_DEFAULTS = {
+    'SKResNeXt': dict(groups=32, width_per_group=4),
+    'SKShuffleNetV2': dict(widen_factor=1.0, unit='sk'),
+}
+
+
+@dataclass(frozen=True)
+class PartialLoad:
+    """Which tensors of a network were loaded, by name; ``str()`` of it is a report in a few lines."""
+
+    loaded: tuple[str, ...]
+    initialised: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        total = len(self.loaded) + len(self.initialised)
+        return '\n'.join(
+            [
+                f'loaded {len(self.loaded)} of {total} tensors',
+                f'left as initialised: {_some(self.initialised)}',
+                f'not used: {_some(self.unused)}',
+            ]
+        )
+
+
+def load_partial(model: nn.Module, source: str | os.PathLike | Mapping[str, Tensor]) -> PartialLoad:
+    """Load what fits by name and shape, such as torchvision's ShuffleNetV2 weights into SE and SK units.
+
+    Args:
+        model: a network of timm's door, changed in place.
+        source: a state dict under either world's names, a checkpoint file, an ``https://`` address of one (read with
+            ``weights_only=True``) or ``hf-hub:OWNER/NAME[@REVISION]``.
+
+    Returns:
+        What was loaded, what was left as it was, and what was not used. Counters of batches are not mentioned.
+
+    Raises:
+        FileNotFoundError, CheckpointError, HubError: the source cannot be had or read, or nothing in it fits.
+    """
+    if isinstance(source, Mapping):
+        state_dict = source
+    elif str(source).startswith('hf-hub:'):
+        state_dict = load_state_dict(str(source).removeprefix('hf-hub:'))
+    elif str(source).startswith(('https://', 'http://')):
+        try:
+            state_dict = load_state_dict_from_url(str(source), map_location='cpu', weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f'{source}: cannot be loaded: {shorten(error)}') from error
+    else:
+        state_dict, _ = load_checkpoint(source)
+    if any(name.startswith(_BACKBONE) for name in state_dict):
+        state_dict = to_timm(state_dict)
+    wanted = model.state_dict()
+    fitting = {k: v for k, v in state_dict.items() if k in wanted and v.shape == wanted[k].shape}
+    if not fitting:
+        named = 'state dict' if isinstance(source, Mapping) else source
+        raise CheckpointError(f'{named}: none of its {len(state_dict)} tensors fits {type(model).__name__}')
+    model.load_state_dict(fitting, strict=False)
+
+    def named(names) -> tuple[str, ...]:
+        return tuple(name for name in names if not name.endswith('num_batches_tracked'))
+
+    return PartialLoad(
+        loaded=named(fitting),
+        initialised=named(k for k in wanted if k not in fitting),
+        unused=named(k for k in state_dict if k not in fitting),
+    )
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    if not names:
+        return 'none'
+    more = f', ... and {len(names) - most} more' if len(names) > most else ''
+    return f'{len(names)} tensors ({", ".join(sorted(names)[:most])}{more})'
 
 
 def save_state_dict(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
