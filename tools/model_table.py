@@ -1,48 +1,119 @@
-"""Count every model's parameters and multiply-adds, and set the paper's figures beside them, as Markdown.
+"""Count every model of the zoo, and set the paper's figures beside it: Markdown for the README, or JSON.
 
-python tools/model_table.py           # print the table
-python tools/model_table.py --write   # put it into README.md
+python tools/model_table.py                     # print the table
+python tools/model_table.py --write             # put it into README.md
+python tools/model_table.py --json models.json  # the same figures for programs
 """
 
 import argparse
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import timm
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sk_plugins import zoo
 
 BEGIN, END = '<!-- model table: tools/model_table.py -->', '<!-- end of model table -->'
+HEAD = [
+    'model',
+    'parameters',
+    'paper (difference)',
+    'GFLOPs',
+    'paper (difference)',
+    'activations',
+    'input',
+    'output strides',
+    "paper's top-1 error",
+    'weights, top-1',
+]
 
 
-def count(name: str, size: int = 224) -> tuple[int, float]:
-    """Parameters, and GFLOPs (multiply-adds / 1e9) for one image of ``size`` pixels, by torch's own counter."""
-    model = timm.create_model(name).eval()
+@dataclass(frozen=True)
+class Row:
+    """What is counted of a model, for one image of its input size, and what the paper prints.
+
+    ``gflops`` are multiply-adds / 1e9 by torch's own counter; ``activations`` are the elements of all outputs of
+    convolutions and linear layers; ``output_strides`` belong to the feature maps.
+    """
+
+    name: str
+    parameters: int
+    gflops: float
+    activations: int
+    input_size: tuple[int, int, int]
+    output_strides: tuple[int, ...]
+    paper_parameters_m: float | None
+    paper_gflops: float | None
+    paper_errors: dict[str, float]
+    weights: dict[str, float]
+
+
+def count(spec: zoo.ModelSpec, size: int | None = None) -> Row:
+    """The row of a model; ``size`` is the side of the image where it is not the model's own."""
+    channels, side, _ = spec.input_size
+    side = size or side
+    # On the meta device counting costs neither memory nor time.
+    model = spec.build(device='meta').eval()
+    activations = []
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(lambda _module, _inputs, output: activations.append(output.numel()))
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.zeros(1, 3, size, size))
-    # The counter has two operations for every multiply-add.
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2e9
+        model(torch.empty(1, channels, side, side, device='meta'))
+    return Row(
+        spec.name,
+        parameters=sum(p.numel() for p in model.parameters()),
+        gflops=counter.get_total_flops() / 2e9,  # the counter has two operations for every multiply-add
+        activations=sum(activations),
+        input_size=(channels, side, side),
+        output_strides=tuple(feature['reduction'] for feature in model.feature_info),
+        paper_parameters_m=spec.paper.parameters_m if spec.paper else None,
+        paper_gflops=spec.paper.gflops if spec.paper else None,
+        paper_errors=dict(spec.paper.errors) if spec.paper else {},
+        weights={weights.hf_hub_id or weights.url: weights.top1 for weights in spec.weights},
+    )
 
 
-def markdown() -> str:
-    """The model table."""
-    lines = [
-        '| model | parameters | paper | GFLOPs | paper | paper: top-1 error 224 / 320 | weights on the Hub, top-1 |',
-        '|---|---|---|---|---|---|---|',
-    ]
-    for spec in zoo.MODELS.values():
-        parameters, gflops = count(spec.name)
-        paper = spec.paper
-        printed = (
-            (f'{paper.parameters_m}M', str(paper.gflops), f'{paper.top1_error_224:.2f} / {paper.top1_error_320:.2f}')
-            if paper
-            else ('', '', '')
+def rows() -> list[Row]:
+    """The rows of all models, in the zoo's order."""
+    return [count(spec) for spec in zoo.MODELS.values()]
+
+
+def markdown(table: list[Row]) -> str:
+    """The table as Markdown."""
+    lines = [HEAD, ['---'] * len(HEAD)]
+    for row in table:
+        gflops = _significant(row.gflops)
+        lines.append(
+            [
+                f'`{row.name}`' + (' (timm)' if zoo.MODELS[row.name].in_timm else ''),
+                f'{row.parameters:,}',
+                _beside(row.paper_parameters_m, row.parameters / 1e6, 'M'),
+                gflops,
+                _beside(row.paper_gflops, row.gflops),
+                f'{row.activations / 1e6:.2f}M',
+                str(row.input_size[-1]),
+                ' '.join(map(str, row.output_strides)),
+                ', '.join(f'{error:.2f} ({test})' for test, error in row.paper_errors.items()),
+                ', '.join(f'{_link(where)} {top1:.2f}' for where, top1 in row.weights.items()) or 'none yet',
+            ]
         )
-        weights = ', '.join(f'`{w.hf_hub_id}` {w.top1}' for w in spec.weights) or 'none yet'
-        cells = [f'`{spec.name}`', f'{parameters:,}', printed[0], f'{gflops:.2f}', *printed[1:], weights]
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines)
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+
+
+def _significant(value: float) -> str:
+    return f'{value:.2f}' if value >= 1 else f'{value:.4f}'
+
+
+def _beside(paper: float | None, counted: float, unit: str = '') -> str:
+    return '' if paper is None else f'{paper:g}{unit} ({100 * (counted / paper - 1):+.1f} %)'
+
+
+def _link(where: str) -> str:
+    return f'[torchvision]({where})' if '://' in where else f'[{where}](https://huggingface.co/{where})'
 
 
 def insert(text: str, table: str) -> str:
@@ -54,11 +125,15 @@ def insert(text: str, table: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--write', action='store_true', help="replace README.md's table")
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there')
     args = parser.parse_args(argv)
-    table = markdown()
+    counted = rows()
+    table = markdown(counted)
     if args.write:
         readme = Path(__file__).resolve().parent.parent / 'README.md'
         readme.write_text(insert(readme.read_text(encoding='utf-8'), table), encoding='utf-8')
+    if args.json is not None:
+        args.json.write_text(json.dumps([asdict(row) for row in counted], indent=1) + '\n', encoding='utf-8')
     print(table)
 
 

@@ -1,5 +1,6 @@
 """tools/model_table.py, and that README.md has what it counts."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,34 +16,69 @@ def tool(load_tool):
 
 
 @pytest.fixture(scope='module')
-def table(tool):
-    return tool.markdown()
+def rows(tool):
+    return tool.rows()
 
 
 @pytest.mark.parametrize(
-    ('name', 'parameters', 'gflops'),
-    [('sknet26', 16_746_408, 2.59), ('sknet50', 27_479_784, 4.46), ('sknet101', 48_736_040, 8.45)],
+    ('name', 'parameters', 'gflops', 'strides'),
+    [
+        ('sknet26', 16_746_408, 2.59, (2, 4, 8, 16, 32)),
+        ('sknet50', 27_479_784, 4.46, (2, 4, 8, 16, 32)),
+        ('sknet101', 48_736_040, 8.45, (2, 4, 8, 16, 32)),
+        ('skresnet18', 11_958_056, 1.81, (2, 4, 8, 16, 32)),
+        ('shufflenetv2_x0_5', 1_366_792, 0.0405, (2, 4, 8, 16, 32)),
+        ('skshufflenetv2_x1_0', 2_459_410, 0.148, (2, 4, 8, 16, 32)),
+        ('resnext29_16x32d', 25_229_220, 4.03, (1, 1, 2, 4)),
+    ],
 )
-def test_count(tool, name, parameters, gflops):
-    counted = tool.count(name)
-    assert counted[0] == parameters
-    assert counted[1] == pytest.approx(gflops, abs=0.005)
+def test_rows(rows, name, parameters, gflops, strides):
+    row = next(row for row in rows if row.name == name)
+    assert row.parameters == parameters
+    assert row.gflops == pytest.approx(gflops, rel=0.005)
+    assert row.output_strides == strides
+
+
+def test_all_models_have_a_row(rows):
+    assert [row.name for row in rows] == list(zoo.MODELS)
+
+
+def test_activations_by_hand(tool):
+    # ResNeXt-29's stem, its nine units of three convolutions and three shortcuts, and its classifier.
+    shapes = [(64, 32)]
+    for width, out, side, before in ((512, 256, 32, 32), (1024, 512, 16, 32), (2048, 1024, 8, 16)):
+        shapes += [(width, before), (width, side), (out, side), (out, side)] + 2 * [(width, side)] * 2
+        shapes += 2 * [(out, side)]
+    expected = sum(channels * side**2 for channels, side in shapes) + 100
+    assert tool.count(zoo.MODELS['resnext29_16x32d']).activations == expected
 
 
 def test_count_at_another_size(tool):
     # Convolutions alone go with the area; the attention and the classifier don't.
-    assert 3.9 < tool.count('sknet26', 128)[1] / tool.count('sknet26', 64)[1] < 4
+    spec = zoo.MODELS['sknet26']
+    assert 3.9 < tool.count(spec, 128).gflops / tool.count(spec, 64).gflops < 4
 
 
-def test_table(table):
-    head, rule, *rows = table.splitlines()
-    assert len(rows) == len(zoo.MODELS)
-    assert {line.count('|') for line in (head, rule, *rows)} == {8}
-    for row, name in zip(rows, zoo.MODELS):
-        assert name in row
-    sknet50 = next(row for row in rows if 'sknet50' in row)
-    for figure in ('27,479,784', '27.5M', '4.46', '4.47', '20.79 / 19.32', '80.15', 'timm/skresnext50_32x4d.ra_in1k'):
+def test_papers_figures_stand_beside_the_counted(tool, rows):
+    head, rule, *lines = tool.markdown(rows).splitlines()
+    assert len(lines) == len(zoo.MODELS)
+    assert {line.count('|') for line in (head, rule, *lines)} == {len(tool.HEAD) + 1}
+    sknet50 = next(line for line in lines if '`sknet50`' in line)
+    for figure in (
+        '27,479,784',
+        '27.5M (-0.1 %)',
+        '4.46',
+        '4.47 (-0.2 %)',
+        '17.18M',
+        '2 4 8 16 32',
+        '20.79 (224), 19.32 (320)',
+        '[timm/skresnext50_32x4d.ra_in1k](https://huggingface.co/timm/skresnext50_32x4d.ra_in1k) 80.15',
+    ):
         assert figure in sknet50
+    sknet29 = next(line for line in lines if '`sknet29_16x32d`' in line)
+    assert '27.7M (+0.7 %)' in sknet29
+    assert '3.47 (CIFAR-10), 17.33 (CIFAR-100)' in sknet29
+    assert sum('(timm)' in line for line in lines) == 4
 
 
 def test_insert(tool):
@@ -53,17 +89,22 @@ def test_insert(tool):
 
 
 @pytest.mark.parametrize('write', [False, True])
-def test_main(tool, tmp_path, monkeypatch, capsys, write):
+def test_main(tool, rows, tmp_path, monkeypatch, capsys, write):
     readme = tmp_path / 'README.md'
     readme.write_text(f'{tool.BEGIN}\nold\n{tool.END}\n')
     monkeypatch.setattr(tool, '__file__', str(tmp_path / 'tools' / 'model_table.py'))
-    monkeypatch.setattr(tool, 'markdown', lambda: '| → |')
-    tool.main(['--write'] if write else [])
-    assert capsys.readouterr().out == '| → |\n'
-    expected = '| → |' if write else 'old'
-    assert readme.read_text(encoding='utf-8') == f'{tool.BEGIN}\n{expected}\n{tool.END}\n'
+    monkeypatch.setattr(tool, 'rows', lambda: rows[:2])
+    table = tool.markdown(rows[:2])
+    tool.main(['--json', str(tmp_path / 'models.json'), *(['--write'] if write else [])])
+    assert capsys.readouterr().out == table + '\n'
+    assert readme.read_text(encoding='utf-8') == f'{tool.BEGIN}\n{table if write else "old"}\n{tool.END}\n'
+    written = json.loads((tmp_path / 'models.json').read_text())
+    assert [row['name'] for row in written] == ['sknet26', 'sknet50']
+    assert written[1]['parameters'] == 27_479_784
+    assert written[1]['output_strides'] == [2, 4, 8, 16, 32]
+    assert written[1]['paper_errors'] == {'224': 20.79, '320': 19.32}
 
 
-def test_readme_is_up_to_date(tool, table):
+def test_readme_is_up_to_date(tool, rows):
     text = README.read_text(encoding='utf-8')
-    assert tool.insert(text, table) == text, 'run `python tools/model_table.py --write`'
+    assert tool.insert(text, tool.markdown(rows)) == text, 'run `python tools/model_table.py --write`'
