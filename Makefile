@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OPENMMLAB_VENV ?= .venv-openmmlab
 WORK_DIR := work_dirs/sknet_digits
+# One process of one thread for every core; a file's tests stay in one process, for the sake of what they share.
+JOBS ?= auto
+PYTEST := -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 
 .PHONY: train test test-slow test-openmmlab lint table clean
 
@@ -13,15 +16,15 @@ train: $(VENV)/.installed
 	$(BIN)/python tools/classify_digits.py "$$(cat $(WORK_DIR)/last_checkpoint)"
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
 # The OpenMMLab side on mmengine, mmcv and mmpretrain themselves, which cannot be installed beside their continuation.
 test-openmmlab: $(OPENMMLAB_VENV)/.installed
-	$(OPENMMLAB_VENV)/bin/python -m pytest tests/test_mmpretrain_models.py tests/test_mmpretrain_datasets.py \
-		tests/test_checkpoints.py tests/tools tests/configs
+	OMP_NUM_THREADS=1 $(OPENMMLAB_VENV)/bin/python $(PYTEST) tests/test_mmpretrain_models.py tests/test_mmpretrain_datasets.py \
+		tests/test_checkpoints.py tests/test_foreign.py tests/tools tests/configs
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
