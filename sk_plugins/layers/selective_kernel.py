@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import fuse, select
+from ..ops import fuse, norm_relu_pool, select, select_recomputed
 from .conv_bn_act import ConvBNAct
 
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
@@ -83,7 +84,10 @@ class SelectiveKernelAttention(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, branches: list[Tensor]) -> Tensor:
-        s = fuse(branches)
+        return self.attend(fuse(branches))
+
+    def attend(self, s: Tensor) -> Tensor:
+        """From the pooled sum s, (B, C, 1, 1), to the attention."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles a nested test, not a combined one
             if self.bn.training and isinstance(self.bn, _BatchNorm) and not isinstance(self.bn, nn.SyncBatchNorm):
                 _check_batch_size(s)
@@ -121,6 +125,8 @@ class SelectiveKernel(nn.Module):
         conv_bias: a bias in the branches' convolutions.
         norm_position: 'branch' (norm and activation in every branch, the paper's) or 'output' (bare convolutions,
             norm and activation once, after the selection).
+        recompute: in training, keep the convolutions' outputs for the backward pass and compute BatchNorm and ReLU
+            again there: M maps a unit less to keep, same gradients. It applies to BatchNorm and ReLU in eager mode.
         act_layer: activation class.
         norm_layer: norm class, called with the number of channels.
         aa_layer: anti-aliasing layer that strides in the convolutions' place.
@@ -153,6 +159,7 @@ class SelectiveKernel(nn.Module):
         reduce_act: bool = True,
         conv_bias: bool = False,
         norm_position: str = 'branch',
+        recompute: bool = True,
         act_layer: type[nn.Module] = nn.ReLU,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         aa_layer: Callable[..., nn.Module] | None = None,
@@ -193,6 +200,7 @@ class SelectiveKernel(nn.Module):
         self.out_channels = out_channels
         self.split_input = split_input
         self.select = select
+        self.recompute = recompute
         layers = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         self.paths = nn.ModuleList(
             ConvBNAct(
@@ -234,6 +242,9 @@ class SelectiveKernel(nn.Module):
         if self.split_input:
             chunks = torch.chunk(x, len(self.paths), dim=1)
             inputs = [chunks[i] for i in range(len(self.paths))]
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles a nested test, not a combined one
+            if self.recompute and self._can_recompute(x):
+                return self._forward_recomputed(inputs)
         branches = []
         for i, path in enumerate(self.paths):
             branches.append(path(inputs[i]))
@@ -247,8 +258,44 @@ class SelectiveKernel(nn.Module):
             x = self.act(self.bn(x))
         return x
 
+    @torch.jit.unused
+    def _can_recompute(self, x: Tensor) -> bool:
+        """Whether autograd is at work in eager mode and every branch is BatchNorm and ReLU that nobody watches."""
+        if torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
+            return False
+        return torch.is_grad_enabled() and x.is_floating_point() and all(_is_plain(path) for path in self.paths)
+
+    @torch.jit.unused
+    def _forward_recomputed(self, inputs: list[Tensor]) -> Tensor:
+        outputs = [path.conv(inputs[i]) for i, path in enumerate(self.paths)]
+        if not all(y.requires_grad and y.numel() > y.shape[1] for y in outputs):
+            branches = [path.act(path.bn(y)) for path, y in zip(self.paths, outputs)]
+            return sum(branches[1:], branches[0]) if self.attn is None else select(branches, self.attn(branches))
+        branches, pooled = zip(*(norm_relu_pool(y, path.bn) for path, y in zip(self.paths, outputs)))
+        if self.attn is None:
+            return sum(branches[1:], branches[0])
+        return select_recomputed(branches, self.attn.attend(sum(pooled[1:], pooled[0])))
+
     def extra_repr(self) -> str:
         return f'select={self.select!r}, split_input={self.split_input}'
+
+
+def _is_plain(path: ConvBNAct) -> bool:
+    """Conv, BatchNorm and ReLU with nothing around them."""
+    return (
+        type(path) is ConvBNAct
+        and type(path.bn) is nn.BatchNorm2d
+        and path.bn.affine
+        and type(path.act) is nn.ReLU
+        and type(path.drop) is nn.Identity
+        and type(path.aa) is nn.Identity
+        and not any(
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+            for module in (path, path.bn, path.act, path.drop, path.aa)
+        )
+        and not global_hooks._global_forward_hooks
+        and not global_hooks._global_forward_pre_hooks
+    )
 
 
 def _resolve_branches(
