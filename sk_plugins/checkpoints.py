@@ -6,13 +6,14 @@ Both worlds hold the same parameters under the same names; mmpretrain puts ``bac
 
 import contextlib
 import os
-import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import safetensors.torch
 import timm
@@ -20,17 +21,20 @@ import torch
 from huggingface_hub import ModelCardData
 from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor, nn
-from torch.hub import load_state_dict_from_url
+from torch.hub import download_url_to_file
 
-from . import zoo
+from . import caffe, foreign, zoo
 from .hub import load_state_dict, shorten
 
 __all__ = [
     'CheckpointError',
     'PartialLoad',
+    'is_own',
     'is_timm_format',
     'load_checkpoint',
+    'load_foreign',
     'load_partial',
+    'recognise_foreign',
     'save_hub_folder',
     'save_mmengine_checkpoint',
     'save_state_dict',
@@ -74,7 +78,7 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
     unread, and nothing in them is run.
 
     Args:
-        path: a ``.safetensors`` file, or a ``torch.save`` file.
+        path: a ``.safetensors`` file, a ``torch.save`` file, or a ``.caffemodel``.
         use_ema: the averaged weights where the checkpoint has some, else the ones last trained.
 
     Returns:
@@ -82,7 +86,8 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it cannot be read, or holds no state dict of tensors.
+        CheckpointError: it cannot be read (a ``.caffemodel`` needs the extra ``caffe``), or holds no state dict of
+            tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -92,6 +97,11 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
             return safetensors.torch.load_file(path), {}
         except safetensors.SafetensorError as error:
             raise CheckpointError(f'{path}: not a safetensors file: {error}') from error
+    if path.suffix == '.caffemodel':
+        try:
+            return caffe.read(path), {}
+        except (ValueError, ImportError) as error:
+            raise CheckpointError(str(error)) from error
     checkpoint = _load_pickle(path)
     state_dict = _pick_state_dict(checkpoint, use_ema) if isinstance(checkpoint, Mapping) else None
     if not _is_state_dict(state_dict):
@@ -102,9 +112,58 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
     return clean_state_dict(state_dict), dict(meta) if isinstance(meta, Mapping) else {}
 
 
+def load_foreign(source: str | os.PathLike | Mapping[str, Any], **options) -> nn.Module:
+    """Build a network of ours from the weights of another project's, with equal outputs.
+
+    What is supported :data:`sk_plugins.foreign.SUPPORTED` says; what a file was recognised as and what was done to its
+    tensors, :func:`recognise_foreign`.
+
+    Args:
+        source: a file as for :func:`load_checkpoint`, a ``.caffemodel``, or a state dict, bare or under
+            ``'state_dict'`` or ``'model'``.
+        **options: those of :func:`sk_plugins.foreign.recognise`: ``prefix``, and what weights can't tell (``stride``
+            and ``in_channels`` of a layer on its own, ``reduce_act``, ``dilations``).
+
+    Returns:
+        An :class:`~sk_plugins.networks.SKResNet`, or for an SK layer on its own a
+        :class:`~sk_plugins.layers.SelectiveKernel`, in eval mode and in the dtype of the weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: a file that cannot be read, or weights that are not supported or not whole; the message names
+            the file, the tensors, and what is supported.
+    """
+    return recognise_foreign(source, **options).build()
+
+
+def recognise_foreign(
+    source: str | os.PathLike | Mapping[str, Any], use_ema: bool = True, **options
+) -> foreign.Foreign:
+    """What :func:`load_foreign` builds its network from. Arguments and errors as there, ``use_ema`` as in
+    :func:`load_checkpoint`.
+    """
+    if isinstance(source, Mapping):
+        state_dict = _pick_state_dict(source, use_ema)
+        if not _is_state_dict(state_dict):
+            raise CheckpointError("holds no state dict of tensors (expected one, bare or under 'state_dict', 'model')")
+        where, state_dict = '', clean_state_dict(state_dict)
+    else:
+        where = f'{source}: '
+        state_dict, _ = load_checkpoint(source, use_ema)
+    try:
+        return foreign.recognise(state_dict, **options)
+    except ValueError as error:
+        raise CheckpointError(f'{where}{error}') from error
+
+
 def is_timm_format(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether the names are timm's: the network's own, with no ``backbone.`` before them."""
     return any(name in state_dict for name in _OWN)
+
+
+def is_own(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether the names are timm's or mmpretrain's of a network of this project, or of a plain ResNet."""
+    return any(name in state_dict or _BACKBONE + name in state_dict for name in _OWN)
 
 
 def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,7 +174,7 @@ def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if is_timm_format(state_dict):
         return dict(state_dict)
-    if not any(_BACKBONE + name in state_dict for name in _OWN):
+    if not is_own(state_dict):
         raise CheckpointError(
             f'no {_OWN[0]!r} and no {_OWN[-1]!r}, with {_BACKBONE!r} before them or without, among its '
             f'{len(state_dict)} names ({", ".join(list(state_dict)[:3])}, ...): expected the names of timm or of '
@@ -231,10 +290,7 @@ def load_partial(model: nn.Module, source: str | os.PathLike | Mapping[str, Tens
     elif str(source).startswith('hf-hub:'):
         state_dict = load_state_dict(str(source).removeprefix('hf-hub:'))
     elif str(source).startswith(('https://', 'http://')):
-        try:
-            state_dict = load_state_dict_from_url(str(source), map_location='cpu', weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f'{source}: cannot be loaded: {shorten(error)}') from error
+        state_dict = _download(str(source))
     else:
         state_dict, _ = load_checkpoint(source)
     if any(name.startswith(_BACKBONE) for name in state_dict):
@@ -254,6 +310,19 @@ def load_partial(model: nn.Module, source: str | os.PathLike | Mapping[str, Tens
         initialised=named(k for k in wanted if k not in fitting),
         unused=named(k for k in state_dict if k not in fitting),
     )
+
+
+def _download(url: str) -> dict[str, Tensor]:
+    # Past torch's cache, which keeps half a file of a broken connection and tells files apart by their last name alone.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, Path(urlsplit(url).path).name or 'weights')
+        try:
+            download_url_to_file(url, str(path), progress=False)
+            return load_checkpoint(path)[0]
+        except (OSError, HTTPException) as error:
+            raise CheckpointError(f'{url}: cannot be loaded: {shorten(error)}') from error
+        except CheckpointError as error:
+            raise CheckpointError(f'{url}: cannot be loaded: {str(error).removeprefix(f"{path}: ")}') from error
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

@@ -3,10 +3,14 @@
 python tools/convert_checkpoint.py work_dirs/sknet50_in1k/epoch_100.pth sknet50_hub --config sknet50_in1k
 python tools/convert_checkpoint.py work_dirs/sknet50_in1k/epoch_100.pth sknet50.safetensors
 python tools/convert_checkpoint.py sknet50_hub/model.safetensors sknet50_mmpretrain.pth --to mmengine
+python tools/convert_checkpoint.py someone_elses_sknet50.pth sknet50.safetensors
 
 --to is hub (a folder for timm and the Hub: config.json, model.safetensors, model card), timm (a state dict, as
 safetensors or by another ending with torch.save) or mmengine (a checkpoint); where it is not given, it is hub with
 --config, else the ending of OUT says which: none, .safetensors, or another.
+
+CHECKPOINT may also be another project's (sk_plugins.foreign says whose): it is recognised, put under our names, and
+what it was recognised as is printed with the network that it belongs to.
 """
 
 import argparse
@@ -15,16 +19,17 @@ from pathlib import Path
 from _common import run
 from mmengine.config import Config
 
-from sk_plugins import checkpoints
+from sk_plugins import checkpoints, foreign
 from sk_plugins._resources import find_config
+from sk_plugins.networks import SKResNet
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('checkpoint', type=Path, help='of mmengine, timm or a bare state dict; .safetensors or .pth')
+    parser.add_argument('checkpoint', type=Path, help='of mmengine, timm, a bare state dict, or foreign')
     parser.add_argument('out', type=Path)
     parser.add_argument('--to', choices=['hub', 'timm', 'mmengine'])
-    parser.add_argument('--config', help='for hub: the config that the checkpoint was trained with')
+    parser.add_argument('--config', help='for hub: the config it was trained with (a foreign checkpoint has none)')
     parser.add_argument('--no-ema', action='store_true', help='the trained weights, not their running average')
     args = parser.parse_args(argv)
     if args.to is None:
@@ -32,8 +37,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.to = 'hub' if args.config is not None else named
     if args.config is not None and args.to != 'hub':
         parser.error(f'--config is for a Hub folder, not for --to {args.to}')
-    if args.to == 'hub' and args.config is None:
-        parser.error('a Hub folder needs --config, the config that the checkpoint was trained with')
     if args.to != 'hub' and not args.out.suffix:
         parser.error(f'--to {args.to} writes one file: give {args.out} an ending')
     return args
@@ -44,6 +47,11 @@ def convert(checkpoint: Path, out: Path, to: str, config: str | None = None, use
     state_dict, meta = checkpoints.load_checkpoint(checkpoint, use_ema=use_ema)
     classes = (meta.get('dataset_meta') or {}).get('classes')
     try:
+        if foreign.is_foreign(state_dict) or not checkpoints.is_own(state_dict):
+            convert_foreign(checkpoints.recognise_foreign(state_dict), out, to, config)
+            return
+        if to == 'hub' and config is None:
+            raise checkpoints.CheckpointError('a Hub folder needs --config, the config that it was trained with')
         if to == 'timm':
             checkpoints.save_state_dict(checkpoints.to_timm(state_dict), out)
         elif to == 'mmengine':
@@ -61,6 +69,35 @@ def convert(checkpoint: Path, out: Path, to: str, config: str | None = None, use
             )
     except checkpoints.CheckpointError as error:
         raise checkpoints.CheckpointError(f'{checkpoint}: {error}') from error
+
+
+def convert_foreign(found: foreign.Foreign, out: Path, to: str, config: str | None = None) -> None:
+    """Write another project's network to ``out``, and print what it is. Errors as in ``checkpoints``."""
+    if found.network is not SKResNet:
+        raise checkpoints.CheckpointError(
+            f'recognised as {found.origin}, which is no network: sk_plugins.checkpoints.load_foreign builds it'
+        )
+    if config is not None:
+        raise checkpoints.CheckpointError(f'recognised as {found.origin}, which no --config of this project describes')
+    try:
+        architecture, model_args = found.timm_model()
+        words = ''.join(f', {name}={value!r}' for name, value in model_args.items())
+        network = f'timm.create_model({architecture!r}{words})'
+        if to == 'mmengine':
+            words = ', '.join(f'{name}={value!r}' for name, value in found.openmmlab_backbone().items())
+            network = f'backbone=dict({words})'
+    except ValueError as error:
+        if to == 'hub':
+            raise checkpoints.CheckpointError(f'{error}; sk_plugins.checkpoints.load_foreign builds it') from error
+        network = f'sk_plugins.checkpoints.load_foreign, for it is no registered model ({error})'
+    if to == 'timm':
+        checkpoints.save_state_dict(found.state_dict, out)
+    elif to == 'mmengine':
+        checkpoints.save_mmengine_checkpoint(found.state_dict, out)
+    else:
+        description = f'{architecture} with the weights of {found.origin}.'
+        checkpoints.save_hub_folder(found.state_dict, out, architecture, model_args, description=description)
+    print('\n'.join([f'recognised as {found.origin}', *found.notes, f'its network: {network}']))
 
 
 def main(argv: list[str] | None = None) -> None:

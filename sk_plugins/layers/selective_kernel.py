@@ -13,7 +13,7 @@ from .conv_bn_act import ConvBNAct
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
 
 SELECT_MODES = ('channel', 'shared', 'sum')
-NORM_POSITIONS = ('branch', 'output')
+NORM_POSITIONS = ('branch', 'output', 'none')
 
 
 def _check_batch_size(s: Tensor) -> None:
@@ -123,8 +123,8 @@ class SelectiveKernel(nn.Module):
         reduce_norm: BatchNorm in z (Eq. 3); False puts a bias in its place.
         reduce_act: ReLU in z (Eq. 3).
         conv_bias: a bias in the branches' convolutions.
-        norm_position: 'branch' (norm and activation in every branch, the paper's) or 'output' (bare convolutions,
-            norm and activation once, after the selection).
+        norm_position: 'branch' (norm and activation in every branch, the paper's), 'output' (bare convolutions,
+            norm and activation once, after the selection) or 'none' (bare convolutions, and nothing after it).
         recompute: in training, keep the convolutions' outputs for the backward pass and compute BatchNorm and ReLU
             again there: M maps a unit less to keep, same gradients. It applies to BatchNorm and ReLU in eager mode.
         act_layer: activation class.

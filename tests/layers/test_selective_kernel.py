@@ -30,6 +30,9 @@ VARIANTS = {
     'anti-aliased': dict(stride=2, aa_layer=timm.layers.BlurPool2d),
     'drop block': dict(drop_layer=timm.layers.DropBlock2d),
     'group norm': dict(norm_layer=GROUP_NORM),
+    'select bias': dict(select_bias=True),
+    'linear z': dict(reduce_norm=False, reduce_act=False, select_bias=True),
+    'norm at the output': dict(norm_position='output', select='shared', conv_bias=True),
 }
 each_variant = pytest.mark.parametrize('kwargs', VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -310,6 +313,8 @@ def test_group_norm_of_the_attention_sees_the_input():
         (dict(stride=True), 'stride=True '),
         (dict(select='best'), "select='best' .*'channel', 'shared', 'sum'"),
         (dict(select=None), 'select=None '),
+        (dict(norm_position='input'), "norm_position='input' .*'branch', 'output', 'none'"),
+        (dict(norm_position=None), 'norm_position=None '),
         (dict(kernel_sizes=()), r'kernel_sizes=\(\) .*at least one branch'),
         (dict(branches=[]), r'branches=\[\] .*at least one branch'),
         (dict(kernel_sizes=3), 'kernel_sizes=3 .*sequence'),
@@ -520,3 +525,87 @@ def test_init_weights_of_the_attention():
 def test_split_input_refuses_other_channels():
     with pytest.raises(RuntimeError, match='channels'):
         SelectiveKernel(64, split_input=True)(torch.randn(2, 128, 8, 8))
+
+
+# What other projects do differently (PAPER.md, last section), each by its own equations.
+
+
+def restate(x, weights, kernels, groups, conv_bias, norms, norm_position, shared, reduce_norm, reduce_act, select_bias):
+    """The design that the arguments name, for evaluation, from the weights alone."""
+
+    def batch_norm(x, name):
+        mean, var, scale, shift = (
+            weights[f'{name}.{part}'].view(1, -1, 1, 1) for part in ('running_mean', 'running_var', 'weight', 'bias')
+        )
+        return (x - mean) / torch.sqrt(var + 1e-5) * scale + shift
+
+    maps = []
+    for m, kernel in enumerate(kernels):
+        bias = weights[f'paths.{m}.conv.bias'] if conv_bias else None
+        u = F.conv2d(x, weights[f'paths.{m}.conv.weight'], bias, padding=kernel // 2, groups=groups)
+        maps.append(F.relu(batch_norm(u, f'paths.{m}.bn')) if norms and norm_position == 'branch' else u)
+    s = sum(u.mean((2, 3), keepdim=True) for u in maps)
+    z = F.conv2d(s, weights['attn.fc_reduce.weight'], weights.get('attn.fc_reduce.bias'))
+    z = batch_norm(z, 'attn.bn') if reduce_norm else z
+    z = F.relu(z) if reduce_act else z
+    rows = 1 if shared else maps[0].shape[1]
+    logits = []
+    for m in range(len(kernels)):
+        part = slice(m * rows, (m + 1) * rows)
+        bias = weights['attn.fc_select.bias'][part] if select_bias else None
+        logits.append(F.conv2d(z, weights['attn.fc_select.weight'][part], bias).exp())
+    v = sum(logit / sum(logits) * u for logit, u in zip(logits, maps))
+    return F.relu(batch_norm(v, 'bn')) if norms and norm_position == 'output' else v
+
+
+DESIGNS = {
+    'select bias': dict(select_bias=True),
+    'z without a norm': dict(reduce_norm=False),
+    'z without an activation': dict(reduce_act=False),
+    'pppLang': dict(conv_bias=True, reduce_norm=False, reduce_act=False, select_bias=True),
+    'lucid': dict(norm_position='output', shared=True),
+    'norm at the output, one softmax per channel': dict(norm_position='output', conv_bias=True),
+    'Keras': dict(norms=False, conv_bias=True, reduce_norm=False, reduce_act=False, select_bias=True),
+}
+
+
+@pytest.mark.parametrize('kernels', [(3, 5), (1, 3, 5)])
+@pytest.mark.parametrize('design', DESIGNS.values(), ids=DESIGNS.keys())
+def test_designs_of_other_projects(design, kernels):
+    plain = dict(
+        conv_bias=False, norms=True, norm_position='branch', shared=False, reduce_norm=True, reduce_act=True,
+        select_bias=False,
+    )  # fmt: skip
+    design = {**plain, **design}
+    arguments = {k: v for k, v in design.items() if k not in ('norms', 'shared')}
+    if not design['norms']:  # bare convolutions, with nothing after the selection either
+        arguments.update(norm_layer=nn.Identity, act_layer=nn.Identity)
+    select = 'shared' if design['shared'] else 'channel'
+    layer = make_layer(16, kernel_sizes=kernels, dilated=False, groups=4, min_dim=8, select=select, **arguments)
+    for name, parameter in layer.named_parameters():
+        if name in ('attn.fc_reduce.bias', 'attn.fc_select.bias') or name.endswith('conv.bias'):
+            nn.init.normal_(parameter)
+    layer.double()
+    weights = layer.state_dict()
+    x = make_input(channels=16).double()
+    output = layer(x)
+    torch.testing.assert_close(output, restate(x, weights, kernels, 4, **design), rtol=0, atol=1e-12)
+    for name in ('reduce_act', 'conv_bias', 'select_bias'):
+        if design[name] != plain[name]:
+            without = restate(x, weights, kernels, 4, **{**design, name: plain[name]})
+            assert (output - without).abs().max() > 1e-3, name
+
+
+def test_init_weights_zeroes_the_biases_of_the_attention():
+    attention = SelectiveKernelAttention(64, num_branches=2, dim=16, select_bias=True, reduce_norm=False)
+    attention.init_weights()
+    assert attention.fc_reduce.bias.shape == (16,)
+    assert attention.fc_select.bias.shape == (128,)
+    assert not attention.fc_reduce.bias.any()
+    assert not attention.fc_select.bias.any()
+
+
+def test_without_a_norm_in_z_a_batch_of_one_trains():
+    layer = SelectiveKernel(64, reduce_norm=False).train()
+    layer(make_input(1)).square().mean().backward()
+    assert layer.attn.fc_reduce.weight.grad.any()

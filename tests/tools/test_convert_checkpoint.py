@@ -8,6 +8,9 @@ pytest.importorskip('mmpretrain')
 
 import timm
 import torch
+from foreign_networks import SKConv, SKNet, insight_net, lucid_net
+from mmpretrain.registry import MODELS
+from randomised import randomise
 
 from sk_plugins._resources import find_config
 from sk_plugins.checkpoints import CheckpointError, load_checkpoint, save_state_dict, to_mmpretrain, to_timm
@@ -62,7 +65,6 @@ def test_target(tool, out, words, to):
 @pytest.mark.parametrize(
     ('words', 'said'),
     [
-        (['epoch.pth', 'sknet_hub'], 'a Hub folder needs --config'),
         (['epoch.pth', 'sknet', '--to', 'timm'], '--to timm writes one file: give sknet an ending'),
         (['epoch.pth', 'sknet', '--to', 'mmengine'], '--to mmengine writes one file: give sknet an ending'),
         (['epoch.pth', 'sknet.pth', '--to', 'onnx'], "argument --to: invalid choice: 'onnx'"),
@@ -123,19 +125,108 @@ def test_command(python_tool, checkpoint, weights, tmp_path):
     assert_same(load_checkpoint(tmp_path / 'sknet.safetensors')[0], to_timm(weights))
 
 
+# Other projects' weights.
+
+
+@pytest.fixture
+def convert_foreign(tool, capsys):
+    def run(network, tmp_path, *words):
+        torch.save({'state_dict': network.state_dict()}, tmp_path / 'theirs.pth')
+        tool.main([str(tmp_path / 'theirs.pth'), *map(str, words)])
+        *lines, out = capsys.readouterr().out.splitlines()
+        assert out == str(words[0])
+        return lines
+
+    return run
+
+
+def sknet26():
+    torch.manual_seed(0)
+    shape = dict(widths=(16, 32, 64, 128), outputs=(16, 64, 128, 256), dims=(8, 8, 8, 8), layers=(2, 2, 2, 2))
+    return randomise(SKNet(**shape))
+
+
+ARGUMENTS = "channels=(8, 16, 32, 64), cardinality=4, base_width=32, sk_kwargs={'min_dim': 8, 'select_bias': True}"
+
+
+def test_foreign_to_hub(convert_foreign, tmp_path):
+    network = sknet26()
+    lines = convert_foreign(network, tmp_path, tmp_path / 'hub')
+    assert lines == [
+        'recognised as a network of SKConv and SKUnit (as of developer0hye, syt2)',
+        'stage 1: outputs padded from 16 to 32 channels',
+        f"its network: timm.create_model('sknet26', {ARGUMENTS}, num_classes=7)",
+    ]
+    config = json.loads((tmp_path / 'hub' / 'config.json').read_text())
+    assert (config['architecture'], config['num_classes']) == ('sknet26', 7)
+    assert config['model_args']['sk_kwargs'] == {'min_dim': 8, 'select_bias': True}
+    assert 'sknet26 with the weights of a network of SKConv' in (tmp_path / 'hub' / 'README.md').read_text()
+    model = timm.create_model(f'local-dir:{tmp_path / "hub"}', pretrained=True).eval()
+    x = torch.randn(2, 3, 40, 40)
+    torch.testing.assert_close(model(x), network(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['ours.safetensors', 'ours.pth'])
+def test_foreign_to_timm(convert_foreign, tmp_path, name):
+    network = randomise(insight_net(layers=(2, 2, 2, 2)))
+    lines = convert_foreign(network, tmp_path, tmp_path / name, '--to', 'timm')
+    assert lines[0] == "recognised as PytorchInsight's sk_resnet"
+    prefix, call = lines[1].split('its network: timm.create_model')
+    assert prefix == ''
+    model = eval(f'timm.create_model{call}', {'timm': timm}).eval()
+    model.load_state_dict(load_checkpoint(tmp_path / name)[0], strict=True)
+    x = torch.randn(2, 3, 40, 40)
+    torch.testing.assert_close(model(x), network(x), rtol=0, atol=1e-5)
+
+
+def test_foreign_to_mmengine(convert_foreign, tmp_path):
+    network = sknet26()
+    lines = convert_foreign(network, tmp_path, tmp_path / 'ours.pth')
+    assert lines[-1] == f"its network: backbone=dict(type='SKNet', depth=26, {ARGUMENTS})"
+    head = dict(type='LinearClsHead', num_classes=7, in_channels=256)
+    backbone = eval(lines[-1].removeprefix('its network: backbone='))
+    model = MODELS.build(
+        dict(type='ImageClassifier', backbone=backbone, neck=dict(type='GlobalAveragePooling'), head=head)
+    )
+    model.load_state_dict(torch.load(tmp_path / 'ours.pth', weights_only=True)['state_dict'], strict=True)
+    x = torch.randn(2, 3, 40, 40)
+    torch.testing.assert_close(model.eval()(x, mode='tensor'), network(x), rtol=0, atol=1e-5)
+
+
+def test_foreign_without_a_registered_name(convert_foreign, tmp_path):
+    """Its state dict can be had; a folder that names a model would lie."""
+    network = randomise(lucid_net(expansion=1))
+    lines = convert_foreign(network, tmp_path, tmp_path / 'ours.safetensors')
+    said = "lucid's SKNet: its units do not widen their output, which no registered model has"
+    assert lines[-1] == (f'its network: sk_plugins.checkpoints.load_foreign, for it is no registered model ({said})')
+    with pytest.raises(CheckpointError, match=rf'theirs\.pth: {said}; sk_plugins\.checkpoints\.load_foreign builds'):
+        convert_foreign(network, tmp_path, tmp_path / 'hub')
+    with pytest.raises(CheckpointError, match=r"recognised as lucid's SKNet, which no --config of this project desc"):
+        convert_foreign(network, tmp_path, tmp_path / 'hub', '--config', 'sknet_digits')
+    assert not (tmp_path / 'hub').exists()
+
+
 # What is refused: one error that names the file, and nothing written.
 
 
-@pytest.mark.parametrize('words', [['out.safetensors'], ['out.pth'], ['out', '--config', 'sknet_digits']], ids=' '.join)
+@pytest.mark.parametrize(
+    'words', [['out.safetensors'], ['out.pth'], ['out'], ['out', '--config', 'sknet_digits']], ids=' '.join
+)
 @pytest.mark.parametrize(
     ('content', 'error', 'said'),
     [
         (None, FileNotFoundError, 'no such checkpoint file'),
         (b'', CheckpointError, r'epoch\.pth: \S'),
         (b'PK\x03\x04 but no more', CheckpointError, r'epoch\.pth: \S'),
-        ({'stem.weight': torch.zeros(3)}, CheckpointError, r"epoch\.pth: no 'layer1\.0\.conv2\.paths"),
+        ({'stem.weight': torch.zeros(3)}, CheckpointError, r'epoch\.pth: not recognised: .*Supported are'),
+        (
+            SKConv(16, 8).state_dict(),
+            CheckpointError,
+            r'epoch\.pth: recognised as an SKConv layer, which is no network',
+        ),
+        ({'stage_1.0.conv2.convs.0.0.weight': torch.zeros(3)}, CheckpointError, r'epoch\.pth: .*SKUnit .*missing: 1'),
     ],
-    ids=['missing', 'empty', 'truncated', 'foreign'],
+    ids=['missing', 'empty', 'truncated', 'unknown', 'a layer', 'broken'],
 )
 def test_refused(tool, tmp_path, content, error, said, words):
     path = tmp_path / 'epoch.pth'
@@ -147,6 +238,12 @@ def test_refused(tool, tmp_path, content, error, said, words):
     with pytest.raises(error, match=said):
         tool.main([str(path), str(tmp_path / out), *words])
     assert [p.name for p in tmp_path.iterdir()] == ([] if content is None else ['epoch.pth'])
+
+
+def test_hub_folder_without_a_config(tool, checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match=r'epoch_2\.pth: a Hub folder needs --config'):
+        tool.main([str(checkpoint), str(tmp_path / 'out')])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_shapes(tool, weights, tmp_path):

@@ -1,0 +1,95 @@
+"""Reading ``.caffemodel`` files without Caffe, for the authors' published SKNet-50 and SKNet-101.
+
+A ``.caffemodel`` is a protocol buffer. The few fields that hold weights are declared here at run time and parsed by
+the ``protobuf`` package (``pip install sk-plugins[caffe]``); the rest of the file is skipped. The published files
+(https://github.com/implus/SKNet) could not be had while this was written: the layers' names, the order of their blobs
+and the arithmetic are those of the published ``.prototxt`` files and of the layers' source, and the tests write files
+to them.
+"""
+
+import math
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ['read']
+
+# Message -> field -> its number and its type, of caffe.proto (BVLC/caffe, src/caffe/proto/caffe.proto). The values are
+# packed floats there, which on the wire are the bytes of the array.
+_SCHEMA = {
+    'BlobShape': {'dim': (1, 'int64 packed')},
+    'BlobProto': {
+        'num': (1, 'int32'),
+        'channels': (2, 'int32'),
+        'height': (3, 'int32'),
+        'width': (4, 'int32'),
+        'data': (5, 'bytes'),
+        'shape': (7, 'BlobShape'),
+        'double_data': (8, 'bytes'),
+    },
+    'LayerParameter': {'name': (1, 'string'), 'type': (2, 'string'), 'blobs': (7, 'BlobProto repeated')},
+    'NetParameter': {'name': (1, 'string'), 'layer': (100, 'LayerParameter repeated')},
+}
+_LEGACY_AXES = ('num', 'channels', 'height', 'width')
+
+
+@cache
+def _net_parameter() -> type:
+    """The class of the message ``NetParameter``, as far as ``_SCHEMA`` declares it."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto(name='sk_plugins/caffe.proto', package='caffe', syntax='proto2')
+    kinds = descriptor_pb2.FieldDescriptorProto
+    for message_name, fields in _SCHEMA.items():
+        message = file.message_type.add(name=message_name)
+        for name, (number, kind) in fields.items():
+            kind, _, plural = kind.partition(' ')
+            field = message.field.add(name=name, number=number)
+            field.label = kinds.LABEL_REPEATED if plural else kinds.LABEL_OPTIONAL
+            if kind in _SCHEMA:
+                field.type, field.type_name = kinds.TYPE_MESSAGE, f'.caffe.{kind}'
+            else:
+                field.type = getattr(kinds, f'TYPE_{kind.upper()}')
+            field.options.packed = plural == 'packed'
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName('caffe.NetParameter'))
+
+
+def read(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The weights of a ``.caffemodel``: blob i of a layer as ``'LAYER.i'``, in float32 and in Caffe's shape.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: ``protobuf`` is not installed.
+        ValueError: the file is damaged, no ``.caffemodel``, or one without weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such checkpoint file')
+    try:
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise ImportError(f'{path}: a .caffemodel is read with protobuf: pip install sk-plugins[caffe]') from error
+    try:
+        net = _net_parameter().FromString(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(f'{path}: not a .caffemodel, or a damaged one: {error}') from error
+    weights = {
+        f'{layer.name}.{i}': _tensor(path, layer, blob) for layer in net.layer for i, blob in enumerate(layer.blobs)
+    }
+    if not weights:
+        raise ValueError(f'{path}: holds no layer with weights (expected a .caffemodel in the format of Caffe 1.0)')
+    return weights
+
+
+def _tensor(path: Path, layer: Any, blob: Any) -> Tensor:
+    shape = tuple(blob.shape.dim) if blob.HasField('shape') else tuple(getattr(blob, axis) for axis in _LEGACY_AXES)
+    data, dtype = (blob.data, torch.float32) if blob.data else (blob.double_data, torch.float64)
+    if len(data) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f'{path}: layer {layer.name!r} has a blob of {len(data)} bytes for {dtype} of shape {shape}')
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape).float()
