@@ -1,5 +1,6 @@
 # make train: install, train a small SKNet on real digits, classify held-out ones through timm.
 # make test:  install, run the tests.
+# make bench: install, time SKNet-50 against timm's and ResNeXt-50 on this CPU, into results/.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ WORK_DIR := work_dirs/sknet_digits
 JOBS ?= auto
 PYTEST := -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 
-.PHONY: train test test-slow test-openmmlab lint table clean
+.PHONY: train test test-slow test-openmmlab lint table bench bench-gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/python tools/train.py configs/sknet_digits.py --work-dir $(WORK_DIR)
@@ -32,6 +33,15 @@ lint: $(VENV)/.installed
 
 table: $(VENV)/.installed
 	$(BIN)/python tools/model_table.py --write
+
+# To be run while the machine does nothing else.
+bench: $(VENV)/.installed
+	$(BIN)/python tools/benchmark.py --set standard \
+		--json results/benchmark_cpu.json --markdown results/benchmark_cpu.md --plot results/benchmark_cpu.png
+
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python tools/benchmark.py --set gpu \
+		--json results/benchmark_gpu.json --markdown results/benchmark_gpu.md --plot results/benchmark_gpu.png
 
 clean:
 	rm -rf $(VENV) $(OPENMMLAB_VENV) build dist
