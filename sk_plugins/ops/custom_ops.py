@@ -44,7 +44,7 @@ __all__ = ['Pooled', 'available', 'pool', 'select', 'why_not']
 logger = logging.getLogger('sk_plugins')
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_BRANCHES = 4
+MAX_BRANCHES = 4  # as many pointers as the kernels take
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
 # Triton's interpreter runs the kernels on the CPU, slowly: for tests and debugging.
 _INTERPRET = os.environ.get('TRITON_INTERPRET') == '1'

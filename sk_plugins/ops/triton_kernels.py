@@ -24,9 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ['MAX_BRANCHES', 'batch_statistics', 'input_grads', 'moments', 'select']
+__all__ = ['batch_statistics', 'input_grads', 'moments', 'select']
 
-MAX_BRANCHES = 4
 # Programs to spread a reduction over: about eight of four warps for every multiprocessor of an H100. Reductions of
 # more programs than that gain nothing from splitting an image's map.
 _PROGRAMS = 1024
@@ -36,6 +35,7 @@ _REDUCTION_TILE = 2048
 _ELEMENTWISE_TILE = 4096
 # 64 channels of two bytes are one 128-byte line.
 _CHANNELS_LAST_BLOCK_C = 64
+_CONTIGUOUS_BLOCK_HW = 256
 
 
 @triton.jit
@@ -354,7 +354,7 @@ def _tile(y: Tensor, elements: int) -> tuple[int, int, tuple[int, int]]:
     if y.is_contiguous(memory_format=torch.channels_last):
         block_c = min(_CHANNELS_LAST_BLOCK_C, triton.next_power_of_2(channels))
         return min(elements // block_c, triton.next_power_of_2(height * width)), block_c, (channels, 1)
-    block_hw = min(256, triton.next_power_of_2(height * width))
+    block_hw = min(_CONTIGUOUS_BLOCK_HW, triton.next_power_of_2(height * width))
     return block_hw, min(elements // block_hw, triton.next_power_of_2(channels)), (1, height * width)
 
 
@@ -367,8 +367,8 @@ def _split(batch: int, channels: int, positions: int, block_hw: int, block_c: in
 
 
 def _pad(tensors: list[Tensor]) -> list[Tensor]:
-    """Four tensors for four pointers; those beyond M are never read."""
-    return [*tensors, *[tensors[0]] * (MAX_BRANCHES - len(tensors))]
+    """Four tensors for a kernel's four pointers; those beyond M are never read."""
+    return [*tensors, *[tensors[0]] * (4 - len(tensors))]
 
 
 def _empty(ys: list[Tensor], *shape: int) -> Tensor:
