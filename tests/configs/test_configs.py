@@ -1,16 +1,33 @@
 """Every config of the project, those of later networks included: it parses, builds, and trains a step."""
 
+import copy
+import functools
+import re
+
 import numpy as np
 import pytest
 
 pytest.importorskip('mmpretrain')
 
+import mmpretrain
+import timm
 import torch
+import torchvision
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
+from mmengine.dataset import pseudo_collate
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
 from mmengine.runner import Runner
+from mmpretrain.registry import DATASETS, MODELS
+from modelindex.load_model_index import load as load_model_index
 from PIL import Image
+from randomised import randomise
+from safetensors.torch import save
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from yapf.yapflib import yapf_api
 
+from sk_plugins import zoo
 from sk_plugins._resources import ROOT
 
 CONFIGS = {
@@ -18,6 +35,8 @@ CONFIGS = {
     for path in sorted((ROOT / 'configs').rglob('*.py'))
     if '_base_' not in path.parts
 }
+PATHS = {path.stem: path for path in CONFIGS.values()}
+INDEX = {model.name: model for model in load_model_index(str(ROOT / 'model-index.yml')).models}
 each_config = pytest.mark.parametrize('path', CONFIGS.values(), ids=CONFIGS.keys())
 
 
@@ -29,56 +48,103 @@ def jpeg(folder, index):
     return dict(img_path=str(path), gt_label=index)
 
 
-def grey(side):
+def noise(*shape):
     def sample(folder, index):
-        return dict(img=np.random.default_rng(index).integers(0, 256, (side, side), np.uint8), gt_label=index)
+        return dict(img=np.random.default_rng(index).integers(0, 256, shape, np.uint8), gt_label=index)
 
     return sample
 
 
 # What a data set of this type hands to its pipeline.
-SAMPLES = {'Digits': grey(8), 'FashionMNIST': grey(28), 'ImageNet': jpeg}
+SAMPLES = {
+    'CIFAR10': noise(32, 32, 3),
+    'CIFAR100': noise(32, 32, 3),
+    'Digits': noise(8, 8),
+    'FashionMNIST': noise(28, 28),
+    'ImageNet': jpeg,
+}
+# What a test image of it becomes: (channels, height, width).
+INPUTS = {
+    'CIFAR10': (3, 32, 32),
+    'CIFAR100': (3, 32, 32),
+    'Digits': (1, 16, 16),
+    'FashionMNIST': (1, 28, 28),
+    'ImageNet': (3, 224, 224),
+}
+
+
+@functools.cache
+def _read(path):
+    return Config.fromfile(path)
+
+
+def read(path):
+    """The config, to change at will."""
+    return copy.deepcopy(_read(path))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def format_once():
+    """The Runner has yapf format one config three times, a third of the time that these tests would take."""
+    format_code, done = yapf_api.FormatCode, {}
+
+    def cached(text, **settings):
+        key = (text, repr(settings))
+        if key not in done:
+            done[key] = format_code(text, **settings)
+        return done[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yapf_api, 'FormatCode', cached)
+        yield
+
+
+def two_samples(cfg, loader, folder):
+    """Two images through the data set's own pipeline; its files need not be there."""
+    settings = cfg[f'{loader}_dataloader'].dataset
+    assert settings.type in SAMPLES, f'say in SAMPLES what {settings.type} hands to its pipeline'
+    dataset = DATASETS.build({**settings, 'lazy_init': True})
+    assert len(dataset.metainfo['classes']) == cfg.model.head.num_classes == cfg.data_preprocessor.num_classes
+    return [dataset.pipeline(SAMPLES[settings.type](folder, index)) for index in range(2)]
 
 
 def test_all_are_found():
-    assert CONFIGS.keys() >= {f'sknet{depth}_in1k.py' for depth in (26, 50, 101)}
-    assert CONFIGS.keys() >= {'sknet_digits.py', 'sknet_fashion_mnist.py'}
-
-
-@each_config
-def test_carries_its_imports(path):
-    cfg = Config.fromfile(path)
-    assert 'sk_plugins.mmpretrain_models' in cfg.custom_imports['imports']
-    assert cfg.custom_imports['allow_failed_imports'] is False
-    assert cfg.default_scope
-
-
-@each_config
-def test_survives_being_written(path, tmp_path):
-    """mmengine writes the whole config into the work dir, from where it can be run again."""
-    cfg = Config.fromfile(path)
-    cfg.dump(tmp_path / 'config.py')
-    assert Config.fromfile(tmp_path / 'config.py').to_dict() == cfg.to_dict()
+    widths = ('x0_5', 'x1_0', 'x1_5', 'x2_0')
+    networks = {f'{prefix}shufflenetv2_{width}_in1k' for prefix in ('', 'se', 'sk') for width in widths}
+    networks |= {f'sknet{depth}_in1k' for depth in (26, 50, 101)}
+    networks |= {f'skresnet{depth}_in1k' for depth in (18, 34, 50, '50d')}
+    networks |= {f'skresnext{depth}_32x4d_in1k' for depth in (26, 50, 101, 152)}
+    networks |= {'skresnext101_32x8d_in1k', 'skresnext101_64x4d_in1k', 'resnext50_32x4d_in1k', 'seresnext50_32x4d_in1k'}
+    networks |= {
+        f'{net}29_16x32d_{data}' for net in ('resnext', 'seresnext', 'sknet') for data in ('cifar10', 'cifar100')
+    }
+    networks |= {'sknet_digits', 'sknet_fashion_mnist'}
+    assert {path.stem for path in CONFIGS.values() if path.parent == ROOT / 'configs'} >= networks
+    assert len(PATHS) == len(CONFIGS), 'a work dir is named after its config, and two have one name'
 
 
 @each_config
 def test_trains_a_step(path, tmp_path):
-    cfg = Config.fromfile(path)
+    cfg = read(path)
+    assert 'sk_plugins.mmpretrain_models' in cfg.custom_imports['imports']
+    assert cfg.custom_imports['allow_failed_imports'] is False
+    assert cfg.auto_scale_lr.base_batch_size % cfg.train_dataloader.batch_size == 0
+
     cfg.work_dir, cfg.experiment_name = str(tmp_path), f'configs_{path.stem}'
     runner = Runner.from_cfg(cfg)
+    # The Runner has written the whole config into the work dir, from where it can be run again.
+    assert Config.fromfile(tmp_path / path.name).to_dict() == cfg.to_dict()
     assert type(runner.model.backbone).__module__ == 'sk_plugins.mmpretrain_models'
 
-    dataset = cfg.train_dataloader.dataset
-    assert dataset.type in SAMPLES, f'say in SAMPLES what {dataset.type} hands to its pipeline'
-    pipeline = Compose(dataset.pipeline)
-    samples = [pipeline(SAMPLES[dataset.type](tmp_path, index)) for index in range(2)]
+    samples = two_samples(cfg, 'train', tmp_path)
     assert samples[0]['inputs'].dtype == torch.uint8
     for sample in samples:
         assert sample['inputs'].shape[0] == cfg.model.backbone.get('in_channels', 3)
         # A corner tells as much as the whole, sooner.
-        sample['inputs'] = sample['inputs'][..., :64, :64]
+        sample['inputs'] = sample['inputs'][..., :32, :32]
 
     optim_wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
+    runner.model.init_weights()
     runner.model.train()
     first = next(runner.model.backbone.parameters())
     before = first.detach().clone()
@@ -90,10 +156,234 @@ def test_trains_a_step(path, tmp_path):
 
 @each_config
 def test_tests_a_sample(path, tmp_path):
-    cfg = Config.fromfile(path)
-    dataset = cfg.test_dataloader.dataset
-    assert dataset.type in SAMPLES
-    samples = [Compose(dataset.pipeline)(SAMPLES[dataset.type](tmp_path, index)) for index in range(2)]
-    # They must stack, whatever the images' sizes.
-    assert samples[0]['inputs'].shape == samples[1]['inputs'].shape
-    assert [int(sample['data_samples'].gt_label) for sample in samples] == [0, 1]
+    cfg = read(path)
+    for loader in ('val', 'test'):
+        samples = two_samples(cfg, loader, tmp_path)
+        # They must stack, whatever the images' sizes.
+        assert [sample['inputs'].shape for sample in samples] == [INPUTS[cfg.test_dataloader.dataset.type]] * 2
+        assert [int(sample['data_samples'].gt_label) for sample in samples] == [0, 1]
+
+
+# The model index
+
+
+def test_index_has_every_config_and_no_other():
+    assert {name: ROOT / model.config for name, model in INDEX.items()} == PATHS
+
+
+@each_config
+def test_index_counts(path):
+    """Parameters, and multiply-adds of one test image, of the model that the index's name builds."""
+    with torch.device('meta'):
+        model = mmpretrain.get_model(path.stem).eval()
+        image = torch.empty(1, *INPUTS[_read(path).test_dataloader.dataset.type])
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            logits = model(image)
+    assert logits.shape == (1, model.head.num_classes)
+    said = INDEX[path.stem].metadata
+    assert sum(p.numel() for p in model.parameters()) == said.parameters
+    assert counter.get_total_flops() / 2 == pytest.approx(said.flops, rel=0.01)
+
+
+def test_index_names_the_zoos_weights():
+    published = {f'{spec.name}_in1k': weights for spec in zoo.MODELS.values() for weights in spec.weights}
+    published['skresnext50_32x4d_in1k'] = published['sknet50_in1k']
+    assert {name for name, model in INDEX.items() if model.weights} == published.keys()
+    for name, weights in published.items():
+        assert INDEX[name].weights == (f'hf-hub:{weights.hf_hub_id}' if weights.hf_hub_id else weights.url)
+        (result,) = INDEX[name].results
+        assert (result.dataset, result.metrics['Top 1 Accuracy']) == ('ImageNet-1k', weights.top1)
+
+
+def reference(name):
+    """The network as the weights' publisher defines it."""
+    if name.startswith('shufflenet'):
+        return getattr(torchvision.models, name.replace('shufflenet', 'shufflenet_').removesuffix('_in1k'))()
+    return timm.create_model(name.replace('sknet50', 'skresnext50_32x4d').removesuffix('_in1k'))
+
+
+@pytest.mark.parametrize('name', [name for name, model in INDEX.items() if model.weights])
+def test_pretrained(name, hub, tmp_path, monkeypatch):
+    """Random weights of the publisher's own network stand in for the trained ones, at the address the index names."""
+    torch.manual_seed(0)
+    expected = randomise(reference(name)).eval()
+    address = INDEX[name].weights
+    if address.startswith('hf-hub:'):
+        hub.add(address.removeprefix('hf-hub:'), {'model.safetensors': save(expected.state_dict())})
+    else:
+        # torch.hub takes what it has downloaded before.
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+        (tmp_path / 'hub' / 'checkpoints').mkdir(parents=True)
+        torch.save(expected.state_dict(), tmp_path / 'hub' / 'checkpoints' / address.rpartition('/')[2])
+    model = mmpretrain.get_model(name, pretrained=True)
+    x = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        logits = expected(x)
+        assert logits.std() > 1e-3
+        torch.testing.assert_close(model(x), logits, rtol=1e-4, atol=1e-4)
+
+
+# The recipes
+
+LARGE, LIGHT, CIFAR, SMALL = 'sknet50_in1k', 'skshufflenetv2_x1_0_in1k', 'sknet29_16x32d_cifar10', 'sknet_fashion_mnist'
+
+
+def parent(name):
+    """The config from which this one may differ in its network only."""
+    if name.endswith('_in1k'):
+        return LIGHT if 'shufflenet' in name else LARGE
+    return re.sub('.*(cifar10+)$', r'sknet29_16x32d_\1', name) if 'cifar' in name else SMALL
+
+
+@pytest.mark.parametrize('name', [name for name in PATHS if name != 'sknet_digits'])
+def test_recipe_is_the_networks_whole_familys(name):
+    own, familys = read(PATHS[name]), read(PATHS[parent(name)])
+    for cfg in (own, familys):
+        cfg.model.pop('backbone')
+        cfg.model.head.pop('in_channels')
+    assert own.to_dict() == familys.to_dict()
+
+
+def rates(cfg, epoch_length):
+    """The learning rate of every iteration of the whole training."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=cfg.optim_wrapper.optimizer.lr)
+    settings = dict(cfg.param_scheduler)
+    scheduler_type = PARAM_SCHEDULERS.get(settings.pop('type'))
+    each_iteration = settings.pop('convert_to_iter_based', False)
+    if each_iteration:
+        scheduler = scheduler_type.build_iter_from_epoch(optimizer, **settings, epoch_length=epoch_length)
+    else:
+        scheduler = scheduler_type(optimizer, **settings)
+    values = []
+    for _ in range(cfg.train_cfg.max_epochs):
+        for _ in range(epoch_length):
+            values.append(optimizer.param_groups[0]['lr'])
+            optimizer.step()
+            if each_iteration:
+                scheduler.step()
+        if not each_iteration:
+            scheduler.step()
+    return np.array(values)
+
+
+def test_rate_of_the_large_networks():
+    values = rates(read(PATHS[LARGE]), epoch_length=2)
+    np.testing.assert_allclose(values, 0.1 * np.repeat([1, 0.1, 0.01, 0.001], [60, 60, 60, 20]), rtol=1e-9)
+
+
+def test_rate_of_the_lightweight_networks():
+    values = rates(read(PATHS[LIGHT]), epoch_length=5)
+    assert len(values) == 5 * 240
+    np.testing.assert_allclose(values, np.linspace(0.5, 0, 5 * 240), rtol=1e-9, atol=1e-12)
+    # 300,000 iterations, as the authors of ShuffleNetV2 count.
+    assert pytest.approx(300_000, rel=0.001) == 240 * 1_281_167 / 1024
+
+
+@pytest.mark.parametrize('name', [CIFAR, 'sknet29_16x32d_cifar100'])
+def test_rate_on_cifar(name):
+    values = rates(read(PATHS[name]), epoch_length=2)
+    np.testing.assert_allclose(values, np.repeat([0.1, 0.01, 0.001], [300, 150, 150]), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ('name', 'optimizer', 'decay_of_norms', 'batch'),
+    [
+        (LARGE, dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4), 0, 256),
+        (LIGHT, dict(lr=0.5, momentum=0.9, nesterov=False, weight_decay=4e-5), 0, 1024),
+        (CIFAR, dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4), 5e-4, 128),
+    ],
+)
+def test_optimizer(name, optimizer, decay_of_norms, batch):
+    cfg = read(PATHS[name])
+    with DefaultScope.overwrite_default_scope('mmpretrain'), torch.device('meta'):
+        model = MODELS.build(cfg.model)
+        sgd = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    assert type(sgd) is torch.optim.SGD
+    assert {k: sgd.defaults[k] for k in optimizer} == optimizer
+    decay = {id(p): group['weight_decay'] for group in sgd.param_groups for p in group['params']}
+    assert len(decay) == len(list(model.parameters()))
+    # Of one dimension are scales, shifts and biases, and of more the weights.
+    assert {decay[id(p)] for p in model.parameters() if p.ndim == 1} == {decay_of_norms}
+    assert {decay[id(p)] for p in model.parameters() if p.ndim > 1} == {optimizer['weight_decay']}
+    assert cfg.auto_scale_lr.base_batch_size == batch
+
+
+def test_data():
+    large, light = (read(PATHS[name]).train_dataloader for name in (LARGE, LIGHT))
+    assert (large.batch_size * 8, light.batch_size * 8) == (256, 1024)
+    crops = [next(t for t in loader.dataset.pipeline if t.type == 'RandomResizedCrop') for loader in (large, light)]
+    assert [crop.get('crop_ratio_range') for crop in crops] == [None, (0.25, 1.0)]  # mmpretrain's is (0.08, 1)
+    for name, classes in ((CIFAR, 10), ('sknet29_16x32d_cifar100', 100)):
+        cfg = read(PATHS[name])
+        crop, flip, _ = cfg.train_dataloader.dataset.pipeline
+        assert (crop.crop_size, crop.padding, flip.prob, flip.direction) == (32, 4, 0.5, 'horizontal')
+        assert cfg.train_dataloader.batch_size == 128
+        for loader, split in (
+            (cfg.train_dataloader, 'train'),
+            (cfg.val_dataloader, 'test'),
+            (cfg.test_dataloader, 'test'),
+        ):
+            assert loader.dataset.type == f'CIFAR{classes}'
+            assert (loader.dataset.data_root, loader.dataset.split) == (f'data/cifar{classes}', split)
+        assert cfg.model.head.num_classes == classes
+
+
+# The ablations: counts as test_index_counts finds them
+
+COUNTS = {  # parameters, GFLOPs, and by how much the former may differ
+    'table3_wider_in1k': (28.02e6, 4.65, 5e3),
+    'table3_deeper_in1k': (27.28e6, 4.67, 5e3),
+    'table3_36x4d_in1k': (27.55e6, 4.70, 5e3),
+    'table6_3x3_d3_g32_in1k': (27_479_784, 4.46, 0),
+    'table6_3x3_d2_g32_in1k': (27_479_784, 4.46, 0),
+    'table6_3x3_d1_g32_in1k': (27_479_784, 4.46, 0),
+    'table6_5x5_d1_g64_in1k': (28.03e6, 4.55, 5e3),
+    'table6_7x7_d1_g128_in1k': (27.99e6, 4.55, 5e3),
+    'table7_k3_in1k': (25_028_904, 4.23, 0),
+    'table7_k5_in1k': (25_028_904, 4.23, 0),
+    'table7_k7_in1k': (25_028_904, 4.23, 0),
+    'table7_k3_k5_summed_in1k': (26_458_664, 4.46, 0),
+    'table7_k3_k7_summed_in1k': (26_458_664, 4.46, 0),
+    'table7_k5_k7_summed_in1k': (26_458_664, 4.46, 0),
+    'table7_k3_k5_selected_in1k': (27_479_784, 4.46, 0),
+    'table7_k3_k7_selected_in1k': (27_479_784, 4.46, 0),
+    'table7_k5_k7_selected_in1k': (27_479_784, 4.46, 0),
+    'table7_k3_k5_k7_selected_in1k': (29_249_512, 4.69, 0),
+}
+
+
+@pytest.mark.parametrize('name', COUNTS)
+def test_ablations_cost(name):
+    parameters, gflops, tolerance = COUNTS[name]
+    said = INDEX[name].metadata
+    assert abs(said.parameters - parameters) <= tolerance
+    assert said.flops / 1e9 == pytest.approx(gflops, rel=0.01)
+
+
+@pytest.mark.parametrize(('data', 'groups'), [('_in1k', 32), ('_fashion_mnist', 8)])
+def test_ablations_rows(data, groups):
+    """Every row of Tables 3, 6 and 7 is there, and its config is what its name says."""
+    branches = [(3, 3, groups), (3, 2, groups), (3, 1, groups), (5, 1, 2 * groups), (7, 1, 4 * groups)]
+    table3 = ['table3_wider', 'table3_deeper']
+    table3 += ['table3_36x4d'] if data == '_in1k' else ['table3_11x4d', 'table3_resnext']
+    table6 = {f'table6_{k}x{k}_d{d}_g{g}': [(3, 1, groups), (k, d, g)] for k, d, g in branches}
+    table7 = [f'table7_{kernels}' for kernels in ('k3', 'k5', 'k7')]
+    for kernels in ('k3_k5', 'k3_k7', 'k5_k7', 'k3_k5_k7'):
+        table7 += [f'table7_{kernels}_summed', f'table7_{kernels}_selected']
+    rows = {name for name in PATHS if name.startswith('table') and name.endswith(data)}
+    assert rows == {row + data for row in (*table3, *table6, *table7)}
+    for row, expected in table6.items():
+        assert read(PATHS[row + data]).model.backbone.sk_kwargs.branches == expected
+    for row in table7:
+        sk_kwargs = read(PATHS[row + data]).model.backbone.sk_kwargs
+        assert sk_kwargs.kernel_sizes == tuple(int(k) for k in re.findall(r'_k(\d)', row))
+        assert sk_kwargs.get('select', 'channel') == ('channel' if row.endswith('selected') else 'sum')
+    for row in table3:
+        assert read(PATHS[row + data]).model.backbone.unit == 'plain'
+
+
+@pytest.mark.parametrize('row', ['wider', 'deeper', '11x4d'])
+def test_table3_on_fashion_mnist_costs_what_sk_does(row):
+    said, sk = INDEX[f'table3_{row}_fashion_mnist'].metadata, INDEX['sknet_fashion_mnist'].metadata
+    assert said.parameters == pytest.approx(sk.parameters, rel=0.03)
+    assert sk.flops < said.flops < 1.15 * sk.flops

@@ -1,0 +1,3 @@
+_base_ = '../sknet_fashion_mnist.py'
+
+model = dict(backbone=dict(sk_kwargs=dict(kernel_sizes=(7,), select='sum')))

@@ -1,0 +1,3 @@
+_base_ = './sknet50_in1k.py'
+
+model = dict(backbone=dict(type='SKResNet', depth=34), head=dict(in_channels=512))
