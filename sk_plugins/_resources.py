@@ -1,5 +1,6 @@
 """Where the configs, the tools and the model index lie: in the checkout, or in the wheel's ``.mim`` folder."""
 
+import difflib
 from pathlib import Path
 
 __all__ = ['ROOT', 'find_config']
@@ -10,10 +11,10 @@ ROOT = _PACKAGE / '.mim' if (_PACKAGE / '.mim').is_dir() else _PACKAGE.parent
 
 
 def find_config(name: str) -> Path:
-    """A config file by its path, or one of the project's own by its path or name under ``configs/``.
+    """A config file by its path, or one of the project's own by its path under ``configs/`` or its name.
 
     Raises:
-        FileNotFoundError: there is no such file; the message lists the project's own configs.
+        FileNotFoundError: there is no such file; the message names the project's own configs that come near.
     """
     if Path(name).is_file():
         return Path(name)
@@ -21,5 +22,11 @@ def find_config(name: str) -> Path:
     relative = name.removeprefix('configs/').removesuffix('.py') + '.py'
     if (configs / relative).is_file():
         return configs / relative
-    own = sorted(str(p.relative_to(configs)) for p in configs.rglob('*.py') if '_base_' not in p.parts)
-    raise FileNotFoundError(f'config {name!r} is neither a file nor one of the configs shipped here: {", ".join(own)}')
+    own = {path.stem: path for path in sorted(configs.rglob('*.py')) if '_base_' not in path.parts}
+    if name in own:
+        return own[name]
+    near = difflib.get_close_matches(Path(relative).stem, own, n=5, cutoff=0.5) or list(own)[:5]
+    raise FileNotFoundError(
+        f'config {name!r} is neither a file nor one of the {len(own)} shipped in {configs}; near it are '
+        f'{", ".join(near)}'
+    )
