@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import fuse, norm_relu_pool, select, select_recomputed
+from ..ops import BACKENDS, fuse, norm_relu_select, select
 from .conv_bn_act import ConvBNAct
 
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
@@ -125,8 +125,9 @@ class SelectiveKernel(nn.Module):
         conv_bias: a bias in the branches' convolutions.
         norm_position: 'branch' (norm and activation in every branch, the paper's), 'output' (bare convolutions,
             norm and activation once, after the selection) or 'none' (bare convolutions, and nothing after it).
-        recompute: in training, keep the convolutions' outputs for the backward pass and compute BatchNorm and ReLU
-            again there: M maps a unit less to keep, same gradients. It applies to BatchNorm and ReLU in eager mode.
+        backend: how branches of BatchNorm and ReLU, with nothing else and no hooks around them, go from their
+            convolutions to the output, with the same results: 'auto', or 'plain', 'recompute' (in training, keep M
+            maps a unit for the backward pass in place of 2 M) or 'triton'; see :mod:`sk_plugins.ops.dispatch`.
         act_layer: activation class.
         norm_layer: norm class, called with the number of channels.
         aa_layer: anti-aliasing layer that strides in the convolutions' place.
@@ -159,7 +160,7 @@ class SelectiveKernel(nn.Module):
         reduce_act: bool = True,
         conv_bias: bool = False,
         norm_position: str = 'branch',
-        recompute: bool = True,
+        backend: str = 'auto',
         act_layer: type[nn.Module] = nn.ReLU,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         aa_layer: Callable[..., nn.Module] | None = None,
@@ -179,6 +180,8 @@ class SelectiveKernel(nn.Module):
             raise ValueError(
                 f'norm_position={norm_position!r} is unknown: choose one of {", ".join(map(repr, NORM_POSITIONS))}'
             )
+        if backend not in BACKENDS:
+            raise ValueError(f'backend={backend!r} is unknown: choose one of {", ".join(map(repr, BACKENDS))}')
         branches = _resolve_branches(kernel_sizes, groups, dilated, branches)
         num_branches = len(branches)
         branch_channels = in_channels
@@ -200,7 +203,7 @@ class SelectiveKernel(nn.Module):
         self.out_channels = out_channels
         self.split_input = split_input
         self.select = select
-        self.recompute = recompute
+        self.backend = backend
         layers = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         self.paths = nn.ModuleList(
             ConvBNAct(
@@ -243,8 +246,8 @@ class SelectiveKernel(nn.Module):
             chunks = torch.chunk(x, len(self.paths), dim=1)
             inputs = [chunks[i] for i in range(len(self.paths))]
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles a nested test, not a combined one
-            if self.recompute and self._can_recompute(x):
-                return self._forward_recomputed(inputs)
+            if self._can_dispatch(x):
+                return self._dispatch(inputs)
         branches = []
         for i, path in enumerate(self.paths):
             branches.append(path(inputs[i]))
@@ -259,22 +262,19 @@ class SelectiveKernel(nn.Module):
         return x
 
     @torch.jit.unused
-    def _can_recompute(self, x: Tensor) -> bool:
-        """Whether autograd is at work in eager mode and every branch is BatchNorm and ReLU that nobody watches."""
-        if torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
+    def _can_dispatch(self, x: Tensor) -> bool:
+        """Whether every branch is BatchNorm and ReLU that nobody watches, and no tracer looks for the modules."""
+        if self.backend == 'plain' or isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
             return False
-        return torch.is_grad_enabled() and x.is_floating_point() and all(_is_plain(path) for path in self.paths)
+        if torch.compiler.is_compiling() and self.backend != 'triton':
+            return False
+        return all(_is_plain(path) for path in self.paths) and (self.attn is None or not _has_hooks(self.attn))
 
     @torch.jit.unused
-    def _forward_recomputed(self, inputs: list[Tensor]) -> Tensor:
+    def _dispatch(self, inputs: list[Tensor]) -> Tensor:
         outputs = [path.conv(inputs[i]) for i, path in enumerate(self.paths)]
-        if not all(y.requires_grad and y.numel() > y.shape[1] for y in outputs):
-            branches = [path.act(path.bn(y)) for path, y in zip(self.paths, outputs)]
-            return sum(branches[1:], branches[0]) if self.attn is None else select(branches, self.attn(branches))
-        branches, pooled = zip(*(norm_relu_pool(y, path.bn) for path, y in zip(self.paths, outputs)))
-        if self.attn is None:
-            return sum(branches[1:], branches[0])
-        return select_recomputed(branches, self.attn.attend(sum(pooled[1:], pooled[0])))
+        attend = None if self.attn is None else self.attn.attend
+        return norm_relu_select(outputs, [path.bn for path in self.paths], attend, self.backend)
 
     def extra_repr(self) -> str:
         return f'select={self.select!r}, split_input={self.split_input}'
@@ -289,12 +289,15 @@ def _is_plain(path: ConvBNAct) -> bool:
         and type(path.act) is nn.ReLU
         and type(path.drop) is nn.Identity
         and type(path.aa) is nn.Identity
-        and not any(
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-            for module in (path, path.bn, path.act, path.drop, path.aa)
-        )
+        and not any(_has_hooks(module) for module in (path, path.bn, path.act, path.drop, path.aa))
         and not global_hooks._global_forward_hooks
         and not global_hooks._global_forward_pre_hooks
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

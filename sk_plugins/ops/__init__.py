@@ -1,4 +1,4 @@
-from .recompute import norm_relu_pool, select_recomputed
+from .dispatch import BACKENDS, norm_relu_select
 from .selective_kernel import fuse, fuse_reference, select, select_reference
 
-__all__ = ['fuse', 'fuse_reference', 'norm_relu_pool', 'select', 'select_recomputed', 'select_reference']
+__all__ = ['BACKENDS', 'fuse', 'fuse_reference', 'norm_relu_select', 'select', 'select_reference']

@@ -1,0 +1,133 @@
+"""Every way from the convolutions to the selected map gives the plain one's numbers, and 'auto' picks the right one."""
+
+import logging
+
+import pytest
+import torch
+from layer_pairs import SETTINGS, assert_same, make_input, make_pair, step
+from torch import nn
+
+from sk_plugins.ops import BACKENDS, custom_ops, dispatch
+
+each_setting = pytest.mark.parametrize('kwargs', SETTINGS.values(), ids=SETTINGS.keys())
+
+
+def through(layer, x):
+    """The autograd functions on the way of an output."""
+    nodes, seen = [layer(x).grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return ' '.join(node.name() for node in seen)
+
+
+@each_setting
+@pytest.mark.parametrize('norm_eval', [False, True], ids=['batch', 'running'])
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_backends_agree(backend, kwargs, norm_eval):
+    layer, plain = make_pair(**kwargs)
+    layer.backend = backend
+    for module in (*layer.modules(), *plain.modules()):
+        if norm_eval and isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    assert_same(step(layer, make_input()), step(plain, make_input()), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@torch.no_grad()
+def test_backends_agree_without_gradients(backend):
+    layer, plain = make_pair()
+    layer.backend = backend
+    for module in (layer.eval(), plain.eval()):
+        module.eval()
+    torch.testing.assert_close(layer(make_input()), plain(make_input()), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ('backend', 'expected'), [('auto', 'NormReluPool'), ('recompute', 'NormReluPool'), ('triton', 'pool_branches')]
+)
+def test_which_way_is_taken(backend, expected):
+    layer, plain = make_pair()
+    layer.backend = backend
+    names = through(layer, make_input().requires_grad_())
+    assert expected in names
+    assert ('NormReluPool' in names) + ('pool_branches' in names) == 1
+    assert expected not in through(plain, make_input().requires_grad_())
+
+
+@pytest.mark.parametrize('momentum', [0.3, None])
+def test_running_statistics_through_the_custom_ops(momentum):
+    layers = make_pair()
+    layers[0].backend = 'triton'
+    for layer in layers:
+        for path in layer.paths:
+            path.bn.momentum = momentum
+        for seed in (1, 2, 3):
+            layer(make_input(seed=seed))
+    assert_same(step(layers[0], make_input()), step(layers[1], make_input()), rtol=1e-9, atol=1e-11)
+
+
+def test_autocast():
+    """Half-precision maps, float32 parameters: no further from float64 than the plain way."""
+    layer, plain = make_pair()
+    x = make_input((4, 8, 9, 9))
+    gradient = make_input(plain(x).shape, torch.bfloat16, seed=2)
+    plain = make_pair()[1]
+    plain(x).backward(gradient.double())
+    exact = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    errors = {}
+    for backend in ('plain', 'recompute', 'triton'):
+        module = make_pair(torch.float32)[0]
+        module.backend = backend
+        with torch.autocast('cpu', torch.bfloat16):
+            output = module(x.float())
+        assert output.dtype == torch.bfloat16
+        output.backward(gradient)
+        for name, parameter in module.named_parameters():
+            assert parameter.grad.dtype == torch.float32
+            errors[backend, name] = ((parameter.grad - exact[name]).norm() / exact[name].norm()).item()
+    for backend in ('recompute', 'triton'):
+        for name in exact:
+            assert errors[backend, name] < 1.6 * errors['plain', name] + 0.05, (backend, name)
+
+
+def test_compiles_with_the_custom_ops():
+    layer, plain = make_pair()
+    layer.backend = 'triton'
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    x = make_input().requires_grad_()
+    (got,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize('dtype', custom_ops.DTYPES)
+def test_the_check_before_first_use_passes(dtype):
+    assert dispatch._passes_check.__wrapped__(torch.device('cpu'), dtype)
+
+
+def test_kernels_that_are_wrong_are_not_used(monkeypatch, caplog):
+    right, calls = custom_ops.select, []
+
+    def wrong(*args):
+        calls.append(args)
+        return right(*args) * (1 if len(calls) == 1 else 1.01)
+
+    monkeypatch.setattr(custom_ops, 'select', wrong)
+    with caplog.at_level(logging.WARNING, 'sk_plugins'):
+        assert not dispatch._passes_check.__wrapped__(torch.device('cpu'), torch.float32)
+    assert len(caplog.records) == 1
+    assert 'differ from plain torch by 1.0e-02 on cpu' in caplog.text
+    assert len(calls) == 2
+
+
+def test_watched_attention_is_called():
+    """A hook on the attention, as for recording it, sees every call."""
+    layer, _ = make_pair()
+    seen = []
+    layer.attn.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    layer(make_input().requires_grad_())
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0].sum(1), torch.ones(3, 8, 1, 1, dtype=torch.float64))
