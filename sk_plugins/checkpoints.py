@@ -43,10 +43,10 @@ __all__ = [
     'to_timm',
 ]
 
-# One of them is in every network of the project: SK and plain bottlenecks, SK basic blocks, ShuffleNetV2's units.
+# One of them is in every network of the project: SK bottlenecks, plain units, SK basic units, ShuffleNetV2's units.
 _OWN = (
     'layer1.0.conv2.paths.0.conv.weight',
-    'layer1.0.conv3.weight',
+    'layer1.0.conv2.weight',
     'layer1.0.conv1.paths.0.conv.weight',
     'stage2.0.branch1.0.weight',
 )

@@ -6,6 +6,7 @@ its entries in mmpretrain's model index, and two kinds of checkpoint: ``hf-hub:O
 ``*.safetensors``.
 """
 
+import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dist import barrier, get_dist_info
 from mmengine.runner import CheckpointLoader
 from mmpretrain.apis.model import ModelHub
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.models.utils import build_norm_layer
 from mmpretrain.registry import MODELS
 from torch import Tensor
+from torch.hub import load_state_dict_from_url
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import hub, networks, zoo
@@ -53,7 +56,8 @@ class _Backbone:
         num_stages: int,
     ) -> None:
         """Check the arguments, run the network's constructor, and set what the other methods need."""
-        if isinstance(out_indices, int) or not out_indices or not set(out_indices) <= set(range(num_stages)):
+        is_sequence = isinstance(out_indices, Sequence) and len(out_indices) > 0
+        if not is_sequence or not all(i in range(num_stages) for i in out_indices):
             raise ValueError(f'out_indices={out_indices!r} must be a sequence of stages from 0 to {num_stages - 1}')
         if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages={frozen_stages!r} must be from -1 (none) to {num_stages}')
@@ -179,6 +183,11 @@ def _choose(**argument_and_choices) -> Any:
     return choices[value]
 
 
+def _for_unit(spec: zoo.ModelSpec, unit: str) -> zoo.ModelSpec:
+    """The row without what it says of SK convolutions, where the units have none."""
+    return spec if unit == 'sk' else replace(spec, args={k: v for k, v in spec.args.items() if k != 'sk_kwargs'})
+
+
 @MODELS.register_module()
 class SKNet(_ResNetBackbone):
     """SKNet as an OpenMMLab backbone: (B, in_channels, H, W) to a tuple of stage outputs.
@@ -226,9 +235,7 @@ class SKNet(_ResNetBackbone):
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
         **kwargs,
     ) -> None:
-        spec = _choose(depth=(depth, self.depths))
-        if kwargs.get('unit', 'sk') != 'sk':
-            spec = replace(spec, args={k: v for k, v in spec.args.items() if k != 'sk_kwargs'})
+        spec = _for_unit(_choose(depth=(depth, self.depths)), kwargs.get('unit', 'sk'))
         super().__init__(
             spec.arguments(**kwargs), depth, out_indices, frozen_stages, norm_eval, with_cp, drop_path_rate,
             output_stride, in_channels, norm_cfg, channels_last, init_cfg,
@@ -270,6 +277,9 @@ class SKResNeXt(_ResNetBackbone):
         **kwargs,
     ) -> None:
         layers = _choose(depth=(depth, zoo.LAYERS))
+        for name, ours in (('cardinality', 'groups'), ('base_width', 'width_per_group')):
+            if name in kwargs:
+                raise ValueError(f'{name}={kwargs[name]!r} is called {ours} here')
         for name, value in (('groups', groups), ('width_per_group', width_per_group)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f'{name}={value!r} must be an integer of at least 1')
@@ -317,8 +327,10 @@ class SKResNet(_ResNetBackbone):
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
         **kwargs,
     ) -> None:
-        spec = _choose(depth=(depth, self.depths))
-        kwargs['sk_kwargs'] = {'split_input': split_input, **(kwargs.get('sk_kwargs') or {})}
+        unit = kwargs.get('unit', 'sk')
+        spec = _for_unit(_choose(depth=(depth, self.depths)), unit)
+        if unit == 'sk':
+            kwargs['sk_kwargs'] = {'split_input': split_input, **(kwargs.get('sk_kwargs') or {})}
         super().__init__(
             spec.arguments(**kwargs), depth, out_indices, frozen_stages, norm_eval, with_cp, drop_path_rate,
             output_stride, in_channels, norm_cfg, channels_last, init_cfg,
@@ -414,6 +426,30 @@ def load_from_hf_hub(filename: str, map_location: str | None = None) -> dict[str
     # A state dict's metadata reaches each module as it loads: so the backbone can name the repository in an error.
     state_dict._metadata = OrderedDict({name: {'source': repo} for name in ('', 'backbone')})
     return dict(state_dict=state_dict, meta={})
+
+
+@CheckpointLoader.register_scheme(prefixes='https://download.pytorch.org/')
+def load_from_pytorch(filename: str, map_location: str | None = None) -> dict[str, Any]:
+    """torchvision's published weights, where mmengine would run whatever a pickle holds; downloaded once a machine.
+
+    Raises:
+        sk_plugins.hub.HubError: the file cannot be had, or is not what its name's hash says.
+    """
+
+    def load() -> dict[str, Tensor]:
+        return load_state_dict_from_url(
+            filename, map_location=map_location or 'cpu', check_hash=True, weights_only=True
+        )
+
+    try:
+        if get_dist_info()[0] == 0:
+            state_dict = load()
+        barrier()
+        if get_dist_info()[0] != 0:
+            state_dict = load()
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise hub.HubError(f'{filename}: cannot be loaded: {hub.shorten(error)}') from error
+    return dict(state_dict=OrderedDict(state_dict), meta={})
 
 
 @CheckpointLoader.register_scheme(prefixes=r'(?!\S+://).*\.safetensors$')

@@ -5,6 +5,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
 from . import hub, zoo
@@ -27,6 +28,9 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
         )
     if cfg.hf_hub_id is None or cfg.file or cfg.state_dict:
         try:
+            if cfg.url and not (cfg.file or cfg.state_dict):
+                # timm would leave a damaged download in the cache; where the name holds a hash, this does not.
+                download_cached_file(cfg.url, check_hash=True, cache_dir=kwargs.get('cache_dir'))
             return build_model_with_cfg(spec.network, variant, True, **args)
         except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
             where = cfg.file or cfg.url or 'state_dict'

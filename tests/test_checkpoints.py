@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 
 import pytest
 
@@ -13,16 +14,20 @@ pytest.importorskip('mmpretrain')
 import safetensors.torch
 import timm
 import torch
+import torchvision
+from hub_server import FAULTS
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 from mmengine.runner import load_checkpoint as mmengine_load_checkpoint
 from mmpretrain.registry import MODELS
 from mmpretrain.utils import register_all_modules
+from randomised import randomise
 
-from sk_plugins import checkpoints, mmpretrain_models
+from sk_plugins import checkpoints, mmpretrain_models, zoo
 from sk_plugins._resources import ROOT, find_config
 from sk_plugins.checkpoints import CheckpointError, load_checkpoint
+from sk_plugins.hub import HubError
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), cardinality=8, base_width=16, in_chans=1, small_stem=True)
 CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -340,11 +345,163 @@ def test_to_timm_leaves_a_neck_out(model):
 
 
 @pytest.mark.parametrize('rename', [checkpoints.to_timm, checkpoints.to_mmpretrain])
-def test_foreign_names(rename):
-    foreign = timm.create_model('resnetv2_18', num_classes=2).state_dict()
-    assert 'stem.conv.weight' in foreign
-    with pytest.raises(CheckpointError, match=r"no 'layer1\.0\.conv2\.paths.*' and no 'backbone.*stem\.conv"):
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+@pytest.mark.parametrize('name', ['vgg11', 'mobilenetv3_small_050', 'resnetv2_18'])
+def test_foreign_names(rename, prefix, name):
+    with torch.device('meta'):
+        foreign = {prefix + k: v for k, v in timm.create_model(name, num_classes=2).state_dict().items()}
+    assert not checkpoints.is_timm_format(foreign)
+    with pytest.raises(CheckpointError) as caught:
         rename(foreign)
+    assert str(caught.value) == (
+        "no 'layer1.0.conv2.paths.0.conv.weight' and no 'stage2.0.branch1.0.weight', with 'backbone.' before them or "
+        f'without, among its {len(foreign)} names ({", ".join(list(foreign)[:3])}, ...): expected the names of timm or '
+        'of mmpretrain'
+    )
+
+
+# Partial loading
+
+
+@pytest.fixture(scope='module')
+def torchvisions():
+    """torchvision's ShuffleNetV2, whose names ours are, as training could leave it."""
+    torch.manual_seed(0)
+    return randomise(torchvision.models.shufflenet_v2_x0_5())
+
+
+def names_of(state_dict):
+    return {name for name in state_dict if not name.endswith('num_batches_tracked')}
+
+
+@pytest.mark.parametrize(
+    ('unit', 'counts'), [('plain', (282, 0, 0)), ('se', (282, 64, 0)), ('sk', (217, 208, 65))], ids=str
+)
+@pytest.mark.parametrize('factor', ['x0_5', 'x1_0'])
+def test_load_partial_of_torchvisions(torchvisions, factor, unit, counts):
+    tv = torchvisions if factor == 'x0_5' else torchvision.models.shufflenet_v2_x1_0()
+    model = timm.create_model(f'{"" if unit == "plain" else unit}shufflenetv2_{factor}')
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    report = checkpoints.load_partial(model, tv.state_dict())
+    assert (len(report.loaded), len(report.initialised), len(report.unused)) == counts
+    after, given = model.state_dict(), tv.state_dict()
+    assert {*report.loaded, *report.initialised} == names_of(after)
+    assert {*report.loaded, *report.unused} == names_of(given)
+    assert all(torch.equal(after[name], given[name]) for name in report.loaded)
+    assert all(torch.equal(after[name], before[name]) for name in report.initialised)
+    assert not any(torch.equal(given[name], before[name]) for name in report.loaded if name.endswith('conv1.0.weight'))
+    # Every tensor of the SK convolutions and of squeeze-and-excitation, and nothing else.
+    assert all('.branch2.3.' in name or '.branch2.8.' in name for name in report.initialised)
+    assert all(name.split('.')[3] in ('3', '4') for name in report.unused)
+
+
+def test_report_of_load_partial(torchvisions):
+    report = checkpoints.load_partial(timm.create_model('skshufflenetv2_x0_5'), torchvisions.state_dict())
+    assert str(report).splitlines() == [
+        'loaded 217 of 425 tensors',
+        'left as initialised: 208 tensors (stage2.1.branch2.3.attn.bn.bias, stage2.1.branch2.3.attn.bn.running_mean, '
+        'stage2.1.branch2.3.attn.bn.running_var, stage2.1.branch2.3.attn.bn.weight, '
+        'stage2.1.branch2.3.attn.fc_reduce.weight, stage2.1.branch2.3.attn.fc_select.weight, ... and 202 more)',
+        'not used: 65 tensors (stage2.1.branch2.3.weight, stage2.1.branch2.4.bias, stage2.1.branch2.4.running_mean, '
+        'stage2.1.branch2.4.running_var, stage2.1.branch2.4.weight, stage2.2.branch2.3.weight, ... and 59 more)',
+    ]
+    report = checkpoints.load_partial(timm.create_model('shufflenetv2_x0_5'), torchvisions.state_dict())
+    assert str(report) == 'loaded 282 of 282 tensors\nleft as initialised: none\nnot used: none'
+
+
+def test_load_partial_leaves_another_classifier(torchvisions):
+    model = timm.create_model('shufflenetv2_x0_5', num_classes=10)
+    before = model.fc.weight.clone()
+    report = checkpoints.load_partial(model, torchvisions.state_dict())
+    assert report.initialised == report.unused == ('fc.weight', 'fc.bias')
+    assert torch.equal(model.fc.weight, before)
+    assert str(report).splitlines()[1] == 'left as initialised: 2 tensors (fc.bias, fc.weight)'
+
+
+SOURCES = ['dict', 'mmpretrain dict', 'file', 'path', 'mmengine file', 'safetensors', 'hf-hub', 'http']
+
+
+@pytest.mark.parametrize('kind', SOURCES)
+def test_sources_of_load_partial(hub, tmp_path, torchvisions, kind):
+    weights = torchvisions.state_dict()
+    source = {
+        'dict': weights,
+        'mmpretrain dict': checkpoints.to_mmpretrain(weights),
+        'file': str(tmp_path / 'tv.pth'),
+        'path': tmp_path / 'tv.pth',
+        'mmengine file': tmp_path / 'mm.pth',
+        'safetensors': tmp_path / 'tv.safetensors',
+        'hf-hub': 'hf-hub:me/tv',
+        'http': f'{hub.url}/me/tv/resolve/main/tv.pth',
+    }[kind]
+    checkpoints.save_state_dict(weights, tmp_path / 'tv.pth')
+    checkpoints.save_state_dict(weights, tmp_path / 'tv.safetensors')
+    checkpoints.save_mmengine_checkpoint(weights, tmp_path / 'mm.pth')
+    files = {'tv.pth': 'tv.pth', 'model.safetensors': 'tv.safetensors'}
+    hub.add('me/tv', {name: (tmp_path / file).read_bytes() for name, file in files.items()})
+    model = timm.create_model('shufflenetv2_x0_5')
+    report = checkpoints.load_partial(model, source)
+    assert (len(report.loaded), report.initialised, report.unused) == (282, (), ())
+    assert not differ(weights, model.state_dict())
+
+
+def test_load_partial_into_a_backbone_of_openmmlab(torchvisions):
+    backbone = MODELS.build(dict(type='SKShuffleNetV2', widen_factor=0.5, unit='se'))
+    report = checkpoints.load_partial(backbone, torchvisions.state_dict())
+    assert (len(report.loaded), len(report.initialised), report.unused) == (280, 64, ('fc.weight', 'fc.bias'))
+
+
+@pytest.mark.parametrize(
+    ('source', 'error', 'said'),
+    [
+        ({}, CheckpointError, 'state dict: none of its 0 tensors fits SKShuffleNetV2'),
+        ({'conv1.0.weight': torch.zeros(1)}, CheckpointError, 'state dict: none of its 1 tensors fits SKShuffleNetV2'),
+        ('FOLDER/vgg.pth', CheckpointError, r'vgg\.pth: none of its \d+ tensors fits SKShuffleNetV2'),
+        ('FOLDER/gone.pth', FileNotFoundError, r'gone\.pth: no such checkpoint file'),
+        ('FOLDER/text.pth', CheckpointError, r'text\.pth: cannot be read as weights'),
+        ('FOLDER/text.safetensors', CheckpointError, r'text\.safetensors: not a safetensors file'),
+        ('hf-hub:me/gone', HubError, 'me/gone: repository not found'),
+        ('hf-hub:gone', ValueError, "'gone' must be OWNER/NAME"),
+        ('HUB/me/x/resolve/main/gone.pth', CheckpointError, r'^http://127.*gone\.pth: cannot be loaded: .*404'),
+        ('HUB/me/x/resolve/main/text.pth', CheckpointError, r'^http://127.*text\.pth: cannot be loaded: '),
+        ('http://127.0.0.1:9/x.pth', CheckpointError, r'x\.pth: cannot be loaded: .*refused'),
+    ],
+    ids=str,
+)
+def test_load_partial_of_what_cannot_be_loaded(hub, tmp_path, source, error, said):
+    (tmp_path / 'text.pth').write_text('no weights')
+    (tmp_path / 'text.safetensors').write_text('no weights')
+    torch.save({'features.0.weight': torch.zeros(8, 3, 3, 3)}, tmp_path / 'vgg.pth')
+    hub.add('me/x', {'text.pth': b'no weights'})
+    if isinstance(source, str):
+        source = source.replace('FOLDER', str(tmp_path)).replace('HUB', hub.url)
+    model = timm.create_model('shufflenetv2_x0_5')
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(error, match=said):
+        checkpoints.load_partial(model, source)
+    assert not differ(before, model.state_dict())
+
+
+def test_load_partial_after_a_broken_download(hub, tmp_path, monkeypatch, torchvisions):
+    """What came of the first try is not what the second finds."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr(torch.hub, '_hub_dir', None)
+    hub.add('me/x', {'tv.pth': saved(torchvisions.state_dict())})
+    source = f'{hub.url}/me/x/resolve/main/tv.pth'
+    model = timm.create_model('shufflenetv2_x0_5')
+    hub.faults['me/x'] = FAULTS['truncated']
+    with pytest.raises(CheckpointError, match=r'tv\.pth: cannot be loaded: '):
+        checkpoints.load_partial(model, source)
+    assert not (tmp_path / 'hub').exists()
+    hub.faults.clear()
+    assert len(checkpoints.load_partial(model, source).loaded) == 282
+
+
+def test_load_partial_runs_nothing(hub, tmp_path):
+    hub.add('me/x', {'evil.pth': saved(RunsCode(os.mkdir, str(tmp_path / 'marker')))})
+    with pytest.raises(CheckpointError, match=r'evil\.pth: cannot be loaded'):
+        checkpoints.load_partial(timm.create_model('shufflenetv2_x0_5'), f'{hub.url}/me/x/resolve/main/evil.pth')
+    assert not (tmp_path / 'marker').exists()
 
 
 # Writing
@@ -538,12 +695,15 @@ def test_timm_arguments_of_each_config(name):
     cfg = Config.fromfile(find_config(name))
     architecture, args, data = checkpoints.timm_arguments(cfg)
     json.dumps([args, data])
-    model = timm.create_model(architecture, **args)
-    classifier = MODELS.build(cfg.model)
-    expected = checkpoints.to_timm(classifier.state_dict())
-    assert len(expected) == len(classifier.state_dict())
-    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in expected.items()}
-    assert model.num_classes == cfg.data_preprocessor.num_classes
+    assert args['num_classes'] == cfg.data_preprocessor.num_classes
+    # That a row's network is the same at both doors test_mmpretrain_models.py shows.
+    if args != dict(in_chans=3, num_classes=args['num_classes']):
+        with torch.device('meta'):
+            model = timm.create_model(architecture, **args)
+            classifier = MODELS.build(cfg.model)
+        expected = checkpoints.to_timm(classifier.state_dict())
+        assert len(expected) == len(classifier.state_dict())
+        assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in expected.items()}
     assert [255 * v for v in data['mean']] == pytest.approx(cfg.data_preprocessor.mean)
     assert [255 * v for v in data['std']] == pytest.approx(cfg.data_preprocessor.std)
 
@@ -562,16 +722,138 @@ def test_preprocessing_of_the_recipe():
 def test_timm_arguments_drop_what_only_openmmlab_has():
     backbone = dict(type='mmpretrain.SKNet', depth=101, frozen_stages=1, norm_eval=True, with_cp=True, in_channels=4)
     backbone.update(out_indices=(0, 3), init_cfg=dict(type='Pretrained', checkpoint='x'), drop_path_rate=0.1)
-    assert isinstance(MODELS.build({**backbone, 'init_cfg': None}), mmpretrain_models.SKNet)
+    with torch.device('meta'):
+        assert isinstance(MODELS.build({**backbone, 'init_cfg': None}), mmpretrain_models.SKNet)
     architecture, args, data = checkpoints.timm_arguments(dict(model=dict(backbone=backbone)))
     assert architecture == 'sknet101'
     assert args == dict(in_chans=4, num_classes=0, drop_path_rate=0.1)
     assert data == {}
 
 
-@pytest.mark.parametrize('backbone', [dict(type='ResNet', depth=50), dict(type='SKNet', depth=34), dict(type='SKNet')])
+@pytest.mark.parametrize('scope', ['', 'mmpretrain.'])
+@pytest.mark.parametrize('spec', zoo.MODELS.values(), ids=zoo.MODELS.keys())
+def test_timm_arguments_of_every_network(spec, scope):
+    kind, args = spec.openmmlab
+    model = dict(backbone=dict(type=scope + kind, **args), head=dict(num_classes=spec.num_classes))
+    assert checkpoints.timm_arguments(dict(model=model)) == (
+        spec.name,
+        dict(in_chans=3, num_classes=spec.num_classes),
+        {},
+    )
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'architecture', 'args'),
+    [
+        (dict(type='SKNet', depth=50, unit='se'), 'sknet50', dict(unit='se')),
+        (dict(type='SKNet', depth=29, unit='sk'), 'sknet29_16x32d', dict(unit='sk')),
+        (dict(type='SKNet', depth=29, unit='se', drop_path_rate=0.1), 'seresnext29_16x32d', dict(drop_path_rate=0.1)),
+        (dict(type='SKResNeXt', depth=101), 'skresnext101_32x4d', {}),
+        (dict(type='SKResNeXt', depth=101, groups=64), 'skresnext101_64x4d', {}),
+        (dict(type='SKResNeXt', depth=101, width_per_group=8), 'skresnext101_32x8d', {}),
+        (
+            dict(type='SKResNeXt', depth=101, groups=16, width_per_group=4),
+            'sknet50',
+            dict(layers=[3, 4, 23, 3], cardinality=16, base_width=4),
+        ),
+        (dict(type='SKResNeXt', depth=152), 'sknet50', dict(layers=[3, 8, 36, 3])),
+        (dict(type='SKResNeXt', depth=50, unit='plain'), 'sknet50', dict(layers=[3, 4, 6, 3], unit='plain')),
+        (dict(type='SKResNet', depth=18, split_input=True), 'skresnet18', {}),
+        (dict(type='SKResNet', depth='50d', drop_path_rate=0.1), 'skresnet50d', dict(drop_path_rate=0.1)),
+        (dict(type='SKShuffleNetV2'), 'skshufflenetv2_x1_0', {}),
+        (dict(type='SKShuffleNetV2', widen_factor=2, unit='se'), 'seshufflenetv2_x2_0', {}),
+        (
+            dict(type='SKShuffleNetV2', widen_factor=0.5, unit='sk', sk_kwargs=dict(kernel_sizes=(3, 5, 7))),
+            'skshufflenetv2_x0_5',
+            dict(sk_kwargs=dict(kernel_sizes=[3, 5, 7])),
+        ),
+    ],
+    ids=str,
+)
+def test_timm_arguments(backbone, architecture, args):
+    """And timm's model with them takes the backbone's weights, strictly."""
+    got = checkpoints.timm_arguments(dict(model=dict(backbone=backbone)))
+    assert got == (architecture, dict(in_chans=3, num_classes=0, **args), {})
+    with torch.device('meta'):
+        model = timm.create_model(got[0], **got[1])
+        expected = MODELS.build(backbone)
+    assert [(k, v.shape) for k, v in model.state_dict().items()] == [
+        (k, v.shape) for k, v in expected.state_dict().items()
+    ]
+
+
+SHUFFLE = dict(channels=(16, 32, 64), head_channels=64, layers=(2, 2, 2))
+SMALL = dict(channels=(16, 32, 64), cardinality=8, base_width=16)
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'features'),
+    [
+        (dict(type='SKNet', depth=29, in_channels=1, **SMALL), 256),
+        (dict(type='SKNet', depth=29, unit='plain', **SMALL), 256),
+        (dict(type='SKResNeXt', depth=26, groups=8, width_per_group=16, channels=(16, 32, 64, 128)), 512),
+        (dict(type='SKResNet', depth=18, channels=(16, 32, 64, 128)), 128),
+        (dict(type='SKShuffleNetV2', norm_cfg=dict(type='SyncBN'), **SHUFFLE), 64),
+        (dict(type='SKShuffleNetV2', widen_factor=0.5, unit='plain', **SHUFFLE), 64),
+    ],
+    ids=str,
+)
+def test_hub_folder_of_every_class(tmp_path, backbone, features):
+    """From a classifier of mmpretrain's to a Hub folder, and by timm from there."""
+    head = dict(type='LinearClsHead', num_classes=10, in_channels=features, topk=(1,))
+    model = dict(type='ImageClassifier', backbone=backbone, neck=dict(type='GlobalAveragePooling'), head=head)
+    classifier = randomise(MODELS.build(model))
+    architecture, args, data_config = checkpoints.timm_arguments(dict(model=model))
+    checkpoints.save_hub_folder(classifier.state_dict(), tmp_path / 'hub', architecture, args, data_config)
+    restored = timm.create_model(f'local-dir:{tmp_path / "hub"}', pretrained=True).eval()
+    assert_identical(checkpoints.to_mmpretrain(restored.state_dict()), classifier.state_dict())
+    images = torch.randn(2, args['in_chans'], 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        expected, got = classifier.double()(images), restored.double()(images)
+    assert expected.shape == got.shape == (2, 10)
+    assert expected.std() > 1e-3
+    assert (expected - got).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    'backbone',
+    [
+        dict(type='VGG', depth=11),
+        dict(type='ResNet', depth=50),
+        dict(type='mmpretrain.ShuffleNetV2', widen_factor=1.0),
+        dict(type='SKNet', depth=34),
+        dict(type='SKNet'),
+        dict(type='SKResNeXt', depth=29),
+        dict(type='SKResNet', depth=101),
+        dict(type='SKShuffleNetV2', widen_factor=3.0),
+        dict(type='SKShuffleNetV2', unit='cbam'),
+        dict(depth=50),
+    ],
+    ids=str,
+)
 def test_timm_arguments_of_another_network(backbone):
-    with pytest.raises(ValueError, match=r'model\.backbone of type .* is not a network of this project'):
+    args = {k: v for k, v in backbone.items() if k != 'type'}
+    kind = str(backbone.get('type')).removeprefix('mmpretrain.')
+    message = f'model.backbone={args} of type {kind!r} is not a network of this project'
+    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
+        checkpoints.timm_arguments(dict(model=dict(backbone=backbone)))
+
+
+@pytest.mark.parametrize(
+    'args',
+    [
+        dict(split_input=False),
+        dict(sk_kwargs=dict(kernel_sizes=(3, 7))),
+        dict(small_stem=True),
+        dict(unit='plain'),
+        dict(block='bottleneck'),
+    ],
+    ids=str,
+)
+def test_what_timms_own_networks_cannot_be_is_refused(args):
+    backbone = dict(type='SKResNet', depth=18, **args)
+    message = f'model.backbone={backbone} is not what timm calls skresnet18'
+    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
         checkpoints.timm_arguments(dict(model=dict(backbone=backbone)))
 
 

@@ -1,11 +1,13 @@
-"""SKNet as a backbone of OpenMMLab's: mmpretrain's own backbone tests and, against timm, what only ours can show."""
+"""The backbones of OpenMMLab's door: mmpretrain's own backbone tests and, against timm, what only ours can show."""
 
 import copy
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ pytest.importorskip('mmpretrain')
 import mmpretrain
 import timm
 import torch
+import torchvision
 from hub_server import FAULTS
 from mmengine.logging import MMLogger
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
@@ -29,25 +32,110 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import sk_plugins
-from sk_plugins.checkpoints import save_mmengine_checkpoint, to_mmpretrain
+from sk_plugins import zoo
+from sk_plugins.checkpoints import is_timm_format, save_mmengine_checkpoint, to_mmpretrain, to_timm
 from sk_plugins.hub import HubError
-from sk_plugins.mmpretrain_models import SKNet
+from sk_plugins.mmpretrain_models import SKNet, SKResNet, SKResNeXt, SKShuffleNetV2
 
 # A network in which what is tested does not depend on the width takes a tenth of the time.
 NARROW = dict(channels=(16, 32, 64, 128), cardinality=8, base_width=16)
 CHANNELS = [64, 128, 256, 512]
+SMALL = dict(layers=(1, 1, 1), channels=(16, 32, 64), cardinality=8, base_width=16)
+SHUFFLE = dict(channels=(16, 32, 64), head_channels=64, layers=(2, 2, 2))
 REPO = 'me/tiny'
 PUBLISHED = 'timm/skresnext50_32x4d.ra_in1k'
 
 
-def make_backbone(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    return randomise(MODELS.build(dict(type='SKNet', depth=26, **{**NARROW, **kwargs})), seed)
+RESNET_PARTS = (('conv1.', 'bn1.'), ('layer1.',), ('layer2.',), ('layer3.',), ('layer4.',))
+SHUFFLE_PARTS = (('conv1.',), ('stage2.',), ('stage3.',), ('stage4.',), ('conv5.',))
 
 
-def make_timm(seed=0, **kwargs):
+class Case(NamedTuple):
+    """A backbone of few channels, and the same network at timm's door."""
+
+    cfg: Mapping[str, Any]
+    timm_name: str
+    timm_args: Mapping[str, Any]
+    channels: list[int]
+    strides: list[int]
+    parts: tuple[tuple[str, ...], ...] = RESNET_PARTS  # how the stem's and each stage's names begin
+
+    @property
+    def size(self):
+        return 2 * self.strides[-1] if self.strides[-1] == 32 else 16
+
+    @property
+    def every(self):
+        return tuple(range(len(self.channels)))
+
+
+def _shuffle(unit, prefix):
+    cfg = dict(type='SKShuffleNetV2', widen_factor=0.5, unit=unit, **SHUFFLE)
+    return Case(cfg, f'{prefix}shufflenetv2_x0_5', SHUFFLE, [16, 32, 64, 64], [8, 16, 32, 32], SHUFFLE_PARTS)
+
+
+def _cifar(unit, name):
+    cfg = dict(type='SKNet', depth=29, unit=unit, **SMALL)
+    return Case(cfg, name, SMALL, [64, 128, 256], [1, 2, 4], RESNET_PARTS[:4])
+
+
+_WIDTHS = dict(channels=NARROW['channels'])
+_FLAT = dict(layers=(1, 1, 1, 1), **_WIDTHS)
+_STRIDES = [4, 8, 16, 32]
+# One of each class, and of SKNet one with four stages and one with three.
+CASES = {
+    'SKNet': Case(dict(type='SKNet', depth=26, **NARROW), 'sknet26', NARROW, CHANNELS, _STRIDES),
+    'SKNet-29': _cifar('sk', 'sknet29_16x32d'),
+    'SKResNeXt': Case(
+        dict(type='SKResNeXt', depth=26, groups=8, width_per_group=16, **_FLAT),
+        'sknet26',
+        dict(cardinality=8, base_width=16, **_FLAT),
+        CHANNELS,
+        _STRIDES,
+    ),
+    'SKResNet-18': Case(dict(type='SKResNet', depth=18, **_WIDTHS), 'skresnet18', _WIDTHS, [16, 32, 64, 128], _STRIDES),
+    'SKShuffleNetV2': _shuffle('sk', 'sk'),
+}
+# And the networks whose units are others.
+ALL_CASES = {
+    **CASES,
+    'SKNet-29-plain': _cifar('plain', 'resnext29_16x32d'),
+    'SKNet-29-se': _cifar('se', 'seresnext29_16x32d'),
+    'SKResNet-50d': Case(dict(type='SKResNet', depth='50d', **_WIDTHS), 'skresnet50d', _WIDTHS, CHANNELS, _STRIDES),
+    'SKShuffleNetV2-plain': _shuffle('plain', ''),
+    'SKShuffleNetV2-se': _shuffle('se', 'se'),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request):
+    return request.param
+
+
+@pytest.fixture(params=ALL_CASES.values(), ids=ALL_CASES.keys())
+def any_case(request):
+    return request.param
+
+
+def make_backbone(seed=0, case=CASES['SKNet'], **kwargs):
     torch.manual_seed(seed)
-    return randomise(timm.create_model('sknet26', **{**NARROW, 'num_classes': 10, **kwargs}), seed)
+    return randomise(MODELS.build({**case.cfg, **kwargs}), seed)
+
+
+def make_timm(seed=0, case=CASES['SKNet'], **kwargs):
+    torch.manual_seed(seed)
+    return randomise(timm.create_model(case.timm_name, **{**case.timm_args, 'num_classes': 10, **kwargs}), seed)
+
+
+def make_classifier(case, num_classes=10, **backbone):
+    return MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone={**case.cfg, **backbone},
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(type='LinearClsHead', num_classes=num_classes, in_channels=case.channels[-1], topk=(1,)),
+        )
+    ).eval()
 
 
 def get_classifier(pretrained=False, **backbone):
@@ -121,9 +209,10 @@ def published(sknet50):
 
 class TestRegistry:
     def test_models(self):
-        assert mmpretrain.list_models('sknet*') == ['sknet101_in1k', 'sknet26_in1k', 'sknet50_in1k']
-        assert mmpretrain.list_models('sknet50', task='Image Classification') == ['sknet50_in1k']
-        assert MODELS.get('SKNet') is SKNet
+        assert {'sknet101_in1k', 'sknet26_in1k', 'sknet50_in1k'} <= set(mmpretrain.list_models('sknet*'))
+        assert mmpretrain.list_models('sknet50_in1k', task='Image Classification') == ['sknet50_in1k']
+        for backbone in (SKNet, SKResNet, SKResNeXt, SKShuffleNetV2):
+            assert MODELS.get(backbone.__name__) is backbone
         assert 'resnet50_8xb32_in1k' in mmpretrain.list_models()
 
     @pytest.mark.parametrize(
@@ -138,14 +227,22 @@ class TestRegistry:
         assert model._metainfo.metadata.parameters == parameters
 
     @pytest.mark.parametrize('norm_cfg', [None, dict(type='SyncBN', requires_grad=True)], ids=['BN', 'SyncBN'])
-    def test_from_another_scope(self, norm_cfg):
+    def test_from_another_scope(self, case, norm_cfg):
         """As mmdetection and mmsegmentation build it; neither needs to be there."""
-        cfg = dict(type='mmpretrain.SKNet', depth=26, out_indices=(0, 1, 2, 3), norm_cfg=norm_cfg, **NARROW)
+        kind = case.cfg['type']
+        cfg = {**case.cfg, 'type': f'mmpretrain.{kind}', 'out_indices': case.every, 'norm_cfg': norm_cfg}
         with DefaultScope.overwrite_default_scope('mmdet'):
             model = ROOT_MODELS.build(cfg)
-        assert type(model) is SKNet
+        assert type(model) is MODELS.get(kind)
         with torch.no_grad():
-            assert [y.shape[1] for y in model.eval()(make_input())] == CHANNELS
+            assert [y.shape[1] for y in model.eval()(make_input(size=case.size))] == case.channels
+
+    @pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
+    def test_from_a_downstream_registry(self, scope):
+        registry = pytest.importorskip(f'{scope}.registry', exc_type=ImportError)
+        for case in CASES.values():
+            kind = case.cfg['type']
+            assert type(registry.MODELS.build({**case.cfg, 'type': f'mmpretrain.{kind}'})) is MODELS.get(kind)
 
     def test_custom_imports(self, tmp_path):
         """In a process of its own, where nothing but the config's line imports this package."""
@@ -174,6 +271,261 @@ class TestRegistry:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.split()[-1] == '25430784'
+
+
+# PAPER.md's figures, with the classifier.
+PARAMETERS = {
+    'sknet26': 16_746_408,
+    'sknet50': 27_479_784,
+    'sknet101': 48_736_040,
+    'skresnext101_32x4d': 48_736_040,
+    'shufflenetv2_x0_5': 1_366_792,
+    'shufflenetv2_x1_0': 2_278_604,
+    'shufflenetv2_x1_5': 3_503_624,
+    'shufflenetv2_x2_0': 7_393_996,
+    'skshufflenetv2_x0_5': 1_366_792 + 75_304,
+    'skshufflenetv2_x1_0': 2_278_604 + 180_806,
+    'resnext29_16x32d': 25_229_220,
+}
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+class TestZoo:
+    """The same network at both doors: every row at its full size, without memory."""
+
+    @pytest.mark.parametrize('spec', zoo.MODELS.values(), ids=zoo.MODELS.keys())
+    def test_names_and_shapes(self, spec):
+        kind, args = spec.openmmlab
+        with torch.device('meta'):
+            backbone, model = MODELS.build(dict(type=kind, **args)), timm.create_model(spec.name)
+        given = {k: v.shape for k, v in backbone.state_dict().items()}
+        wanted = {k: v.shape for k, v in model.state_dict().items() if not k.startswith('fc.')}
+        assert list(given.items()) == list(wanted.items())
+        timm_names = model.state_dict()
+        mm_names = to_mmpretrain(timm_names)
+        assert list(mm_names) == [*(f'backbone.{k}' for k in wanted), 'head.fc.weight', 'head.fc.bias']
+        assert is_timm_format(timm_names)
+        assert not is_timm_format(mm_names)
+        assert list(to_timm(mm_names)) == list(timm_names)
+        assert count(backbone) == count(model) - count(model.fc)
+        assert model.num_classes == model.fc.out_features == spec.num_classes
+        if spec.name in PARAMETERS:
+            assert count(model) == PARAMETERS[spec.name]
+
+    @pytest.mark.parametrize(
+        ('cfg', 'parameters'),
+        [
+            (dict(type='SKResNeXt', depth=50), 27_479_784),
+            (dict(type='SKResNeXt', depth=26), 16_746_408),
+            (dict(type='SKResNeXt', depth=50, unit='plain'), 25_028_904),
+            (dict(type='SKNet', depth=50, unit='plain'), 25_028_904),
+            (dict(type='SKNet', depth=50, unit='se'), 27_559_896),
+            (dict(type='SKNet', depth=50, sk_kwargs=dict(select='sum')), 26_458_664),
+            (dict(type='SKNet', depth=50, sk_kwargs=dict(kernel_sizes=(3, 5, 7))), 29_249_512),
+        ],
+        ids=str,
+    )
+    def test_parameters(self, cfg, parameters):
+        with torch.device('meta'):
+            assert count(MODELS.build(cfg)) == parameters - 2048 * 1000 - 1000
+
+    @pytest.mark.parametrize(('branch', 'millions'), [((5, 1, 64), 28.03), ((7, 1, 128), 27.99)], ids=str)
+    def test_parameters_of_table_6(self, branch, millions):
+        cfg = dict(type='SKNet', depth=50, sk_kwargs=dict(branches=[(3, 1, 32), branch]))
+        with torch.device('meta'):
+            assert round((count(MODELS.build(cfg)) + 2048 * 1000 + 1000) / 1e6, 2) == millions
+
+    def test_resnext_101_is_sknet_101(self):
+        with torch.device('meta'):
+            one, other = MODELS.build(dict(type='SKResNeXt', depth=101)), MODELS.build(dict(type='SKNet', depth=101))
+        shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (one, other)]
+        assert shapes[0] == shapes[1]
+
+    def test_skresnet_without_splitting(self):
+        """Every branch of SK-ResNet-18 sees all channels: counted by hand."""
+
+        def unit(inputs, channels, share):
+            d = max(channels // 8, 16)
+            branches = 2 * (9 * (inputs // share) * channels + 2 * channels)
+            attention = channels * d + 2 * d + 2 * channels * d
+            shortcut = inputs * channels + 2 * channels if inputs != channels else 0
+            return branches + attention + 9 * channels * channels + 2 * channels + shortcut
+
+        units = [(64, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512)]
+        stem = 3 * 64 * 49 + 2 * 64
+        for split_input, share in ((True, 2), (False, 1)):
+            with torch.device('meta'):
+                model = SKResNet(18, split_input=split_input)
+            assert count(model) == stem + sum(unit(*widths, share) for widths in units)
+        assert count(model) == 11_958_056 - 513_000 + 4_718_592
+
+
+class TestEveryBackbone:
+    """What mmpretrain's own backbone tests ask of each of its classes."""
+
+    def test_is_timms(self, any_case):
+        """Bit for bit; but timm's own SK-ResNets sum in another order."""
+        case = any_case
+        dtype, atol = (torch.float64, 1e-10) if zoo.MODELS[case.timm_name].in_timm else (torch.float32, 0)
+        backbone, model = make_backbone(1, case, out_indices=case.every), make_timm(case=case)
+        last_alone = MODELS.build(case.cfg).eval()
+        for door in (backbone, last_alone):
+            door.load_state_dict(model.state_dict(), strict=True)
+            assert same_state(door, model)
+            door.to(dtype)
+        model.to(dtype)
+        x = make_input(size=case.size).to(dtype)
+        with torch.no_grad():
+            outputs = backbone(x)
+            last, features = model.forward_intermediates(x)
+            assert_equal([outputs[-1]], [last], atol)
+            inner = outputs[:3] if case.parts is SHUFFLE_PARTS else outputs
+            assert_equal(inner, features[-len(inner) :], atol)
+            assert_equal(last_alone(x), [model.forward_features(x)], atol)
+        assert [y.shape[1] for y in outputs] == case.channels
+        assert [case.size // y.shape[2] for y in outputs] == case.strides
+        assert all(y.shape[2] == y.shape[3] for y in outputs)
+        assert all(y.std() > 1e-3 for y in outputs)
+
+    def test_out_indices(self, case):
+        x = make_input(size=case.size)
+        with torch.no_grad():
+            expected = make_backbone(0, case, out_indices=case.every)(x)
+            for out_indices in ((0,), [0, 2], (2, 1), case.every[-1:], (case.every[-1], 0)):
+                model = make_backbone(0, case, out_indices=out_indices)
+                ran = []
+                for i, (first, *_) in enumerate(case.parts[1:]):
+                    model.get_submodule(first[:-1]).register_forward_hook(lambda *_, i=i, ran=ran: ran.append(i))
+                outputs = model(x)
+                assert isinstance(outputs, tuple)
+                assert_equal(outputs, [expected[i] for i in sorted(out_indices)], atol=0)
+                assert ran == list(range(max(out_indices) + 1))
+
+    def test_of_an_input_that_no_stride_divides(self, case):
+        with torch.no_grad():
+            outputs = make_backbone(0, case, out_indices=case.every)(torch.zeros(1, 3, 65, 70))
+        assert [tuple(y.shape[2:]) for y in outputs] == [(-(-65 // s), -(-70 // s)) for s in case.strides]
+
+    def test_in_channels(self, case):
+        model = make_backbone(0, case, in_channels=1)
+        assert model(make_input(channels=1, size=case.size))[0].shape[:2] == (2, case.channels[-1])
+
+    @pytest.mark.parametrize('output_stride', [16, 8])
+    @pytest.mark.parametrize('name', ['SKNet', 'SKResNeXt', 'SKResNet-18', 'SKShuffleNetV2'])
+    def test_output_stride(self, name, output_stride):
+        case = CASES[name]
+        dilated = make_backbone(0, case, out_indices=case.every, output_stride=output_stride)
+        model = make_timm(case=case, output_stride=output_stride)
+        dilated.load_state_dict(make_timm(1, case).state_dict(), strict=True)
+        model.load_state_dict(make_timm(1, case).state_dict(), strict=True)
+        x = make_input()
+        with torch.no_grad():
+            outputs = dilated(x)
+            torch.testing.assert_close(outputs[-1], model.forward_features(x), rtol=0, atol=1e-5)
+        assert [64 // y.shape[2] for y in outputs] == [min(s, output_stride) for s in case.strides]
+
+    @pytest.mark.parametrize('name', ['SKNet', 'SKNet-29', 'SKResNeXt', 'SKResNet-18'])
+    def test_drop_path_rate(self, name):
+        model = make_backbone(0, CASES[name], drop_path_rate=0.3)
+        units = [unit for i in range(1, 5) for unit in getattr(model, f'layer{i}')]
+        assert len(units) == {'SKNet-29': 3, 'SKResNeXt': 4}.get(name, 8)
+        rates = [unit.drop_path.drop_prob if unit.drop_path else 0.0 for unit in units]
+        assert rates == pytest.approx(np.linspace(0, 0.3, len(units)).tolist())
+
+    def test_channels_last(self, case):
+        model = make_backbone(0, case, out_indices=case.every, channels_last=True)
+        x = make_input(size=case.size)
+        with torch.no_grad():
+            outputs = model(x.contiguous(memory_format=torch.channels_last))
+            assert_equal(outputs, make_backbone(0, case, out_indices=case.every)(x), atol=1e-4)
+        assert all(y.is_contiguous(memory_format=torch.channels_last) for y in outputs)
+        convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convs)
+
+    @pytest.mark.parametrize(
+        ('norm_cfg', 'kind', 'eps'),
+        [
+            (dict(type='BN', eps=1e-3), nn.BatchNorm2d, 1e-3),
+            (dict(type='SyncBN', requires_grad=True), nn.SyncBatchNorm, 1e-5),
+            (dict(type='GN', num_groups=4), nn.GroupNorm, 1e-5),
+        ],
+        ids=['BN', 'SyncBN', 'GN'],
+    )
+    def test_norm_cfg(self, case, norm_cfg, kind, eps):
+        given = copy.deepcopy(norm_cfg)
+        plain = sum(isinstance(m, _BatchNorm) for m in make_backbone(0, case).modules())
+        model = make_backbone(0, case, norm_cfg=norm_cfg)
+        assert norm_cfg == given
+        norms = [m for m in model.modules() if isinstance(m, (_BatchNorm, nn.GroupNorm))]
+        assert len(norms) == plain > 15
+        assert all(isinstance(m, kind) and m.eps == eps for m in norms)
+        model.train()(make_input(size=case.size))[0].sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+    def test_init_weights_without_init_cfg(self, case):
+        """OpenMMLab's call leaves the paper's initialisation, made in the constructor, as it is."""
+        model = MODELS.build(case.cfg)
+        before = copy.deepcopy(model.state_dict())
+        model.init_weights()
+        assert model.is_init
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        select = [v for k, v in model.named_parameters() if k.endswith('fc_select.weight')]
+        assert torch.cat([v.flatten() for v in select]).std().item() == pytest.approx(0.01, rel=0.05)
+
+    @pytest.mark.parametrize(
+        ('name', 'kwargs', 'match'),
+        [
+            ('SKResNeXt', dict(depth=29), 'depth=29 is unknown: choose one of 26, 50, 101, 152'),
+            ('SKResNet-18', dict(depth=101), "depth=101 is unknown: choose one of 18, 34, 50, '50d'"),
+            ('SKResNet-18', dict(depth=['50d']), r"depth=\['50d'\] is unknown"),
+            ('SKShuffleNetV2', dict(widen_factor=3.0), 'widen_factor=3.0 is unknown: choose one of 0.5, 1.0, 1.5, 2.0'),
+            ('SKShuffleNetV2', dict(widen_factor=None), 'widen_factor=None is unknown'),
+            ('SKNet', dict(unit='cbam'), "unit='cbam' is unknown: choose one of 'sk', 'plain', 'se'"),
+            ('SKNet-29', dict(unit='cbam'), "unit='cbam' is unknown"),
+            ('SKResNeXt', dict(unit='cbam'), "unit='cbam' is unknown"),
+            ('SKResNet-18', dict(unit='cbam'), "unit='cbam' is unknown"),
+            ('SKShuffleNetV2', dict(unit='cbam'), "unit='cbam' is unknown: choose one of 'sk', 'plain', 'se'"),
+            ('SKNet', dict(sk_kwargs=dict(groups=7)), r'groups=7 must divide the input channels of a branch \(32\)'),
+            ('SKNet-29', dict(sk_kwargs=dict(groups=7)), 'groups=7 must divide'),
+            ('SKResNeXt', dict(sk_kwargs=dict(groups=7)), 'groups=7 must divide'),
+            ('SKResNet-18', dict(sk_kwargs=dict(groups=7)), 'groups=7 must divide'),
+            ('SKShuffleNetV2', dict(sk_kwargs=dict(groups=7)), r'groups=7 must divide .*\(8\)'),
+            ('SKResNet-18', dict(sk_kwargs=dict(kernel_sizes=(1, 3, 5))), 'split_input=True needs in_channels .* 3 br'),
+            ('SKNet-29', dict(unit='se', sk_kwargs=dict(groups=8)), "sk_kwargs={'groups': 8} are for unit='sk'"),
+            ('SKShuffleNetV2', dict(unit='se', sk_kwargs=dict(groups=8)), "are for unit='sk', and this is unit='se'"),
+            ('SKResNeXt', dict(groups=0), 'groups=0 must be an integer of at least 1'),
+            ('SKResNeXt', dict(groups='32'), "groups='32' must be an integer of at least 1"),
+            ('SKResNeXt', dict(width_per_group=2.5), 'width_per_group=2.5 must be an integer of at least 1'),
+            ('SKNet-29', dict(out_indices=(3,)), r'out_indices=\(3,\) must be a sequence of stages from 0 to 2'),
+            ('SKNet-29', dict(frozen_stages=4), r'frozen_stages=4 must be from -1 \(none\) to 3'),
+            ('SKShuffleNetV2', dict(out_indices=(4,)), r'out_indices=\(4,\) must be a sequence of stages from 0 to 3'),
+            ('SKShuffleNetV2', dict(out_indices=None), 'out_indices=None must be'),
+            ('SKShuffleNetV2', dict(frozen_stages=5), r'frozen_stages=5 must be from -1 \(none\) to 4'),
+            ('SKShuffleNetV2', dict(channels=(15, 32, 64)), r'channels=\(15, 32, 64\) must be three even integers'),
+            ('SKShuffleNetV2', dict(in_channels=0), 'in_channels=0 must be an integer of at least 1'),
+            ('SKShuffleNetV2', dict(output_stride=4), 'output_stride=4 must be 8, 16 or 32'),
+            ('SKResNet-18', dict(out_indices=2.5), 'out_indices=2.5 must be'),
+            ('SKResNet-18', dict(out_indices=(0, '1')), r"out_indices=\(0, '1'\) must be"),
+            ('SKResNet-18', dict(cardinality=32), 'cardinality=32 must be 1'),
+        ],
+        ids=str,
+    )
+    def test_bad_argument(self, name, kwargs, match):
+        args = {**CASES[name].cfg, **kwargs}
+        with torch.device('meta'), pytest.raises(ValueError, match=match):
+            MODELS.build(args)
+
+    def test_unknown_argument(self, case):
+        with pytest.raises(TypeError, match='frozen_stage'):
+            MODELS.build({**case.cfg, 'frozen_stage': 1})
+
+    def test_missing_argument(self):
+        for kind in ('SKNet', 'SKResNeXt', 'SKResNet'):
+            with pytest.raises(TypeError, match='depth'):
+                MODELS.build(dict(type=kind))
 
 
 class TestNetwork:
@@ -208,61 +560,6 @@ class TestNetwork:
             (output,) = backbone(make_input())
             torch.testing.assert_close(output, sknet50.forward_features(make_input()), rtol=0, atol=1e-5)
 
-    def test_in_channels(self):
-        model = make_backbone(in_channels=1)
-        assert model(make_input(channels=1))[0].shape == (2, 512, 2, 2)
-
-    @pytest.mark.parametrize('out_indices', [(3,), (0,), [1, 3], (3, 0), (0, 1, 2, 3)], ids=str)
-    def test_out_indices(self, out_indices):
-        model = make_backbone(out_indices=out_indices)
-        every = make_backbone(out_indices=(0, 1, 2, 3))
-        ran = []
-        for i in range(4):
-            getattr(model, f'layer{i + 1}').register_forward_hook(lambda *_, i=i: ran.append(i))
-        with torch.no_grad():
-            outputs = model(make_input())
-            expected = every(make_input())
-        assert isinstance(outputs, tuple)
-        assert_equal(outputs, [expected[i] for i in sorted(out_indices)], atol=0)
-        assert ran == list(range(max(out_indices) + 1))
-
-    def test_drop_path_rate(self):
-        model = SKNet(50, drop_path_rate=0.3, **NARROW)
-        units = [unit for i in range(1, 5) for unit in getattr(model, f'layer{i}')]
-        rates = [unit.drop_path.drop_prob if unit.drop_path else 0.0 for unit in units]
-        assert rates == pytest.approx(np.linspace(0, 0.3, 16).tolist())
-        assert not any(unit.drop_path for unit in make_backbone().layer4)
-
-    def test_channels_last(self):
-        model = make_backbone(out_indices=(0, 1, 2, 3), channels_last=True)
-        x = make_input().contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            outputs = model(x)
-            assert_equal(outputs, make_backbone(out_indices=(0, 1, 2, 3))(make_input()), atol=1e-4)
-        assert all(y.is_contiguous(memory_format=torch.channels_last) for y in outputs)
-        convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-        assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convs)
-
-    @pytest.mark.parametrize(
-        ('norm_cfg', 'kind', 'eps'),
-        [
-            (dict(type='BN', eps=1e-3), nn.BatchNorm2d, 1e-3),
-            (dict(type='SyncBN', requires_grad=True), nn.SyncBatchNorm, 1e-5),
-            (dict(type='GN', num_groups=4), nn.GroupNorm, 1e-5),
-        ],
-        ids=['BN', 'SyncBN', 'GN'],
-    )
-    def test_norm_cfg(self, norm_cfg, kind, eps):
-        given = copy.deepcopy(norm_cfg)
-        model = make_backbone(norm_cfg=norm_cfg)
-        assert norm_cfg == given
-        norms = [m for m in model.modules() if isinstance(m, (_BatchNorm, nn.GroupNorm))]
-        # Stem, three shortcuts (a narrow stage 1 needs none), and five in each of eight units.
-        assert len(norms) == 1 + 3 + 8 * 5
-        assert all(isinstance(m, kind) and m.eps == eps for m in norms)
-        model.train()(make_input())[0].sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
-
     def test_norm_cfg_sync_bn_is_the_same_network(self):
         plain, sync = make_backbone(), make_backbone(seed=1, norm_cfg=dict(type='SyncBN'))
         sync.load_state_dict(plain.state_dict(), strict=True)
@@ -275,15 +572,6 @@ class TestNetwork:
         assert not any('bn' in name for name in trained)
         assert 'fc_select' in trained
 
-    def test_init_weights_without_init_cfg(self):
-        """OpenMMLab's call leaves the paper's initialisation, made in the constructor, as it is."""
-        model = SKNet(26, **NARROW)
-        before = copy.deepcopy(model.state_dict())
-        model.init_weights()
-        assert model.is_init
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        assert model.layer4[1].conv2.attn.fc_select.weight.std().item() == pytest.approx(0.01, rel=0.05)
-
     def test_zero_init_last(self):
         model = SKNet(26, zero_init_last=True, **NARROW)
         assert not model.layer1[0].conv3.bn.weight.any()
@@ -291,13 +579,12 @@ class TestNetwork:
     @pytest.mark.parametrize(
         ('kwargs', 'match'),
         [
-            (dict(depth=51), 'depth=51 is unknown: choose one of 26, 50, 101'),
+            (dict(depth=51), 'depth=51 is unknown: choose one of 26, 29, 50, 101'),
             (dict(depth='50'), "depth='50' is unknown"),
             (dict(out_indices=3), 'out_indices=3 must be a sequence of stages from 0 to 3'),
             (dict(out_indices=()), r'out_indices=\(\) must be'),
             (dict(out_indices=(0, 4)), r'out_indices=\(0, 4\) must be'),
             (dict(out_indices=(-1,)), r'out_indices=\(-1,\) must be'),
-            (dict(out_indices=None), 'out_indices=None must be'),
             (dict(frozen_stages=5), r'frozen_stages=5 must be from -1 \(none\) to 4'),
             (dict(frozen_stages=-2), 'frozen_stages=-2 must be'),
             (dict(output_stride=4), 'output_stride=4 must be 8, 16 or 32'),
@@ -305,7 +592,7 @@ class TestNetwork:
             (dict(in_channels=0), 'in_channels=0 must be an integer of at least 1'),
             (dict(drop_path_rate=1.5), 'drop_path_rate=1.5 must be a number from 0 to 1'),
             (dict(drop_path_rate=-0.1), 'drop_path_rate=-0.1 must be'),
-            (dict(channels=(16, 32)), r'channels=\(16, 32\) must be four integers'),
+            (dict(channels=(16, 32)), r'channels=\(16, 32\) must be 4 integers of at least 1'),
         ],
         ids=str,
     )
@@ -322,26 +609,40 @@ class TestNetwork:
             SKNet(26, **NARROW, **{name: 1})
 
 
-def train_step(model, times=1):
+def train_step(model, case):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
-    for _ in range(times):
-        loss = sum(output.square().mean() for output in model(make_input()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    loss = sum(output.square().mean() for output in model(make_input(size=case.size)))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
-def frozen_names(model, frozen_stages):
-    prefixes = ('conv1.', 'bn1.', *(f'layer{i}.' for i in range(1, frozen_stages + 1))) if frozen_stages >= 0 else ()
+def frozen_names(model, case, frozen_stages):
+    prefixes = tuple(prefix for part in case.parts[: frozen_stages + 1] for prefix in part)
     return {name for name in model.state_dict() if name.startswith(prefixes)} if prefixes else set()
 
 
+# Tensors in the state dict of the stem and the first so many stages, counted by hand: a norm has five, so that an SK
+# bottleneck has 31, an SK basic unit 25, a shortcut 6, and ShuffleNetV2's two kinds of unit 30 and 31.
+FROZEN = {
+    'SKNet': (6, 68, 136, 204, 272),
+    'SKNet-29': (6, 37, 74, 111),
+    'SKResNeXt': (6, 37, 74, 111, 148),
+    'SKResNet-18': (6, 62, 118, 174, 230),
+    'SKShuffleNetV2': (6, 67, 128, 189, 195),
+}
+
+
 class TestTraining:
-    @pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 3, 4])
-    def test_frozen_stages(self, frozen_stages):
-        model = make_backbone(out_indices=(0, 1, 2, 3), frozen_stages=frozen_stages)
-        frozen = frozen_names(model, frozen_stages)
-        assert len(frozen) == {-1: 0, 0: 6, 1: 68, 2: 136, 3: 204, 4: 272}[frozen_stages]
+    @pytest.mark.parametrize(
+        ('name', 'frozen_stages', 'tensors'),
+        [(name, i, tensors) for name, counts in FROZEN.items() for i, tensors in enumerate((0, *counts), start=-1)],
+    )
+    def test_frozen_stages(self, name, frozen_stages, tensors):
+        case = CASES[name]
+        model = make_backbone(0, case, out_indices=case.every, frozen_stages=frozen_stages)
+        frozen = frozen_names(model, case, frozen_stages)
+        assert len(frozen) == tensors
         before = copy.deepcopy(model.state_dict())
         for mode in (True, False, True):
             model.train(mode)
@@ -351,12 +652,12 @@ class TestTraining:
             for name, module in model.named_modules():
                 if isinstance(module, _BatchNorm):
                     assert module.training == (mode and f'{name}.weight' not in frozen), name
-        if frozen_stages == 4:
-            assert not model(make_input())[3].requires_grad
+        if frozen_stages == len(case.channels):
+            assert not model(make_input(size=case.size))[-1].requires_grad
             unchanged = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
             assert unchanged == set(before)
         else:
-            train_step(model)
+            train_step(model, case)
             unchanged = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
             assert unchanged == frozen
 
@@ -368,51 +669,70 @@ class TestTraining:
         assert classifier.backbone.layer3[0].conv1.bn.training
 
     @pytest.mark.parametrize('frozen_stages', [-1, 1])
-    def test_norm_eval(self, frozen_stages):
-        model = make_backbone(frozen_stages=frozen_stages, norm_eval=True, drop_path_rate=0.1)
+    def test_norm_eval(self, case, frozen_stages):
+        model = make_backbone(0, case, out_indices=case.every, frozen_stages=frozen_stages, norm_eval=True)
         before = copy.deepcopy(model.state_dict())
         buffers = {name for name, _ in model.named_buffers()}
         model.train()
         assert model.training
-        assert model.layer4[1].drop_path.training
+        assert model.get_submodule(case.parts[3][0] + '0').training
         assert not any(m.training for m in model.modules() if isinstance(m, _BatchNorm))
-        train_step(model)
+        train_step(model, case)
         unchanged = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
-        assert unchanged == buffers | frozen_names(model, frozen_stages)
+        assert unchanged == buffers | frozen_names(model, case, frozen_stages)
+
+    def test_norm_eval_leaves_drop_path_on(self):
+        model = make_backbone(norm_eval=True, drop_path_rate=0.1).train()
+        assert model.layer4[1].drop_path.training
+        assert not model.layer4[1].conv1.bn.training
 
     def test_norm_eval_of_sync_bn(self):
         model = make_backbone(norm_eval=True, norm_cfg=dict(type='SyncBN')).train()
         assert not any(m.training for m in model.modules() if isinstance(m, nn.SyncBatchNorm))
 
     @pytest.mark.parametrize('frozen_stages', [-1, 1])
-    def test_with_cp(self, frozen_stages):
-        """The same gradients, from units that run twice; also behind a stage that has none."""
-        gradients, runs = [], []
+    def test_with_cp(self, case, frozen_stages):
+        """The same outputs and gradients, from units that run twice; also behind a stage that has none."""
+        drop_path = {} if case.parts is SHUFFLE_PARTS else dict(drop_path_rate=0.2)
+        results, gradients, runs = [], [], []
         for with_cp in (False, True):
             model = make_backbone(
-                out_indices=(0, 1, 2, 3), frozen_stages=frozen_stages, drop_path_rate=0.2, with_cp=with_cp
+                0, case, out_indices=case.every, frozen_stages=frozen_stages, with_cp=with_cp, **drop_path
             ).train()
             ran = []
-            model.layer2[0].conv1.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+            for part in case.parts[1:4]:
+                model.get_submodule(part[0] + '0').register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
             torch.manual_seed(2)
-            sum(output.square().mean() for output in model(make_input())).backward()
+            outputs = model(make_input(size=case.size))
+            sum(output.square().mean() for output in outputs).backward()
+            results.append([output.detach() for output in outputs])
             gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
             runs.append(len(ran))
-        assert runs == [1, 2]
+        assert runs == [3, 6 if frozen_stages == -1 else 5]
+        assert_equal(*results, atol=0)
         assert gradients[0].keys() == gradients[1].keys()
         assert all(gradient is not None for gradient in gradients[1].values())
         assert_equal(list(gradients[1].values()), list(gradients[0].values()), atol=1e-6)
 
-    def test_with_cp_in_eval(self):
+    def test_with_cp_in_eval(self, case):
+        x = make_input(size=case.size)
         with torch.no_grad():
-            assert_equal(make_backbone(with_cp=True)(make_input()), make_backbone()(make_input()), atol=0)
+            assert_equal(make_backbone(0, case, with_cp=True)(x), make_backbone(0, case)(x), atol=0)
 
-    @pytest.mark.parametrize('channels_last', [False, True])
-    def test_loss_of_a_classifier_falls(self, channels_last):
+    @pytest.mark.parametrize(
+        ('name', 'lr', 'channels_last'),
+        [
+            ('SKNet', 0.01, False),
+            ('SKNet', 0.01, True),
+            ('SKResNet-18', 0.01, False),
+            ('SKShuffleNetV2', 0.1, False),
+        ],
+    )
+    def test_loss_of_a_classifier_falls(self, name, lr, channels_last):
         torch.manual_seed(0)
-        classifier = get_classifier(channels_last=channels_last)
+        classifier = make_classifier(CASES[name], channels_last=channels_last)
         classifier.init_weights()
-        optimizer = torch.optim.SGD(classifier.train().parameters(), lr=0.01)
+        optimizer = torch.optim.SGD(classifier.train().parameters(), lr=lr)
         samples = [mmpretrain.structures.DataSample().set_gt_label(i) for i in range(4)]
         losses = []
         for _ in range(8):
@@ -424,40 +744,38 @@ class TestTraining:
         assert losses[0] == pytest.approx(np.log(10), rel=0.1)
         assert losses[-1] < 0.7 * losses[0]
 
-    @pytest.mark.parametrize(
-        'convert',
-        [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm],
-        ids=['torch', 'mmengine'],
-    )
-    def test_sync_batchnorm(self, convert):
+    def test_sync_batchnorm(self, case):
         """In training as in eval, there and back; timm's own units lose their ReLUs here."""
 
         def outputs(model, mode):
             with torch.no_grad():
-                return copy.deepcopy(model).train(mode)(make_input())
+                return copy.deepcopy(model).train(mode)(make_input(size=case.size))
 
         def count(model, kind):
             return sum(type(m) is kind for m in model.modules())
 
-        model = make_backbone(out_indices=(0, 1, 2, 3), frozen_stages=1)
+        model = make_backbone(0, case, out_indices=case.every, frozen_stages=1)
+        first = case.parts[1][0][:-1]
         keys = list(model.state_dict())
         expected = {mode: outputs(model, mode) for mode in (False, True)}
-        assert count(model, nn.BatchNorm2d) == 44
+        norms = count(model, nn.BatchNorm2d)
+        assert norms == sum(name.endswith('running_mean') for name in keys) > 15
 
-        converted = convert(copy.deepcopy(model))
-        assert count(converted, nn.SyncBatchNorm) == 44
-        assert count(converted, nn.BatchNorm2d) == 0
-        assert count(converted, nn.ReLU) == count(model, nn.ReLU)
-        assert list(converted.state_dict()) == keys
-        assert not any(m.training for m in converted.train().layer1.modules())
-        assert not any(p.requires_grad for p in converted.layer1.parameters())
+        for convert in (nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm):
+            converted = convert(copy.deepcopy(model))
+            assert count(converted, nn.SyncBatchNorm) == norms
+            assert count(converted, nn.BatchNorm2d) == 0
+            assert count(converted, nn.ReLU) == count(model, nn.ReLU)
+            assert list(converted.state_dict()) == keys
+            assert not any(m.training for m in converted.train().get_submodule(first).modules())
+            assert not any(p.requires_grad for p in converted.get_submodule(first).parameters())
 
-        reverted = revert_sync_batchnorm(copy.deepcopy(converted))
-        assert count(reverted, nn.SyncBatchNorm) == 0
-        assert list(reverted.state_dict()) == keys
-        for mode in (False, True):
-            assert_equal(outputs(converted, mode), expected[mode])
-            assert_equal(outputs(reverted, mode), expected[mode])
+            reverted = revert_sync_batchnorm(copy.deepcopy(converted))
+            assert count(reverted, nn.SyncBatchNorm) == 0
+            assert list(reverted.state_dict()) == keys
+            for mode in (False, True):
+                assert_equal(outputs(converted, mode), expected[mode])
+                assert_equal(outputs(reverted, mode), expected[mode])
 
 
 def save_as(kind, model, path):
@@ -623,6 +941,139 @@ class TestStateDicts:
         state_dict['extra.weight'] = state_dict.pop('conv1.weight')
         with pytest.raises(RuntimeError, match=r'(?s)Missing.*conv1.weight.*Unexpected.*extra.weight'):
             make_backbone().load_state_dict(state_dict, strict=True)
+
+
+def settle(model, size=64):
+    """Statistics of BatchNorm that fit the weights, or the logits of a deep random network hardly heed its input."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(make_input(8, size=size))
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
+def assert_same_logits(classifier, model, size=64, dtype=torch.float32):
+    """A classifier of mmpretrain's and a model of timm's or torchvision's."""
+    x = make_input(size=size).to(dtype)
+    with torch.no_grad():
+        expected = model.to(dtype)(x)
+        torch.testing.assert_close(classifier.to(dtype).eval()(x), expected, rtol=0, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 1e-2  # the images do tell in the logits
+
+
+class TestWeightsOfEveryBackbone:
+    @pytest.mark.parametrize('kind', ['timm.pth', 'mmengine.safetensors', 'hf-hub'])
+    def test_init_cfg(self, hub, tmp_path, case, kind, warned):
+        model = make_timm(case=case)
+        hub.add(REPO, weights(model))
+        hf_hub = dict(type='Pretrained', checkpoint=f'hf-hub:{REPO}')
+        init_cfg = hf_hub if kind == 'hf-hub' else save_as(kind, model, tmp_path)
+        backbone = MODELS.build({**case.cfg, 'init_cfg': init_cfg})
+        backbone.init_weights()
+        assert same_state(backbone, model)
+        assert warned() == []
+
+    @pytest.mark.parametrize('kind', ['timm.safetensors', 'mmengine.pth'])
+    def test_of_a_classifier(self, tmp_path, any_case, kind, warned):
+        model = settle(make_timm(case=any_case), any_case.size)
+        classifier = make_classifier(any_case)
+        checkpoint = save_as(kind, model, tmp_path)['checkpoint']
+        load_checkpoint(classifier, checkpoint, map_location='cpu', strict=True)
+        assert_same_logits(classifier, model, any_case.size, torch.float64)  # few channels amplify rounding
+        assert warned() == []
+
+    @pytest.mark.parametrize(
+        ('name', 'saved', 'cause'),
+        [
+            (
+                'SKNet-29',
+                'SKNet-29-plain',
+                'this SKNet of depth 29: layer1.0.conv1.conv.weight is missing; .* and [0-9]+ more',
+            ),
+            ('SKResNeXt', 'SKNet-29', 'this SKResNeXt of depth 26: layer4.0.conv1.conv.weight is missing; .* more'),
+            ('SKResNet-18', 'SKNet', 'this SKResNet of depth 18: layer1.0.conv1.paths.0.conv.weight is missing'),
+            (
+                'SKShuffleNetV2',
+                'SKShuffleNetV2-plain',
+                "this SKShuffleNetV2 of widen factor 0.5 and unit 'sk': "
+                'stage2.1.branch2.3.paths.0.conv.weight is missing; .* and [0-9]+ more',
+            ),
+            (
+                'SKShuffleNetV2-plain',
+                'SKShuffleNetV2-se',
+                "this SKShuffleNetV2 of widen factor 0.5 and unit 'plain': "
+                'stage2.0.branch2.8.fc1.weight is not part of it; .* and [0-9]+ more',
+            ),
+        ],
+    )
+    def test_of_another_network(self, hub, name, saved, cause):
+        hub.add(REPO, weights(make_timm(case=ALL_CASES[saved])))
+        case = ALL_CASES[name]
+        backbone = MODELS.build({**case.cfg, 'init_cfg': dict(type='Pretrained', checkpoint=f'hf-hub:{REPO}')})
+        with pytest.raises(HubError, match=f'^{REPO}: its weights do not fit {cause}'):
+            backbone.init_weights()
+
+
+class TestPublished:
+    """Weights of others, at their full size."""
+
+    @pytest.mark.parametrize('depth', [18, 34])
+    def test_skresnet(self, hub, depth, warned):
+        model = randomise(timm.create_model(f'skresnet{depth}'))
+        repo = f'timm/skresnet{depth}.ra_in1k'
+        hub.add(repo, weights(model))
+        classifier = mmpretrain.get_model(f'skresnet{depth}_in1k', pretrained=True)
+        assert type(classifier.backbone) is SKResNet
+        assert same_state(classifier.backbone, model)
+        assert_same_logits(classifier, model, size=96)
+
+        strict = MODELS.build(dict(type='SKResNet', depth=depth))
+        strict.load_state_dict(model.state_dict(), strict=True)
+        assert same_state(strict, model)
+        assert [w.hf_hub_id for w in zoo.MODELS[f'skresnet{depth}'].weights] == [repo]
+        assert warned() == []
+
+    def test_skresnet_without_splitting_refuses_them(self, hub):
+        model = timm.create_model('skresnet18')
+        repo = 'timm/skresnet18.ra_in1k'
+        hub.add(repo, weights(model))
+        backbone = SKResNet(18, split_input=False, init_cfg=dict(type='Pretrained', checkpoint=f'hf-hub:{repo}'))
+        with pytest.raises(HubError) as caught:
+            backbone.init_weights()
+        assert str(caught.value) == (
+            f'{repo}: its weights do not fit this SKResNet of depth 18: layer1.0.conv1.paths.0.conv.weight is '
+            '(64, 32, 3, 3), not (64, 64, 3, 3); layer1.0.conv1.paths.1.conv.weight is (64, 32, 3, 3), not '
+            '(64, 64, 3, 3); layer1.1.conv1.paths.0.conv.weight is (64, 32, 3, 3), not (64, 64, 3, 3) and 13 more'
+        )
+        with pytest.raises(RuntimeError, match=r'size mismatch for layer1\.0\.conv1\.paths\.0\.conv\.weight'):
+            backbone.load_state_dict(model.state_dict(), strict=True)
+
+    @pytest.mark.parametrize('factor', [0.5, 1.0])
+    def test_torchvisions_shufflenet(self, tmp_path, factor, warned):
+        name = f'x{str(factor).replace(".", "_")}'
+        model = settle(randomise(getattr(torchvision.models, f'shufflenet_v2_{name}')()))
+        torch.save(model.state_dict(), tmp_path / 'torchvision.pth')
+        case = Case(dict(type='SKShuffleNetV2', widen_factor=factor, unit='plain'), '', {}, [1024], [], SHUFFLE_PARTS)
+        classifier = make_classifier(case, 1000)
+        load_checkpoint(classifier, str(tmp_path / 'torchvision.pth'), map_location='cpu', strict=True)
+        assert same_state(classifier.backbone, model)
+        assert_same_logits(classifier, model)
+
+        overlay = dict(file=str(tmp_path / 'torchvision.pth'))
+        at_timms = timm.create_model(f'shufflenetv2_{name}', pretrained=True, pretrained_cfg_overlay=overlay)
+        assert_same_logits(at_timms, model)
+        backbone = MODELS.build({**case.cfg, 'init_cfg': dict(type='Pretrained', checkpoint=overlay['file'])})
+        backbone.init_weights()
+        assert same_state(backbone, model)
+        assert warned() == []
+
+    def test_torchvisions_shufflenet_of_another_width(self):
+        model = torchvision.models.shufflenet_v2_x0_5()
+        with pytest.raises(RuntimeError, match=r'size mismatch for backbone\.stage2\.0\.branch1\.2\.weight'):
+            mmpretrain.get_model('shufflenetv2_x1_0_in1k').load_state_dict(model.state_dict(), strict=True)
 
 
 class TestGetModel:

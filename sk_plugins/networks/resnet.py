@@ -222,10 +222,10 @@ class SKResNet(ResNet):
         sk_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ) -> None:
-        if len(layers) not in (3, 4) or not _all_positive(layers):
+        if not _all_positive(layers) or len(layers) not in (3, 4):
             raise ValueError(f'layers={layers!r} must be three or four integers of at least 1, one for each stage')
         channels = (64, 128, 256, 512)[: len(layers)] if channels is None else channels
-        if len(channels) != len(layers) or not _all_positive(channels):
+        if not _all_positive(channels) or len(channels) != len(layers):
             raise ValueError(
                 f'channels={channels!r} must be {len(layers)} integers of at least 1, one for each stage of '
                 f'layers={layers!r}'
@@ -315,4 +315,4 @@ class SKResNet(ResNet):
 
 
 def _all_positive(values: Sequence[int]) -> bool:
-    return all(isinstance(v, int) and v >= 1 for v in values)
+    return isinstance(values, Sequence) and all(isinstance(v, int) and v >= 1 for v in values)

@@ -71,7 +71,7 @@ class ShuffleUnit(nn.Module):
         middle = depthwise(half)
         if unit == 'sk' and not down:
             layers = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
-            sk = SelectiveKernel(half, dilation=dilation, groups=half, **(sk_kwargs or {}), **layers)
+            sk = SelectiveKernel(half, dilation=dilation, **{'groups': half, **(sk_kwargs or {})}, **layers)
             middle = [sk, nn.Identity()]  # the SK convolution has its norms; what follows keeps torchvision's names
         self.down = down
         self.branch1 = nn.Sequential(*depthwise(in_channels), *pointwise(in_channels)) if down else nn.Sequential()
@@ -139,7 +139,8 @@ class SKShuffleNetV2(nn.Module):
     ) -> None:
         super().__init__()
         for name, value, step in (('channels', channels, 2), ('layers', layers, 1)):
-            if len(value) != 3 or not all(isinstance(v, int) and v >= 1 and v % step == 0 for v in value):
+            three = isinstance(value, Sequence) and len(value) == 3
+            if not three or not all(isinstance(v, int) and v >= 1 and v % step == 0 for v in value):
                 kind = 'even integers' if step == 2 else 'integers of at least 1'
                 raise ValueError(f'{name}={value!r} must be three {kind}, one for each stage')
         for name, value, least in (
