@@ -1,7 +1,11 @@
 """timm's own tests of its models, held for every name registered here, and what timm's ResNets can do besides."""
 
 import copy
+import hashlib
+import inspect
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,34 +14,72 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from hub_server import FAULTS
+from randomised import randomise
 from timm.models import FeatureListNet, group_parameters, save_for_hf
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import sk_plugins
 
-NAMES = timm.list_models('sknet*')
+NAMES = timm.list_models(module='timm_models')
+# A name of every kind of network: what differs between the others is depth and width.
+KINDS = [
+    'sknet26',
+    'resnext29_16x32d',
+    'seresnext29_16x32d',
+    'sknet29_16x32d',
+    'shufflenetv2_x0_5',
+    'seshufflenetv2_x0_5',
+    'skshufflenetv2_x0_5',
+]
 each_model = pytest.mark.parametrize('name', NAMES)
+each_kind = pytest.mark.parametrize('name', KINDS)
 
 # A network in which what is tested does not depend on the width takes a tenth of the time.
 NARROW = dict(channels=(16, 32, 64, 128), cardinality=8, base_width=16, num_classes=10)
-FEATURE_CHANNELS = [64, 64, 128, 256, 512]
-REDUCTIONS = [2, 4, 8, 16, 32]
+
+_SHUFFLE_CHANNELS = {'0_5': (48, 96, 192), '1_0': (116, 232, 464), '1_5': (176, 352, 704), '2_0': (244, 488, 976)}
+_NARROW_CHANNELS = {'0_5': (12, 24, 48), '1_0': (28, 58, 116), '1_5': (44, 88, 176), '2_0': (60, 122, 244)}
+
+
+def is_shuffle(name):
+    return 'shufflenet' in name
+
+
+def is_small(name):
+    return '29_16x32d' in name
+
+
+def feature_shapes(name, narrow=False):
+    """Channels and reductions of the features, and the channels of what is pooled, written down from the papers."""
+    if is_shuffle(name):
+        channels = [24, 24, *(_NARROW_CHANNELS if narrow else _SHUFFLE_CHANNELS)[name[-3:]]]
+        return channels, [2, 4, 8, 16, 32], 64 if narrow else 2048 if name.endswith('2_0') else 1024
+    channels = [64, 64, 128, 256, 512] if narrow else [64, 256, 512, 1024, 2048]
+    if is_small(name):
+        return channels[:4], [1, 1, 2, 4], channels[3]
+    return channels, [2, 4, 8, 16, 32], channels[4]
+
+
+def narrow(name):
+    """Arguments that leave the network's kind and its proportions, and take a hundredth of the time."""
+    if is_shuffle(name):
+        return dict(channels=_NARROW_CHANNELS[name[-3:]], layers=(2, 2, 2), head_channels=64, num_classes=10)
+    if is_small(name):
+        return dict(channels=(16, 32, 64), layers=(1, 2, 1), cardinality=4, base_width=32, num_classes=10)
+    if name == 'sknet26':
+        return NARROW
+    if name.startswith('sknet'):
+        return dict(NARROW, layers=(1, 2, 1, 1))
+    groups, width = name.rpartition('_')[2][:-1].split('x')
+    return dict(NARROW, layers=(1, 1, 2, 1), cardinality=int(groups) // 4, base_width=4 * int(width))
 
 
 def make_model(name='sknet26', train=False, **kwargs):
-    """A narrow model whose BatchNorms and attention are no longer what they are right after init."""
+    """A narrow model as training could leave it."""
     torch.manual_seed(0)
-    model = timm.create_model(name, **{**NARROW, **kwargs})
-    with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            if key.endswith('running_mean'):
-                tensor.normal_(std=0.1)
-            elif key.endswith('running_var'):
-                tensor.uniform_(0.8, 1.2)
-            elif key.endswith('fc_select.weight'):
-                tensor.normal_(std=0.3)
-    return model.train(train)
+    return randomise(timm.create_model(name, **{**narrow(name), **kwargs})).train(train)
 
 
 def make_input(batch=2, channels=3, size=64):
@@ -54,19 +96,33 @@ def assert_same_state(model, expected):
         assert torch.equal(state_dict[key], tensor), key
 
 
+def assert_same_gradients(model, expected):
+    wanted = dict(expected.named_parameters())
+    assert set(wanted) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, msg=name)
+
+
 # Registry
 
 
 def test_registry_knows_ours():
-    assert NAMES == ['sknet26', 'sknet50', 'sknet101']
-    assert timm.list_pretrained('sknet*') == ['sknet50.ra_in1k']
+    shuffles = [f'{unit}shufflenetv2_x{factor}' for unit in ('', 'se', 'sk') for factor in _SHUFFLE_CHANNELS]
+    assert set(NAMES) == {
+        'sknet26', 'sknet50', 'sknet101',
+        'skresnext101_32x4d', 'skresnext101_32x8d', 'skresnext101_64x4d',
+        'resnext29_16x32d', 'seresnext29_16x32d', 'sknet29_16x32d', *shuffles,
+    }  # fmt: skip
+    assert set(KINDS) < set(NAMES)
+    assert timm.list_pretrained(['sknet*', '*shufflenet*', 'skresnext101*', '*29_16x32d*']) == [
+        *(f'shufflenetv2_x{factor}.tv_in1k' for factor in _SHUFFLE_CHANNELS), 'sknet50.ra_in1k'
+    ]  # fmt: skip
     assert timm.list_models('sknet*', pretrained=True) == ['sknet50.ra_in1k']
-    assert all(timm.is_model(name) for name in (*NAMES, 'sknet50.ra_in1k'))
+    assert all(timm.is_model(name) for name in (*NAMES, 'sknet50.ra_in1k', 'shufflenetv2_x1_0.tv_in1k'))
     assert not timm.is_model('sknet51')
-    assert timm.is_model_pretrained('sknet50')
+    assert {name for name in NAMES if timm.is_model_pretrained(name)} == {'sknet50', *shuffles[:4]}
     assert timm.is_model_pretrained('sknet50.ra_in1k')
-    assert not timm.is_model_pretrained('sknet26')
-    assert not timm.is_model_pretrained('sknet101')
 
 
 @pytest.mark.parametrize('name', ['sknet50', 'sknet50.ra_in1k'])
@@ -99,10 +155,10 @@ def test_timms_own_names_stay_timms(name):
     assert name not in NAMES
 
 
-@pytest.mark.parametrize('name', ['sknet26', 'sknet101'])
+@pytest.mark.parametrize('name', [name for name in NAMES if not timm.is_model_pretrained(name)])
 def test_pretrained_without_weights(name):
-    with pytest.raises(RuntimeError, match=rf'{name} .*pretrained=True.*sknet50\.ra_in1k'):
-        timm.create_model(name, pretrained=True)
+    with pytest.raises(RuntimeError, match=rf'{name} .*pretrained=True.*sknet50\.ra_in1k.*shufflenetv2_x2_0\.tv_in1k'):
+        timm.create_model(name, pretrained=True, **narrow(name))
 
 
 def test_unknown_tag_is_refused():
@@ -110,36 +166,64 @@ def test_unknown_tag_is_refused():
         timm.create_model('sknet50.nonsense')
 
 
+@each_kind
+def test_unknown_argument_is_refused(name):
+    with pytest.raises(TypeError, match='widen'):
+        timm.create_model(name, widen=2)
+
+
+@each_model
+def test_entrypoint(name):
+    entrypoint = timm.model_entrypoint(name)
+    assert entrypoint.__name__ == name
+    assert entrypoint.__doc__.endswith('.')
+    network = inspect.signature(entrypoint).return_annotation
+    assert type(entrypoint(device='meta')) is network
+
+
 # timm's tests/test_models.py
 
 
 @each_model
-@torch.no_grad()
-def test_forward(name):
+def test_forward_and_backward(name):
+    """At full width: logits, then a gradient for every parameter."""
+    size = 16 if is_small(name) else 32 if '101' in name else 64
+    classes = 100 if is_small(name) else 1000
     model = timm.create_model(name).eval()
-    output = model(make_input())
-    assert output.shape == (2, 1000)
-    assert not output.isnan().any()
+    x = make_input(size=size)
+    with torch.no_grad():
+        output = model(x)
+    assert output.shape == (2, classes)
+    assert torch.isfinite(output).all()
     assert (output[0] != output[1]).any()
 
-
-@torch.no_grad()
-def test_forward_at_full_size():
-    output = timm.create_model('sknet26').eval()(make_input(1, size=224))
-    assert output.shape == (1, 1000)
-    assert not output.isnan().any()
-
-
-@each_model
-def test_backward(name):
-    model = timm.create_model(name, num_classes=42).train()
-    output = model(make_input())
+    model.reset_classifier(42)
+    output = model.train()(x)
     output.mean().backward()
     assert output.shape == (2, 42)
-    assert not output.isnan().any()
+    assert torch.isfinite(output).all()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert torch.isfinite(parameter.grad).all(), parameter_name
+
+
+@each_model
+def test_every_parameter_matters(name):
+    """In float64, where a gradient that is no more than rounding would show as one."""
+    model = make_model(name, train=True).double()
+    model(make_input(4).double()).square().mean().backward()
+    for parameter_name, parameter in model.named_parameters():
+        # In ShuffleNetV2 a convolution and a norm follow the depthwise one's norm, and take its shift out again.
+        shifted = re.search(r'\.branch(1\.1|2\.4)\.bias$', parameter_name)
+        assert (parameter.grad.abs().max() > 1e-9) == (not shifted), parameter_name
+
+
+@pytest.mark.parametrize('name', ['sknet26', 'skshufflenetv2_x1_0'])
+@torch.no_grad()
+def test_forward_at_full_size(name):
+    output = timm.create_model(name).eval()(make_input(1, size=224))
+    assert output.shape == (1, 1000)
+    assert not output.isnan().any()
 
 
 @each_model
@@ -149,31 +233,37 @@ def test_default_cfg(name):
     state_dict = model.state_dict()
     cfg = model.default_cfg
     x = torch.empty(2, *cfg['input_size'], device='meta')
-    assert cfg['num_classes'] == 1000
-    assert cfg['pool_size'] == (7, 7)
+    width = feature_shapes(name)[2]
+    classes, pool_size = (100, (8, 8)) if is_small(name) else (1000, (7, 7))
+    assert cfg['num_classes'] == classes
+    assert cfg['pool_size'] == pool_size
+    assert cfg['input_size'] == ((3, 32, 32) if is_small(name) else (3, 224, 224))
 
     features = model.forward_features(x)
-    assert features.shape == (2, model.num_features, *cfg['pool_size'])
-    assert model.forward_head(features).shape == (2, 1000)
+    assert model.num_features == width
+    assert features.shape == (2, width, *pool_size)
+    assert model.forward_head(features).shape == (2, classes)
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
 
     model.reset_classifier(0)
-    assert model(x).shape == (2, model.num_features)
+    assert model(x).shape == (2, width)
     model.reset_classifier(0, '')
-    assert model(x).shape == (2, model.num_features, *cfg['pool_size'])
+    assert model(x).shape == (2, width, *pool_size)
     model = timm.create_model(name, device='meta', num_classes=0).eval()
-    assert model(x).shape == (2, 2048)
+    assert model(x).shape == (2, width)
     model = timm.create_model(name, device='meta', num_classes=0, global_pool='').eval()
-    assert model(x).shape == (2, 2048, 7, 7)
+    assert model(x).shape == (2, width, *pool_size)
 
     assert cfg['classifier'] + '.weight' in state_dict
     assert cfg['first_conv'] + '.weight' in state_dict
     assert not [key for key in model.state_dict() if key.startswith(cfg['classifier'])]
+    assert isinstance(model.get_submodule(cfg['first_conv']), nn.Conv2d)
 
 
+@each_model
 @torch.no_grad()
-def test_reset_classifier():
-    model = make_model()
+def test_reset_classifier(name):
+    model = make_model(name)
     x = make_input()
     pooled = model.forward_features(x).mean((2, 3))
     torch.testing.assert_close(model.forward_head(model.forward_features(x), pre_logits=True), pooled)
@@ -186,69 +276,84 @@ def test_reset_classifier():
     model.reset_classifier(0)
     torch.testing.assert_close(model(x), pooled)
     model.reset_classifier(3, 'max')
+    torch.testing.assert_close(
+        model.forward_head(model.forward_features(x), pre_logits=True), model.forward_features(x).amax((2, 3))
+    )
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(3, 'catavgmax')
+    assert model.fc.in_features == model.head_hidden_size == 2 * model.num_features
     assert model(x).shape == (2, 3)
 
 
-@pytest.mark.parametrize(('global_pool', 'width'), [('avg', 512), ('max', 512), ('avgmax', 512), ('catavgmax', 1024)])
+@pytest.mark.parametrize(('global_pool', 'times'), [('avg', 1), ('max', 1), ('avgmax', 1), ('catavgmax', 2)])
+@each_kind
 @torch.no_grad()
-def test_global_pool(global_pool, width):
-    model = make_model(global_pool=global_pool)
+def test_global_pool(name, global_pool, times):
+    model = make_model(name, global_pool=global_pool)
     x = make_input()
     features = model.forward_features(x)
     pools = dict(avg=features.mean((2, 3)), max=features.amax((2, 3)))
     pools['avgmax'] = (pools['avg'] + pools['max']) / 2
     pools['catavgmax'] = torch.cat((pools['avg'], pools['max']), 1)
     torch.testing.assert_close(model.forward_head(features, pre_logits=True), pools[global_pool])
-    assert model.fc.in_features == width
+    assert model.fc.in_features == times * feature_shapes(name, narrow=True)[2]
     assert model(x).shape == (2, 10)
 
 
 @each_model
 @torch.no_grad()
 def test_torchscript(name):
-    model = timm.create_model(name, scriptable=True).eval()
-    scripted = torch.jit.script(model)
-    x = make_input(1)
-    torch.testing.assert_close(scripted(x), model(x), rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_torchscript_of_other_weights_and_sizes():
-    model = make_model(scriptable=True)
+    model = make_model(name, scriptable=True)
     scripted = torch.jit.script(model)
     for x in (make_input(), make_input(1, size=97)):
         torch.testing.assert_close(scripted(x), model(x), rtol=0, atol=1e-5)
+
+
+@each_kind
+@torch.no_grad()
+def test_trace(name):
+    model = make_model(name)
     traced = torch.jit.trace(model, make_input())
-    torch.testing.assert_close(traced(make_input(1, size=97)), model(make_input(1, size=97)), rtol=0, atol=1e-5)
+    for x in (make_input(), make_input(1, size=97)):
+        torch.testing.assert_close(traced(x), model(x), rtol=0, atol=1e-5)
+
+
+def test_torchscript_at_full_depth():
+    model = timm.create_model('sknet50', **NARROW, scriptable=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(model)(make_input()), model(make_input()), rtol=0, atol=1e-5)
 
 
 @each_model
 def test_features_only(name):
     model = timm.create_model(name, features_only=True, device='meta').eval()
+    channels, reductions, _ = feature_shapes(name)
     assert isinstance(model, FeatureListNet)
-    assert model.feature_info.channels() == [64, 256, 512, 1024, 2048]
-    assert model.feature_info.reduction() == REDUCTIONS
+    assert model.feature_info.channels() == channels
+    assert model.feature_info.reduction() == reductions
     features = model(torch.empty(2, 3, 96, 96, device='meta'))
     assert [tuple(feature.shape) for feature in features] == [
-        (2, channels, 96 // reduction, 96 // reduction)
-        for channels, reduction in zip(model.feature_info.channels(), REDUCTIONS)
+        (2, c, 96 // reduction, 96 // reduction) for c, reduction in zip(channels, reductions)
     ]
-    assert not [key for key in model.state_dict() if key.startswith('fc')]
+    assert not [key for key in model.state_dict() if key.startswith(('fc', 'conv5'))]
 
 
-@pytest.mark.parametrize('out_indices', [(0,), (4,), (1, 3), (2, 3, 4), (0, 1, 2, 3, 4), (-1,), (-2, -1)], ids=str)
+@pytest.mark.parametrize('out_indices', [(0,), (3,), (1, 3), (0, 1, 2, 3), (-1,), (-2, -1)], ids=str)
 @pytest.mark.parametrize('feature_cls', [None, 'dict', 'hook', 'fx', 'getter'])
+@each_kind
 @torch.no_grad()
-def test_features_of_any_stage(out_indices, feature_cls):
+def test_features_of_any_stage(name, out_indices, feature_cls):
     kwargs = {} if feature_cls is None else dict(feature_cls=feature_cls)
-    whole = make_model()
+    whole = make_model(name)
+    # timm takes the classifier out of the state dict, and would keep it where it is given the model's own.
     model = timm.create_model(
-        'sknet26', **NARROW, features_only=True, out_indices=out_indices, **kwargs,
+        name, **narrow(name), features_only=True, out_indices=out_indices, **kwargs,
         pretrained=True, pretrained_cfg_overlay=dict(state_dict=whole.state_dict(), num_classes=10),
     ).eval()  # fmt: skip
-    indices = [index % 5 for index in out_indices]
-    assert model.feature_info.channels() == [FEATURE_CHANNELS[index] for index in indices]
-    assert model.feature_info.reduction() == [REDUCTIONS[index] for index in indices]
+    channels, reductions, _ = feature_shapes(name, narrow=True)
+    indices = [index % len(channels) for index in out_indices]
+    assert model.feature_info.channels() == [channels[index] for index in indices]
+    assert model.feature_info.reduction() == [reductions[index] for index in indices]
     x = make_input()
     features = model(x)
     features = list(features.values()) if isinstance(features, dict) else features
@@ -258,71 +363,125 @@ def test_features_of_any_stage(out_indices, feature_cls):
         torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('out_indices', [(0, 9), (-9,)], ids=str)
+@each_kind
+def test_features_that_are_not_there(name, out_indices):
+    with pytest.raises((AssertionError, IndexError, ValueError)):
+        timm.create_model(name, features_only=True, out_indices=out_indices, device='meta')
+
+
 # torchvision warns where training and evaluation trace to different nodes, so that one name cannot serve both.
 @pytest.mark.filterwarnings('error:NOTE:UserWarning')
 @each_model
 def test_features_fx(name):
-    model = timm.create_model(name, features_only=True, feature_cls='fx', device='meta').eval()
+    kwargs = dict(layers=(1, 1, 2, 1)) if '101' in name else {}
+    model = timm.create_model(name, features_only=True, feature_cls='fx', device='meta', **kwargs).eval()
     features = model(torch.empty(2, 3, 64, 64, device='meta'))
-    assert [feature.shape[1] for feature in features] == [64, 256, 512, 1024, 2048]
+    assert [feature.shape[1] for feature in features] == feature_shapes(name)[0]
 
 
-def test_fx_graph_of_the_whole_model():
-    model = make_model(train=True).double()
+@each_model
+def test_fx_graph_of_the_whole_model(name):
+    model = make_model(name, train=True).double()
     graph = torch.fx.symbolic_trace(copy.deepcopy(model))
-    x = make_input(4).double()
+    x = make_input(4, size=32).double()
     for module in (model, graph):
         module(x).square().mean().backward()
-    expected = dict(model.named_parameters())
-    assert set(expected) == {parameter_name for parameter_name, _ in graph.named_parameters()}
-    for parameter_name, parameter in graph.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[parameter_name].grad, msg=parameter_name)
-    scripted = torch.jit.script(torch.fx.symbolic_trace(model.eval()))
-    with torch.no_grad():
-        torch.testing.assert_close(scripted(x), model(x))
+    assert_same_gradients(graph, model)
+
+
+@each_kind
+@torch.no_grad()
+def test_fx_graph_can_be_scripted(name):
+    model = make_model(name).double()
+    x = make_input(4, size=32).double()
+    scripted = torch.jit.script(torch.fx.symbolic_trace(model))
+    torch.testing.assert_close(scripted(x), model(x))
 
 
 @each_model
 def test_forward_intermediates(name):
     model = timm.create_model(name, device='meta').eval()
     x = torch.empty(2, 3, 96, 96, device='meta')
+    channels, reductions, width = feature_shapes(name)
     output, intermediates = model.forward_intermediates(x)
-    assert output.shape == (2, 2048, 3, 3)
-    channels = [64, 256, 512, 1024, 2048]
-    assert [tuple(i.shape) for i in intermediates] == [(2, c, 96 // r, 96 // r) for c, r in zip(channels, REDUCTIONS)]
+    assert output.shape == (2, width, 96 // reductions[-1], 96 // reductions[-1])
+    assert [tuple(i.shape) for i in intermediates] == [(2, c, 96 // r, 96 // r) for c, r in zip(channels, reductions)]
     assert [info['num_chs'] for info in model.feature_info] == channels
+    assert [info['reduction'] for info in model.feature_info] == reductions
 
 
+@each_model
 @torch.no_grad()
-def test_values_of_forward_intermediates():
-    model = make_model()
+def test_values_of_forward_intermediates(name):
+    model = make_model(name)
     x = make_input()
     output, intermediates = model.forward_intermediates(x)
     assert torch.equal(output, model.forward_features(x))
-    assert torch.equal(output, intermediates[-1])
-    for indices, kept in ((2, [3, 4]), ([0, 2], [0, 2]), ([-1], [4]), (None, [0, 1, 2, 3, 4])):
-        some = model.forward_intermediates(x, indices=indices, intermediates_only=True)
-        assert len(some) == len(kept)
-        assert all(torch.equal(feature, intermediates[index]) for feature, index in zip(some, kept))
-    early = model.forward_intermediates(x, indices=[1], stop_early=True)
-    assert torch.equal(early[0], intermediates[1])
+    last = len(feature_shapes(name)[0]) - 1
+    assert len(intermediates) == last + 1
+    # ShuffleNet's features end before the convolution that widens them for the classifier.
+    assert torch.equal(output, model.conv5(intermediates[-1]) if is_shuffle(name) else intermediates[-1])
+    for indices, kept in ((2, [last - 1, last]), ([0, 2], [0, 2]), ([-1], [last]), (None, [*range(last + 1)])):
+        for stop_early in (False, True):
+            some = model.forward_intermediates(x, indices=indices, intermediates_only=True, stop_early=stop_early)
+            assert len(some) == len(kept)
+            assert all(torch.equal(feature, intermediates[index]) for feature, index in zip(some, kept))
+    again, some = model.forward_intermediates(x, indices=[1], norm=True, output_fmt='NCHW')
+    assert torch.equal(again, output)
+    assert torch.equal(some[0], intermediates[1])
+    with pytest.raises((AssertionError, ValueError)):
+        model.forward_intermediates(x, output_fmt='NLC')
+    with pytest.raises((AssertionError, IndexError, ValueError)):
+        model.forward_intermediates(x, indices=[last + 1])
 
 
+@each_kind
 @torch.no_grad()
-def test_prune_intermediate_layers():
-    model = make_model()
+def test_stopping_early_runs_no_later_stage(name):
+    model = make_model(name)
+    ran = []
+    for child_name, child in model.named_children():
+        child.register_forward_hook(lambda *_, child_name=child_name: ran.append(child_name))
+    model.forward_intermediates(make_input(), indices=[2], stop_early=True, intermediates_only=True)
+    late = {'stage3', 'stage4', 'conv5', 'fc'} if is_shuffle(name) else {'layer3', 'fc'}
+    assert ran
+    assert not late & set(ran)
+
+
+@each_model
+@torch.no_grad()
+def test_prune_intermediate_layers(name):
+    model = make_model(name)
     x = make_input()
     expected = model.forward_intermediates(x, indices=[1, 2], intermediates_only=True)
     assert list(model.prune_intermediate_layers([1, 2])) == [1, 2]
-    assert not [key for key in model.state_dict() if key.startswith(('layer3', 'layer4', 'fc'))]
+    late = ('stage3', 'stage4', 'conv5', 'fc') if is_shuffle(name) else ('layer3', 'layer4', 'fc')
+    assert not [key for key in model.state_dict() if key.startswith(late)]
     kept = model.forward_intermediates(x, indices=[1, 2], intermediates_only=True)
     assert all(torch.equal(feature, wanted) for feature, wanted in zip(kept, expected))
 
 
+@each_kind
+@torch.no_grad()
+def test_prune_the_head_alone(name):
+    x = make_input()
+    for prune_head in (True, False):
+        model = make_model(name)
+        expected = model.forward_intermediates(x, indices=1, intermediates_only=True)
+        logits = model(x)
+        last = len(model.feature_info) - 1
+        assert list(model.prune_intermediate_layers(1, prune_head=prune_head)) == [last]
+        assert torch.equal(model.forward_intermediates(x, indices=1, intermediates_only=True)[0], expected[0])
+        if prune_head:
+            assert torch.equal(model(x), expected[0]), 'nothing but the features is left'
+        else:
+            assert torch.equal(model(x), logits)
+
+
 @each_model
 def test_grad_checkpointing(name):
-    narrow = dict(NARROW, layers=(1, 2, 1, 1)) if name != 'sknet26' else NARROW
-    model = make_model(name, train=True, **narrow).double()
+    model = make_model(name, train=True).double()
     checkpointed = copy.deepcopy(model)
     checkpointed.set_grad_checkpointing()
     assert checkpointed.grad_checkpointing
@@ -331,13 +490,56 @@ def test_grad_checkpointing(name):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
     for output in outputs:
         output.square().mean().backward()
+    assert_same_gradients(checkpointed, model)
+    for module in (model, checkpointed):
+        module.zero_grad()
+        output, _ = module.forward_intermediates(x)
+        output.square().mean().backward()
     for (parameter_name, parameter), expected in zip(checkpointed.named_parameters(), model.parameters()):
-        torch.testing.assert_close(parameter.grad, expected.grad, msg=parameter_name)
+        if not parameter_name.startswith('fc.'):
+            torch.testing.assert_close(parameter.grad, expected.grad, msg=parameter_name)
     checkpointed.set_grad_checkpointing(False)
     assert not checkpointed.grad_checkpointing
 
 
-# Arguments of the builder and of ResNet
+@each_kind
+def test_grad_checkpointing_runs_the_units_twice(name):
+    model = make_model(name, train=True)
+    counts = []
+    unit = (model.stage2 if is_shuffle(name) else model.layer1)[-1]
+    unit.register_forward_pre_hook(lambda *_: counts.append(1))
+    model.set_grad_checkpointing()
+    model(make_input().requires_grad_()).sum().backward()
+    assert len(counts) == 2
+
+
+@each_model
+@torch.no_grad()
+def test_channels_last(name):
+    model = make_model(name).double()
+    x = make_input().double()
+    expected = model(x)
+    model = model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), expected)
+
+
+# Arguments of the builder and of the networks
+
+
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+@each_model
+def test_features_at_output_stride(name, output_stride):
+    kwargs = dict(output_stride=output_stride, device='meta', **(dict(layers=(1, 1, 2, 1)) if '101' in name else {}))
+    channels, reductions, width = feature_shapes(name)
+    # A network with a small stem says what strides a full-size stem would give.
+    least = output_stride // 4 if is_small(name) else output_stride
+    reductions = [min(reduction, least) for reduction in reductions]
+    x = torch.empty(2, 3, 96, 96, device='meta')
+    model = timm.create_model(name, features_only=True, **kwargs).eval()
+    assert model.feature_info.reduction() == reductions
+    shapes = [(2, c, 96 // reduction, 96 // reduction) for c, reduction in zip(channels, reductions)]
+    assert [tuple(feature.shape) for feature in model(x)] == shapes
+    assert timm.create_model(name, **kwargs).eval().forward_features(x).shape == (2, width, *shapes[-1][2:])
 
 
 @pytest.mark.parametrize(
@@ -362,35 +564,47 @@ def test_output_stride(output_stride, reductions, dilations):
 
 
 @pytest.mark.parametrize('in_chans', [1, 4])
+@each_model
 @torch.no_grad()
-def test_in_chans(in_chans):
-    model = make_model(in_chans=in_chans)
-    assert model.conv1.weight.shape == (64, in_chans, 7, 7)
+def test_in_chans(name, in_chans):
+    model = make_model(name, in_chans=in_chans)
+    conv = model.get_submodule(model.default_cfg['first_conv'])
+    assert conv.weight.shape[1] == in_chans
     assert model(make_input(channels=in_chans)).shape == (2, 10)
 
 
+@each_kind
 @torch.no_grad()
-def test_pretrained_weights_for_other_inputs_and_classes():
-    state_dict = make_model().state_dict()
+def test_pretrained_weights_for_other_inputs_and_classes(name):
+    state_dict = make_model(name).state_dict()
+    first_conv = timm.get_pretrained_cfg(name).first_conv + '.weight'
     cfg = dict(state_dict=dict(state_dict), num_classes=10)
-    model = make_model(in_chans=1, pretrained=True, pretrained_cfg_overlay=cfg)
-    gray = state_dict['conv1.weight'].sum(1, keepdim=True)
-    torch.testing.assert_close(model.conv1.weight, gray)
+    model = make_model_as_loaded(name, cfg, in_chans=1)
+    torch.testing.assert_close(model.state_dict()[first_conv], state_dict[first_conv].sum(1, keepdim=True))
     cfg = dict(state_dict=dict(state_dict), num_classes=10)
-    model = timm.create_model('sknet26', **dict(NARROW, num_classes=5), pretrained=True, pretrained_cfg_overlay=cfg)
-    assert model.fc.weight.shape == (5, 512)
-    assert torch.equal(model.layer4[1].conv3.conv.weight, state_dict['layer4.1.conv3.conv.weight'])
+    model = make_model_as_loaded(name, cfg, num_classes=5)
+    assert model.fc.weight.shape == (5, state_dict['fc.weight'].shape[1])
+    loaded = model.state_dict()
+    for key, tensor in state_dict.items():
+        assert key.startswith('fc.') or torch.equal(loaded[key], tensor), key
 
 
-def test_drop_rate():
-    model = make_model(drop_rate=0.5, train=True)
+def make_model_as_loaded(name, cfg, **kwargs):
+    return timm.create_model(name, **{**narrow(name), **kwargs}, pretrained=True, pretrained_cfg_overlay=cfg)
+
+
+@each_model
+def test_drop_rate(name):
+    model = make_model(name, drop_rate=0.5, train=True)
     x = make_input()
     assert model.drop_rate == 0.5
-    features = model.forward_features(x).detach()
+    features = model.forward_features(x).detach() + 10
+    kept = features.mean((2, 3))
     dropped = model.forward_head(features, pre_logits=True)
     assert 0.3 < (dropped == 0).float().mean() < 0.7
+    torch.testing.assert_close(dropped[dropped != 0], 2 * kept[dropped != 0])
     model.eval()
-    assert torch.equal(model(x), model(x))
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), kept)
 
 
 def test_drop_path_rate():
@@ -398,7 +612,7 @@ def test_drop_path_rate():
     units = [*model.layer1, *model.layer2, *model.layer3, *model.layer4]
     rates = [getattr(unit.drop_path, 'drop_prob', 0.0) for unit in units]
     assert rates == pytest.approx([0.05 * index for index in range(8)])
-    x = make_input()
+    x = make_input(16, size=32)
     assert not torch.equal(model(x), model(x))
     model.eval()
     plain = make_model()
@@ -406,41 +620,71 @@ def test_drop_path_rate():
     torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
 
 
-def test_group_matcher():
-    model = make_model()
-    names = [name for name, _ in model.named_parameters()]
-    for coarse, count in ((True, 6), (False, 10)):
+@each_model
+def test_group_matcher(name):
+    model = timm.create_model(name, device='meta')
+    stem, stages, first = ('conv1', 'stage', 2) if is_shuffle(name) else ('(conv1|bn1)', 'layer', 1)
+    depths = [len(child) for child_name, child in model.named_children() if child_name.startswith(stages)]
+    depths = [depth for depth in depths if depth]
+    names = [parameter_name for parameter_name, _ in model.named_parameters()]
+    for coarse in (True, False):
         groups = group_parameters(model, model.group_matcher(coarse=coarse))
-        assert sorted(name for group in groups.values() for name in group) == sorted(names)
-        assert len(groups) == count, 'stem, stages or units, classifier'
-        assert groups[0] == ['conv1.weight', 'bn1.weight', 'bn1.bias']
-        assert groups[count - 1] == ['fc.weight', 'fc.bias']
-        assert all(name.startswith('layer4') for name in groups[count - 2])
+        assert sorted(parameter_name for group in groups.values() for parameter_name in group) == sorted(names)
+        assert len(groups) == 1 + (len(depths) if coarse else sum(depths)) + 1
+        ordered = [groups[index] for index in sorted(groups)]
+        assert all(re.match(stem + r'\.', parameter_name) for parameter_name in ordered[0])
+        assert ordered[-1] == ['fc.weight', 'fc.bias']
+        expected = [f'{stages}{first + i}' for i in range(len(depths))]
+        if not coarse:
+            expected = [f'{stages}{first + i}.{unit}' for i, depth in enumerate(depths) for unit in range(depth)]
+        if is_shuffle(name):
+            # The convolution after the last stage goes with it, as timm groups what ends a network.
+            assert ordered[-2][-3:] == ['conv5.0.weight', 'conv5.1.weight', 'conv5.1.bias']
+            del ordered[-2][-3:]
+        for prefix, group in zip(expected, ordered[1:]):
+            assert all(parameter_name.startswith(prefix + '.') for parameter_name in group)
 
 
-def test_layer_decay():
-    groups = param_groups_layer_decay(make_model(), weight_decay=1e-4, layer_decay=0.5)
+@each_kind
+def test_layer_decay(name):
+    model = make_model(name)
+    groups = param_groups_layer_decay(model, weight_decay=1e-4, layer_decay=0.5)
+    units = sum(narrow(name).get('layers', (2, 2, 2, 2)))
+    count = 1 + units + 1
     scales = sorted({group['lr_scale'] for group in groups})
-    assert scales == pytest.approx([0.5**k for k in range(9, -1, -1)])
+    assert scales == pytest.approx([0.5**k for k in range(count - 1, -1, -1)])
+    scale_of = {id(parameter): group['lr_scale'] for group in groups for parameter in group['params']}
+    assert scale_of[id(model.fc.weight)] == 1
+    assert scale_of[id(model.get_submodule(model.default_cfg['first_conv']).weight)] == 0.5 ** (count - 1)
+    # No decay for norms and biases.
+    undecayed = {id(parameter) for group in groups if not group['weight_decay'] for parameter in group['params']}
+    assert undecayed == {id(parameter) for parameter in model.parameters() if parameter.ndim < 2}
 
 
+@each_kind
 @torch.no_grad()
-def test_act_layer():
-    model = make_model(act_layer='gelu')
-    assert not any(isinstance(module, nn.ReLU) for module in model.modules())
+def test_act_layer(name):
+    model = make_model(name, act_layer='gelu')
+    excitations = [module.act for module in model.modules() if hasattr(module, 'gate')]
+    relus = [module for module in model.modules() if isinstance(module, nn.ReLU) and module not in excitations]
+    assert not relus
     x = make_input()
-    assert not torch.allclose(model(x), make_model()(x), atol=1e-4)
-    assert_same_state(model, make_model())
+    assert not torch.allclose(model(x), make_model(name)(x), atol=1e-4)
+    assert_same_state(model, make_model(name))
 
 
-def test_norm_layer():
-    model = timm.create_model('sknet26', **NARROW, norm_layer='groupnorm').train()
+@each_kind
+def test_norm_layer(name):
+    kwargs = narrow(name)
+    if is_shuffle(name):
+        kwargs.update(channels=(64, 128, 256), stem_channels=32)  # timm's GroupNorm has 32 groups
+    model = timm.create_model(name, **kwargs, norm_layer='groupnorm').train()
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     output = model(make_input(1))
     output.square().mean().backward()
-    for name, parameter in model.named_parameters():
-        assert torch.isfinite(parameter.grad).all(), name
-        assert parameter.grad.any(), name
+    for parameter_name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), parameter_name
+        assert parameter.grad.any(), parameter_name
 
 
 def test_zero_init_last():
@@ -451,12 +695,13 @@ def test_zero_init_last():
         assert all((scale == (0 if zero else 1)).all() for scale in scales)
 
 
-def test_device_and_dtype():
+@each_kind
+def test_device_and_dtype(name):
     for device, dtype in (('meta', torch.bfloat16), ('cpu', torch.float64), (torch.device('cpu'), torch.bfloat16)):
-        model = timm.create_model('sknet26', **NARROW, device=device, dtype=dtype).eval()
-        for name, tensor in model.state_dict().items():
-            assert tensor.device == torch.device(device), name
-            assert tensor.dtype == (torch.int64 if name.endswith('num_batches_tracked') else dtype), name
+        model = timm.create_model(name, **narrow(name), device=device, dtype=dtype).eval()
+        for key, tensor in model.state_dict().items():
+            assert tensor.device == torch.device(device), key
+            assert tensor.dtype == (torch.int64 if key.endswith('num_batches_tracked') else dtype), key
         assert model(make_input().to(device, dtype)).dtype == dtype
         model.reset_classifier(3)
         assert model.fc.weight.dtype == dtype
@@ -466,7 +711,7 @@ def test_device_and_dtype():
 @pytest.mark.parametrize('name', ['sknet26', 'sknet50'])
 def test_checkpoint_path(tmp_path, suffix, name):
     kwargs = dict(NARROW, layers=(1, 1, 1, 1))
-    trained = make_model(**kwargs)
+    trained = make_model(name, **kwargs)
     path = tmp_path / f'trained.{suffix}'
     if suffix == 'pth':
         torch.save(trained.state_dict(), path)
@@ -483,7 +728,7 @@ def test_checkpoint_path(tmp_path, suffix, name):
 @pytest.mark.parametrize('name', ['sknet26', 'sknet50', 'sknet50.ra_in1k'])
 def test_pretrained_cfg_overlay(tmp_path, suffix, name):
     kwargs = dict(NARROW, layers=(1, 1, 1, 1))
-    trained = make_model(**kwargs)
+    trained = make_model(name, **kwargs)
     path = tmp_path / f'trained.{suffix}'
     if suffix == 'pth':
         torch.save(trained.state_dict(), path)
@@ -512,25 +757,168 @@ def test_weights_that_do_not_fit(tmp_path, kwargs, tensor, num_classes):
         )
 
 
-# Exports
+# torchvision's weights of the plain ShuffleNets
+
+TORCHVISIONS = {
+    'shufflenetv2_x0_5': ('shufflenet_v2_x0_5', 60.552, 256),
+    'shufflenetv2_x1_0': ('shufflenet_v2_x1_0', 69.362, 256),
+    'shufflenetv2_x1_5': ('shufflenet_v2_x1_5', 72.996, 232),
+    'shufflenetv2_x2_0': ('shufflenet_v2_x2_0', 76.230, 232),
+}
+TORCHVISION = TORCHVISIONS['shufflenetv2_x0_5'][0]
+
+
+@pytest.mark.parametrize('name', TORCHVISIONS)
+def test_cfg_is_torchvisions(name):
+    models = pytest.importorskip('torchvision').models
+    theirs, top1, resize = TORCHVISIONS[name]
+    weights = models.get_model_weights(theirs).IMAGENET1K_V1
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg.tag == 'tv_in1k'
+    assert cfg.url == weights.url
+    assert not cfg.hf_hub_id
+    assert cfg.license == 'bsd-3-clause'
+    assert cfg.origin_url == 'https://github.com/pytorch/vision'
+    assert cfg.num_classes == len(weights.meta['categories']) == 1000
+    assert weights.meta['_metrics']['ImageNet-1K']['acc@1'] == top1
+    assert cfg.notes == (f'ImageNet-1k top-1 {top1:.2f} % at 224',)
+    assert cfg.description
+    transforms = weights.transforms()
+    assert transforms.resize_size == [resize]
+    assert math.floor(224 / cfg.crop_pct) == resize
+    assert transforms.interpolation.value == cfg.interpolation == 'bilinear'
+    assert list(cfg.mean) == transforms.mean
+    assert list(cfg.std) == transforms.std
+    assert cfg.crop_mode == 'center'
+
+
+@pytest.mark.parametrize('name', ['shufflenetv2_x1_0', 'shufflenetv2_x2_0'])
+def test_preprocessing_equals_torchvisions(name):
+    models = pytest.importorskip('torchvision').models
+    from PIL import Image
+
+    image = torch.randint(0, 256, (37, 53, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(image.numpy()).resize((420, 310), Image.BICUBIC)
+    config = timm.data.resolve_model_data_config(timm.create_model(name, device='meta'))
+    transform = timm.data.create_transform(**config)
+    expected = models.get_model_weights(TORCHVISIONS[name][0]).IMAGENET1K_V1.transforms()(image)
+    assert expected.shape == (3, 224, 224)
+    torch.testing.assert_close(transform(image), expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def published(hub, tmp_path, monkeypatch):
+    """A server with a file of torchvision's shape whose name holds its hash, as theirs do, and an empty cache."""
+    models = pytest.importorskip('torchvision').models
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'torch'))
+    reference = randomise(models.get_model(TORCHVISION, weights=None))
+    torch.save(reference.state_dict(), tmp_path / 'weights.pth')
+    data = (tmp_path / 'weights.pth').read_bytes()
+    file = f'shufflenet-{hashlib.sha256(data).hexdigest()[:10]}.pth'
+    hub.add('pytorch/models', {file: data, 'shufflenet.pth': data, 'text-0123456789.pth': b'not a model'})
+    hub.reference = reference
+    hub.address = f'{hub.url}/pytorch/models/resolve/main/{file}'
+    hub.checkpoints = tmp_path / 'torch' / 'checkpoints'
+    return hub
+
+
+def load_published(url, name='shufflenetv2_x0_5', **kwargs):
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(url=url), **kwargs)
 
 
 @torch.no_grad()
-def test_exportable():
-    model = make_model(exportable=True)
+def test_published_weights_of_shufflenet(published):
+    x = make_input()
+    model = load_published(published.address).eval()
+    assert_same_state(model, published.reference)
+    torch.testing.assert_close(model(x), published.reference(x), rtol=0, atol=1e-5)
+    requests = len(published.requests)
+    gray = load_published(published.address, num_classes=7, in_chans=1)
+    assert len(published.requests) == requests, 'the cached file was there'
+    assert gray.fc.weight.shape == (7, 1024)
+    assert gray.conv1[0].weight.shape == (24, 1, 3, 3)
+    features = load_published(published.address, features_only=True).eval()
+    torch.testing.assert_close(features(x)[-1], model.forward_intermediates(x, intermediates_only=True)[-1])
+    tagged = load_published(published.address, 'shufflenetv2_x0_5.tv_in1k')
+    assert_same_state(tagged, published.reference)
+
+
+@pytest.mark.parametrize('fault', ['truncated', 'short', 'garbage'])
+def test_damaged_download_of_shufflenet(published, fault):
+    published.faults['*'] = FAULTS[fault]
+    with pytest.raises(RuntimeError, match=rf'shufflenetv2_x0_5: .*{re.escape(published.address)}.*(hash|read)'):
+        load_published(published.address)
+    assert list(published.checkpoints.iterdir()) == [], 'the damaged file stayed in the cache'
+    published.faults.clear()
+    assert_same_state(load_published(published.address), published.reference)
+
+
+@pytest.mark.parametrize('fault', ['down', 'missing', 'unauthorized'])
+def test_server_that_refuses(published, fault):
+    published.faults['*'] = FAULTS[fault]
+    with pytest.raises(RuntimeError, match=rf'shufflenetv2_x0_5: .*{re.escape(published.address)}.*HTTP Error'):
+        load_published(published.address)
+    assert list(published.checkpoints.iterdir()) == []
+
+
+def test_unreachable_address(published):
+    published.stop()
+    with pytest.raises(RuntimeError, match=rf'shufflenetv2_x0_5: .*{re.escape(published.address)}.*refused'):
+        load_published(published.address)
+
+
+def test_published_file_is_none(published):
+    address = published.address.rpartition('/')[0] + '/text-0123456789.pth'
+    with pytest.raises(RuntimeError, match=rf'shufflenetv2_x0_5: .*{re.escape(address)}.*hash'):
+        load_published(address)
+
+
+@pytest.mark.parametrize('num_classes', [1000, 7])
+@pytest.mark.parametrize(
+    ('name', 'said'), [('shufflenetv2_x1_0', 'shape|size mismatch'), ('skshufflenetv2_x0_5', 'missing')]
+)
+def test_weights_of_another_shufflenet(published, name, said, num_classes):
+    with pytest.raises(RuntimeError, match=rf'{name}: .*{re.escape(published.address)}.*({said})'):
+        load_published(published.address, name, num_classes=num_classes)
+
+
+@pytest.mark.parametrize('content', [b'', b'not a model', 'half'], ids=['empty', 'text', 'truncated'])
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_damaged_file_of_shufflenet(tmp_path, content, suffix):
+    path = tmp_path / f'weights.{suffix}'
+    state_dict = make_model('shufflenetv2_x0_5').state_dict()
+    torch.save(state_dict, path) if suffix == 'pth' else safetensors.torch.save_file(state_dict, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content == 'half' else content)
+    with pytest.raises(RuntimeError, match=rf'shufflenetv2_x0_5: .*{re.escape(str(path))} cannot be loaded'):
+        make_model_as_loaded('shufflenetv2_x0_5', dict(file=str(path), num_classes=10))
+
+
+# Exports
+
+
+def shallow(name):
+    """Units per stage for tools whose time goes by the size of the graph."""
+    return (2, 1, 1) if is_shuffle(name) else (1, 1, 1) if is_small(name) else (1, 1, 1, 1)
+
+
+@each_kind
+@torch.no_grad()
+def test_exportable(name):
+    model = make_model(name, exportable=True, layers=shallow(name))
     dims = {0: torch.export.Dim('batch', min=1)}
     exported = torch.export.export(model, (make_input(),), dynamic_shapes=(dims,)).module()
     for x in (make_input(), make_input(5)):
         torch.testing.assert_close(exported(x), model(x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('name', ['sknet26', 'seresnext29_16x32d', 'skshufflenetv2_x0_5'])
 @torch.no_grad()
-def test_onnx(tmp_path):
+def test_onnx(tmp_path, name):
     onnx = pytest.importorskip('onnx')
     runtime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
-    model = timm.create_model('sknet26', exportable=True).eval()
-    path = tmp_path / 'sknet26.onnx'
+    model = make_model(name, exportable=True, layers=shallow(name))
+    path = tmp_path / f'{name}.onnx'
     torch.onnx.export(
         model, (make_input(),), path, input_names=['image'], output_names=['logits'], dynamo=True,
         dynamic_shapes=({0: torch.export.Dim('batch', min=1)},),
@@ -544,15 +932,20 @@ def test_onnx(tmp_path):
         torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=0, atol=1e-5)
 
 
-def test_compile_without_a_graph_break():
+@each_kind
+def test_compile_without_a_graph_break(name):
     torch.compiler.reset()
-    model = make_model(train=True, layers=(1, 1, 1, 1)).double()
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')
-    x = make_input(4).double()
+    model = make_model(name, layers=shallow(name)).double()
+    # One kind of SK network goes through autograd's tracing too, which takes several times as long.
+    backend = 'aot_eager' if name == 'sknet26' else 'eager'
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
+    x = make_input(4, size=32).double()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
     for module in (model, compiled):
+        module.train()
         module(x).square().mean().backward()
-    for (name, parameter), expected in zip(compiled.named_parameters(), model.parameters()):
-        torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
+    assert_same_gradients(compiled._orig_mod, model)
 
 
 # Hub folders
@@ -568,14 +961,23 @@ CUSTOM = {
     ),
     'headless': dict(NARROW, num_classes=0, global_pool='max'),
 }  # fmt: skip
+SAVED = {name: (name, narrow(name)) for name in KINDS[1:]}
+SAVED |= {kind: ('sknet26', kwargs) for kind, kwargs in CUSTOM.items()}
+SAVED |= {
+    'sk_kwargs of sknet29': ('sknet29_16x32d', dict(narrow('sknet29_16x32d'), sk_kwargs=dict(kernel_sizes=(3, 5)))),
+    'sk_kwargs of skshufflenetv2': (
+        'skshufflenetv2_x1_0',
+        dict(narrow('skshufflenetv2_x1_0'), in_chans=1, sk_kwargs=dict(kernel_sizes=(3, 5, 7), select='shared')),
+    ),
+}
 
 
 @pytest.mark.parametrize('safe', [True, False, 'both'])
-@pytest.mark.parametrize('kwargs', CUSTOM.values(), ids=CUSTOM.keys())
+@pytest.mark.parametrize(('name', 'kwargs'), SAVED.values(), ids=SAVED.keys())
 @torch.no_grad()
-def test_save_for_hf_round_trip(tmp_path, kwargs, safe):
+def test_save_for_hf_round_trip(tmp_path, name, kwargs, safe):
     torch.manual_seed(0)
-    model = timm.create_model('sknet26', **kwargs).eval()
+    model = timm.create_model(name, **kwargs).eval()
     for parameter in model.parameters():
         parameter.add_(0.01 * torch.randn_like(parameter))
     save_for_hf(model, tmp_path / 'saved', safe_serialization=safe)

@@ -1,4 +1,4 @@
 from .resnet import SKBasicBlock, SKBottleneck, SKResNet
-from .shufflenet import SKShuffleNetV2
+from .shufflenet import ShuffleUnit, SKShuffleNetV2
 
-__all__ = ['SKBasicBlock', 'SKBottleneck', 'SKResNet', 'SKShuffleNetV2']
+__all__ = ['SKBasicBlock', 'SKBottleneck', 'SKResNet', 'SKShuffleNetV2', 'ShuffleUnit']

@@ -4,6 +4,7 @@ Parameter names are those of ``torchvision.models.ShuffleNetV2``, so its publish
 the network (features, checkpointing, the classifier) are what timm expects of its models.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -200,7 +201,9 @@ class SKShuffleNetV2(nn.Module):
         """He initialisation, and N(0, 0.01) for the attention layers and the classifier, as the authors train."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+                # torch's fan_out leaves the groups out of account, which for depthwise layers are all of it.
+                fan_out = module.weight[:, 0].numel() // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         for module in self.modules():
             if isinstance(module, SelectiveKernelAttention):
                 module.init_weights()
