@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from foreign_networks import SKNet
 from safetensors.torch import save
 
 from sk_plugins.checkpoints import load_checkpoint
@@ -77,15 +78,21 @@ def shorten(line: str) -> list[str]:
 
 
 def test_python_snippets_are_all_of_a_known_kind():
-    assert len(PYTHON) == 6
+    assert len(PYTHON) == 9
     assert len(SHELL) == 11
     assert sum(line.startswith(INSTALLERS) for line in SHELL) == 4
 
 
-@pytest.mark.parametrize('code', [code for code in PYTHON if code.startswith('import') and 'local-dir' not in code])
+STANDALONE = [code for code in PYTHON if code.startswith(('import', 'from')) and 'local-dir' not in code]
+
+
+@pytest.mark.parametrize('code', STANDALONE)
 def test_python_snippet_runs(code, published, tmp_path):
     if 'mmpretrain' in code:
         pytest.importorskip('mmpretrain')
+    if "load_foreign('sknet.pth')" in code:
+        network = SKNet(widths=(16, 32, 64, 96), outputs=(32, 64, 128, 192), dims=(8, 8, 8, 8))
+        torch.save(network.state_dict(), tmp_path / 'sknet.pth')
     run([sys.executable, '-c', code], tmp_path)
 
 
