@@ -1,0 +1,243 @@
+"""Write a network as ONNX: (batch, channels, height, width) images in, (batch, classes) logits out.
+
+python tools/export_onnx.py sknet50 sknet50.onnx --checkpoint hf-hub:timm/skresnext50_32x4d.ra_in1k --check
+python tools/export_onnx.py hf-hub:OWNER/NAME sknet50.onnx --opset 18
+python tools/export_onnx.py sknet50_in1k sknet50.onnx --checkpoint work_dirs/sknet50_in1k/epoch_100.pth
+
+The model is a name of timm's (ours are among them), local-dir:FOLDER, hf-hub:OWNER/NAME, or the config of a
+classifier, from which come the network, its classes and its preprocessing. What the images were preprocessed with in
+training goes into the file's metadata.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from sk_plugins import fuse
+from sk_plugins._resources import find_config
+from sk_plugins.checkpoints import CheckpointError, load_checkpoint, timm_arguments, to_timm
+from sk_plugins.hub import HubError, explain_errors, load_state_dict, shorten
+
+TOLERANCE = 1e-4
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument('model', help='a name of timm, local-dir:FOLDER, hf-hub:OWNER/NAME, or a config')
+    parser.add_argument('out', type=Path, help='the .onnx file to write')
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument('--checkpoint', metavar='FILE|hf-hub:OWNER/NAME', help='of mmengine, timm or a state dict')
+    weights.add_argument('--pretrained', action='store_true', help="timm's published weights of the model")
+    parser.add_argument('--size', type=int, help="side of the image (default: the model's)")
+    parser.add_argument('--fuse', action=flag, default=True, help='fold BatchNorms (default: yes)')
+    parser.add_argument(
+        '--dynamic', action=flag, default=True, help='any batch and image size (default), or one image of --size'
+    )
+    parser.add_argument('--opset', type=int, help="ONNX's operator set (default: torch's current)")
+    parser.add_argument('--check', action='store_true', help=f'compare with onnxruntime, to {TOLERANCE:g}')
+    args = parser.parse_args(argv)
+    if args.out.suffix != '.onnx':
+        parser.error(f'argument out: {args.out} must end in .onnx')
+    if args.size is not None and args.size < 1:
+        parser.error(f'argument --size: {args.size} must be at least 1')
+    return args
+
+
+def require(*packages: str) -> None:
+    """Raise ValueError, which says what to install, unless these can be imported."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not installed: pip install 'sk-plugins[onnx]'")
+
+
+def build(name: str, checkpoint: str | None = None, pretrained: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with its weights, in evaluation mode, and its preprocessing (``input_size``, ``mean``, ``std``, ...).
+
+    Args:
+        name: timm's name, ``local-dir:FOLDER``, ``hf-hub:OWNER/NAME``, or a config.
+        checkpoint: a file or ``hf-hub:OWNER/NAME[@REVISION]``; where it has another number of classes than the name,
+            so has the model.
+        pretrained: load timm's published weights.
+
+    Raises:
+        ValueError: an unknown name, no published weights, or weights that don't fit.
+        OSError: a file that isn't there.
+        HubError: ``hf-hub:`` weights that cannot be had.
+    """
+    args: dict[str, Any] = {}
+    preprocessing: dict[str, Any] = {}
+    from_folder = name.startswith(('local-dir:', 'hf-hub:', 'hf_hub:'))
+    if not from_folder and not timm.is_model(timm.models.split_model_name_tag(name)[0]):
+        if pretrained:
+            raise ValueError(f'--pretrained: {name} is not a model of timm; give a config its --checkpoint')
+        name, args, preprocessing = _from_config(name)
+    state_dict = None if checkpoint is None else _load(checkpoint)
+    if state_dict is not None and 'fc.weight' in state_dict:
+        args.setdefault('num_classes', len(state_dict['fc.weight']))
+    repo = name.partition(':')[2] if name.startswith(('hf-hub:', 'hf_hub:')) else None
+    try:
+        with contextlib.nullcontext() if repo is None else explain_errors(repo):
+            model = timm.create_model(
+                name, pretrained=pretrained or (from_folder and checkpoint is None), exportable=True, **args
+            )
+    except HubError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(f'{name}: {shorten(error)}') from error
+    if state_dict is not None:
+        try:
+            model.load_state_dict(state_dict)
+        except RuntimeError as error:
+            raise CheckpointError(f'{checkpoint}: its weights do not fit {name}: {shorten(error)}') from error
+    elif not pretrained and not from_folder:
+        print(f'{name}: random weights, for want of --checkpoint or --pretrained', file=sys.stderr)
+    return model.eval(), {**timm.data.resolve_model_data_config(model), **preprocessing}
+
+
+def _from_config(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    try:
+        path = find_config(name)
+    except FileNotFoundError as error:
+        raise ValueError(f'model {name!r} is neither a name of timm nor a config') from error
+    try:
+        from mmengine.config import Config
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path}: to read a config takes mmengine: pip install 'sk-plugins[mm]'") from error
+    return timm_arguments(Config.fromfile(path))
+
+
+def _load(checkpoint: str) -> dict[str, Tensor]:
+    if checkpoint.startswith('hf-hub:'):
+        state_dict = load_state_dict(checkpoint.removeprefix('hf-hub:'))
+    else:
+        state_dict, _ = load_checkpoint(checkpoint)
+    return to_timm(state_dict) if any(name.startswith('backbone.') for name in state_dict) else state_dict
+
+
+def export(
+    model: nn.Module,
+    out: Path,
+    input_size: tuple[int, int, int] = (3, 224, 224),
+    dynamic: bool = True,
+    opset: int | None = None,
+    metadata: dict[str, Any] | None = None,
+    reference: nn.Module | None = None,
+) -> None:
+    """Write ``model`` as ONNX with the input 'image' and the output 'logits', all of it or nothing.
+
+    Args:
+        model: in evaluation mode.
+        out: the file.
+        input_size: (channels, height, width) of an image.
+        dynamic: leave batch, height and width open; else they are 1 and ``input_size``.
+        opset: ONNX's operator set; torch's current where None.
+        metadata: written into the file, by name, as JSON where it is no text.
+        reference: what onnxruntime's outputs must equal to 1e-4 (of the largest logit, where that is above 1); not
+            compared where None.
+
+    Raises:
+        ValueError: they are not equal, torch cannot write this ``opset``, or packages are missing.
+        IsADirectoryError: ``out`` is a folder.
+    """
+    require('onnx', 'onnxscript', *(['onnxruntime'] if reference is not None else []))
+    if out.is_dir():
+        raise IsADirectoryError(f'{out} is a folder; name a file')
+    # A size of one would be taken for a constant.
+    image = torch.zeros(2 if dynamic else 1, *input_size, device=next(model.parameters()).device)
+    shapes = ({0: 'batch', 2: 'height', 3: 'width'},) if dynamic else None
+    program = torch.onnx.export(
+        model,
+        (image,),
+        input_names=['image'],
+        output_names=['logits'],
+        opset_version=opset,
+        dynamic_shapes=shapes,
+        dynamo=True,
+        verbose=False,
+    )
+    written = program.model.opset_imports['']
+    if opset is not None and written != opset:
+        raise ValueError(f'--opset {opset}: torch cannot write it for this model, which takes {written}')
+    program.model.metadata_props.update(
+        {name: value if isinstance(value, str) else json.dumps(value) for name, value in (metadata or {}).items()}
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f'.{out.name}.part')
+    try:
+        program.save(part)
+        if reference is not None:
+            check(reference, part, _shapes(input_size, dynamic))
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _shapes(input_size: tuple[int, int, int], dynamic: bool) -> Iterator[tuple[int, int, int, int]]:
+    channels, height, width = input_size
+    yield 1, channels, height, width
+    if dynamic:
+        yield 3, channels, height + 33, max(width - 31, 32)
+
+
+@torch.no_grad()
+def check(model: nn.Module, path: Path, shapes: Iterator[tuple[int, int, int, int]]) -> None:
+    """Raise ValueError unless onnxruntime's outputs are the model's for random images of these shapes."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    generator = torch.Generator().manual_seed(0)
+    for shape in shapes:
+        image = torch.randn(shape, generator=generator)
+        expected = model(image)
+        (logits,) = session.run(['logits'], {'image': image.numpy()})
+        difference = (torch.from_numpy(logits) - expected).abs().max().item()
+        if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+            raise ValueError(
+                f"--check: for images of {shape} onnxruntime's logits differ from the model's by {difference:.2g}, and "
+                f'only {TOLERANCE:g} is allowed'
+            )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    require('onnx', 'onnxscript', *(['onnxruntime'] if args.check else []))
+    model, preprocessing = build(args.model, args.checkpoint, args.pretrained)
+    channels, *size = preprocessing['input_size']
+    input_size = (channels, *((args.size, args.size) if args.size else size))
+    names = ('mean', 'std', 'interpolation', 'crop_pct')
+    export(
+        fuse(model) if args.fuse else model,
+        args.out,
+        input_size,
+        dynamic=args.dynamic,
+        opset=args.opset,
+        metadata={
+            'model': args.model,
+            'input_size': input_size,
+            **{name: preprocessing[name] for name in names if name in preprocessing},
+        },
+        reference=model if args.check else None,
+    )
+    print(args.out)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (HubError, OSError, ValueError) as error:
+        if os.environ.get('SK_PLUGINS_TRACEBACK'):
+            raise
+        print(f'export_onnx.py: error: {" ".join(str(error).split())}', file=sys.stderr)
+        print('(set SK_PLUGINS_TRACEBACK=1 for the traceback)', file=sys.stderr)
+        raise SystemExit(1) from None
