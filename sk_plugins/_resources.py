@@ -25,7 +25,8 @@ def find_config(name: str) -> Path:
     own = {path.stem: path for path in sorted(configs.rglob('*.py')) if '_base_' not in path.parts}
     if name in own:
         return own[name]
-    near = difflib.get_close_matches(Path(relative).stem, own, n=5, cutoff=0.5) or list(own)[:5]
+    near = difflib.get_close_matches(Path(relative).stem, own, n=5, cutoff=0.5)
+    near = near or [stem for stem in own if stem.startswith('sknet')]
     raise FileNotFoundError(
         f'config {name!r} is neither a file nor one of the {len(own)} shipped in {configs}; near it are '
         f'{", ".join(near)}'
