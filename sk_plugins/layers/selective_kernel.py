@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import BACKENDS, fuse, norm_relu_select, select
+from ..ops import BACKENDS, convolve_norm_relu, folds, fuse, norm_relu_select, select, select_in_inference
 from .conv_bn_act import ConvBNAct
 
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
@@ -268,24 +268,34 @@ class SelectiveKernel(nn.Module):
             return False
         if torch.compiler.is_compiling() and self.backend != 'triton':
             return False
-        return all(_is_plain(path) for path in self.paths) and (self.attn is None or not _has_hooks(self.attn))
+        # Where BatchNorms were folded away, in inference, there are none.
+        norm = type(self.paths[0].bn)
+        if norm is nn.Identity and torch.is_grad_enabled():
+            return False
+        return all(_is_plain(path, norm) for path in self.paths) and (self.attn is None or not _has_hooks(self.attn))
 
     @torch.jit.unused
     def _dispatch(self, inputs: list[Tensor]) -> Tensor:
-        outputs = [path.conv(inputs[i]) for i, path in enumerate(self.paths)]
         attend = None if self.attn is None else self.attn.attend
-        return norm_relu_select(outputs, [path.bn for path in self.paths], attend, self.backend)
+        pairs = [(path.conv, path.bn) for path in self.paths]
+        if type(pairs[0][1]) is nn.Identity:
+            return select_in_inference([torch.relu_(conv(x)) for (conv, _), x in zip(pairs, inputs)], attend)
+        if all(_is_bare(conv) and folds(conv, norm, x) for (conv, norm), x in zip(pairs, inputs)):
+            branches = [convolve_norm_relu(conv, norm, x) for (conv, norm), x in zip(pairs, inputs)]
+            return select_in_inference(branches, attend)
+        outputs = [conv(x) for (conv, _), x in zip(pairs, inputs)]
+        return norm_relu_select(outputs, [norm for _, norm in pairs], attend, self.backend)
 
     def extra_repr(self) -> str:
         return f'select={self.select!r}, split_input={self.split_input}'
 
 
-def _is_plain(path: ConvBNAct) -> bool:
-    """Conv, BatchNorm and ReLU with nothing around them."""
+def _is_plain(path: ConvBNAct, norm: type[nn.Module]) -> bool:
+    """Conv, BatchNorm or none, and ReLU with nothing around them."""
     return (
         type(path) is ConvBNAct
-        and type(path.bn) is nn.BatchNorm2d
-        and path.bn.affine
+        and type(path.bn) is norm
+        and (norm is nn.Identity or (norm is nn.BatchNorm2d and path.bn.affine))
         and type(path.act) is nn.ReLU
         and type(path.drop) is nn.Identity
         and type(path.aa) is nn.Identity
@@ -293,6 +303,10 @@ def _is_plain(path: ConvBNAct) -> bool:
         and not global_hooks._global_forward_hooks
         and not global_hooks._global_forward_pre_hooks
     )
+
+
+def _is_bare(conv: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and not _has_hooks(conv)
 
 
 def _has_hooks(module: nn.Module) -> bool:

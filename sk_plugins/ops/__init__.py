@@ -1,4 +1,14 @@
-from .dispatch import BACKENDS, norm_relu_select
+from .dispatch import BACKENDS, convolve_norm_relu, folds, norm_relu_select, select_in_inference
 from .selective_kernel import fuse, fuse_reference, select, select_reference
 
-__all__ = ['BACKENDS', 'fuse', 'fuse_reference', 'norm_relu_select', 'select', 'select_reference']
+__all__ = [
+    'BACKENDS',
+    'convolve_norm_relu',
+    'folds',
+    'fuse',
+    'fuse_reference',
+    'norm_relu_select',
+    'select',
+    'select_in_inference',
+    'select_reference',
+]

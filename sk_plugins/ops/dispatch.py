@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from . import custom_ops
 from .recompute import norm_relu_pool, select_recomputed
-from .selective_kernel import fuse, select
+from .selective_kernel import fuse, select, select_
 
-__all__ = ['BACKENDS', 'norm_relu_select']
+__all__ = ['BACKENDS', 'convolve_norm_relu', 'folds', 'norm_relu_select', 'select_in_inference']
 
 BACKENDS = ('auto', 'plain', 'recompute', 'triton')
 logger = logging.getLogger('sk_plugins')
@@ -50,7 +50,35 @@ def norm_relu_select(
         branches, pooled = map(list, zip(*(norm_relu_pool(y, norm) for y, norm in zip(outputs, norms))))
         return _sum(branches) if attend is None else select_recomputed(branches, attend(_sum(pooled)))
     branches = [torch.relu_(norm(y)) for y, norm in zip(outputs, norms)]
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return select_in_inference(branches, attend)
     return _sum(branches) if attend is None else select(branches, attend(fuse(branches)))
+
+
+def folds(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> bool:
+    """Whether a BatchNorm is better multiplied into its convolution's weight than into its output.
+
+    So it is in inference on a CPU, where a pass over the map takes longer than one over a grouped weight.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and x.device.type == 'cpu'
+        and not norm.training
+        and norm.running_mean is not None
+        and 2 * conv.weight.numel() <= x[:, :1].numel() * conv.out_channels // (conv.stride[0] * conv.stride[1])
+    )
+
+
+def convolve_norm_relu(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """ReLU(norm(conv(x))) by the norm's running statistics, without a pass for the norm."""
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+    return torch.relu_(conv._conv_forward(x, conv.weight * scale[:, None, None, None], norm.bias - mean * scale))
+
+
+def select_in_inference(branches: list[Tensor], attend: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """V from the branches u_m, in inference: it takes the last one's memory. ``attend`` as below."""
+    return _sum(branches) if attend is None else select_(branches, attend(fuse(branches)))
 
 
 def _resolve(backend: str, outputs: list[Tensor], norms: Sequence[nn.BatchNorm2d], attends: bool) -> str:

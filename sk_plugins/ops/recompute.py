@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .selective_kernel import select_
+
 __all__ = ['norm_relu_pool', 'select_recomputed']
 
 
@@ -24,7 +26,7 @@ class _NormReluPool(torch.autograd.Function):
         statistics = (mean, invstd) if batch_statistics else (running_mean, running_var)
         ctx.save_for_backward(y, weight, bias, *statistics)
         ctx.batch_statistics, ctx.eps = batch_statistics, eps
-        ctx.saved = ctx.u = ctx.selected = None
+        ctx.saved = ctx.u = ctx.selected = ctx.buffers = None
         ctx.set_materialize_grads(False)
         u = u.relu_()
         return u, u.mean((2, 3), keepdim=True)
@@ -39,9 +41,14 @@ class _NormReluPool(torch.autograd.Function):
             grad = torch.zeros_like(y) if grad_u is None else grad_u
             grad = torch.ops.aten.threshold_backward(grad if constant is None else grad + constant, u, 0)
         else:
-            grad = torch.mul(*ctx.selected) if constant is None else torch.addcmul(constant, *ctx.selected)
+            grad = ctx.buffers.pop() if ctx.buffers else torch.empty_like(u)
+            if constant is None:
+                torch.mul(*ctx.selected, out=grad)
+            else:
+                torch.addcmul(constant, *ctx.selected, out=grad)
             torch.ops.aten.threshold_backward(grad, u, 0, grad_input=grad)
-        ctx.saved = ctx.u = ctx.selected = None
+            ctx.buffers.append(u)
+        ctx.saved = ctx.u = ctx.selected = ctx.buffers = None
         statistics = (None, None, mean, spread) if ctx.batch_statistics else (mean, spread, None, None)
         grads = torch.ops.aten.native_batch_norm_backward(
             grad, y, weight, *statistics, ctx.batch_statistics, ctx.eps, ctx.needs_input_grad[:3]
@@ -65,20 +72,15 @@ class _Select(torch.autograd.Function):
     """The branches and their attention -> V; keeps the attention, and the branches' nodes for the rest.
 
     The gradient a_m * dV of a branch is not returned but left at the branch's node, which runs later, since the
-    attention depends on it, and adds what came through the pooling in the same pass.
+    attention depends on it, and adds what came through the pooling in the same pass, into memory that is free by then.
     """
 
     @staticmethod
     def forward(ctx, attention, nodes, *branches):
         ctx.save_for_backward(attention)
         ctx.nodes = nodes
-        weights = attention.to(branches[0].dtype)
-        if len(branches) == 2:
-            return torch.lerp(branches[1], branches[0], weights[:, 0])
-        selected = branches[0] * weights[:, 0]
-        for m, branch in enumerate(branches[1:], 1):
-            selected.addcmul_(branch, weights[:, m])
-        return selected
+        ctx.mark_dirty(branches[-1])
+        return select_(branches, attention)
 
     @staticmethod
     @once_differentiable
@@ -87,18 +89,21 @@ class _Select(torch.autograd.Function):
         dims = (1, 2, 3) if attention.shape[2] == 1 else (2, 3)
         branches = [_recompute(node) for node in ctx.nodes]
         grad_attention = torch.zeros_like(attention)
+        product = torch.empty_like(branches[0])
         if len(branches) == 2:
             # V = u_1 + a_0 (u_0 - u_1)
-            products = [(branches[0] - branches[1]).mul_(grad)]
+            torch.sub(*branches, out=product).mul_(grad)
+            grad_attention[:, 0] = product.sum(dims, keepdim=True, dtype=attention.dtype)
         else:
-            products = (branch * grad for branch in branches)
-        for m, product in enumerate(products):
-            grad_attention[:, m] = product.sum(dims, keepdim=True, dtype=attention.dtype)
+            for m, branch in enumerate(branches):
+                torch.mul(branch, grad, out=product)
+                grad_attention[:, m] = product.sum(dims, keepdim=True, dtype=attention.dtype)
         weights = attention.to(grad.dtype)
         if len(branches) == 2:
             weights = torch.stack((weights[:, 0], 1 - weights[:, 0]), dim=1)
+        buffers = [product]
         for m, node in enumerate(ctx.nodes):
-            node.selected = grad, weights[:, m]
+            node.selected, node.buffers = (grad, weights[:, m]), buffers
         return grad_attention, None, *(None for _ in branches)
 
 

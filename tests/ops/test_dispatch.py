@@ -130,3 +130,41 @@ def test_watched_attention_is_called():
     layer(make_input().requires_grad_())
     assert len(seen) == 1
     torch.testing.assert_close(seen[0].sum(1), torch.ones(3, 8, 1, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('kwargs', [*SETTINGS.values(), dict(conv_bias=True)], ids=[*SETTINGS.keys(), 'conv bias'])
+@torch.no_grad()
+def test_inference_folds_norms_on_the_fly(kwargs, monkeypatch):
+    """Where maps are larger than weights: no pass for BatchNorm, and no module is changed."""
+    layer, plain = (layer.eval() for layer in make_pair(**kwargs))
+    x = make_input((3, 8, 32, 32))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    expected = plain(x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-11)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert torch.equal(x, make_input((3, 8, 32, 32)))
+    for path in layer.paths:
+        monkeypatch.setattr(path.bn, 'forward', None)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-11)
+
+
+@torch.no_grad()
+def test_inference_folds_only_where_it_pays():
+    layer, plain = (layer.eval() for layer in make_pair())
+    calls = []
+    layer.paths[0].bn.forward = lambda y: calls.append(y) or nn.BatchNorm2d.forward(layer.paths[0].bn, y)
+    small = make_input((1, 8, 3, 3))
+    torch.testing.assert_close(layer(small), plain(small), rtol=1e-9, atol=1e-11)
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_watched_convolutions_see_their_own_output():
+    layer, _ = make_pair()
+    layer.eval()
+    seen = []
+    layer.paths[0].conv.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+    x = make_input((3, 8, 32, 32))
+    layer(x)
+    torch.testing.assert_close(seen[0], layer.paths[0].conv._conv_forward(x, layer.paths[0].conv.weight, None))
