@@ -286,7 +286,10 @@ def load_partial(model: nn.Module, source: str | os.PathLike | Mapping[str, Tens
         FileNotFoundError, CheckpointError, HubError: the source cannot be had or read, or nothing in it fits.
     """
     if isinstance(source, Mapping):
-        state_dict = source
+        state_dict = _pick_state_dict(source, use_ema=True)
+        if not _is_state_dict(state_dict):
+            raise CheckpointError("holds no state dict of tensors (expected one, bare or under 'state_dict', 'model')")
+        state_dict = clean_state_dict(state_dict)
     elif str(source).startswith('hf-hub:'):
         state_dict = load_state_dict(str(source).removeprefix('hf-hub:'))
     elif str(source).startswith(('https://', 'http://')):
@@ -422,8 +425,10 @@ def _load_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f'{path}: cannot be read as weights: {reason}') from error
+        # Without torch's advice to load it in the unsafe way.
+        _, marked, detail = ' '.join(str(error).split()).partition('WeightsUnpickler error: ')
+        reason = detail.partition('. ')[0] if marked else str(error).strip().partition('. ')[0]
+        raise CheckpointError(f'{path}: cannot be read as weights: {reason or type(error).__name__}') from error
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -498,6 +503,12 @@ def _whole(path: Path) -> Iterator[Path]:
     parent = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
     try:
         yield parent / path.name
+        # safetensors lets nobody else read what it writes.
+        umask = os.umask(0)
+        os.umask(umask)
+        for written in (parent / path.name, *(parent / path.name).rglob('*')):
+            if written.is_file():
+                written.chmod(0o666 & ~umask)
         if path.is_dir():
             path.rmdir()
         os.replace(parent / path.name, path)

@@ -140,6 +140,22 @@ def recognise(
     if not lineage.layer and (stride != 1 or in_channels is not None):
         given = f'stride={stride!r}' if stride != 1 else f'in_channels={in_channels!r}'
         raise ValueError(f'{given} is for a layer on its own, and this is {lineage.origin}')
+    try:
+        return _convert(lineage, tensors, stride, in_channels, reduce_act, dilations)
+    except (IndexError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f'recognised as {lineage.origin}, but with tensors whose shapes do not go together: {error}'
+        ) from error
+
+
+def _convert(
+    lineage: '_Lineage',
+    tensors: Mapping[str, Tensor],
+    stride: int,
+    in_channels: int | None,
+    reduce_act: bool | None,
+    dilations: Sequence[int] | None,
+) -> Foreign:
     weights = _Weights(lineage.origin, tensors, lineage.rename)
     sk_kwargs = dict(lineage.sk_kwargs)
     if reduce_act is None:
@@ -376,8 +392,14 @@ class _Weights:
             else:
                 self.tensors[ours] = _same_axes(ours, tensor.detach())
                 self.theirs[ours] = theirs
+        self._refuse_empty()
         self._join_selections()
         self._fold_biases()
+
+    def _refuse_empty(self) -> None:
+        empty = [f'{self.theirs[name]} is {tuple(t.shape)}' for name, t in self.tensors.items() if t.numel() == 0]
+        if empty:
+            self._fail(empty)
 
     def theirs_of(self, end: str) -> list[str]:
         """Their names of all tensors whose name of ours ends so."""
@@ -454,6 +476,9 @@ class _Weights:
                 self.missing += [
                     re.sub(r'fcs\.\d+', f'fcs.{m}', here) for m, part in enumerate(parts) if part not in self.tensors
                 ]
+                shapes = {self.theirs[part]: tuple(self.tensors[part].shape) for part in given}
+                if len({shape[1:] for shape in shapes.values()}) > 1 or not all(shapes.values()):
+                    self._fail([f'{theirs} is {shape}' for theirs, shape in shapes.items()])
                 joined = f'{layer}attn.fc_select.{leaf}'
                 self.tensors[joined] = torch.cat([self.tensors.pop(part) for part in given])
                 self.theirs[joined] = here
@@ -668,11 +693,15 @@ def _first(items: Iterable[str], between: str = ', ') -> str:
 def _describe(tensors: Mapping[str, Tensor]) -> str:
     """What a state dict that is not supported looks like."""
     own = 'layer1.0.conv2.paths.0.conv.weight'
+    for shuffle in ('stage2.0.branch1.0.weight', 'backbone.stage2.0.branch1.0.weight'):
+        if shuffle in tensors:
+            return "a ShuffleNetV2 of torchvision's or this project's: load_checkpoint and load_partial read those"
     if own in tensors:
         return "this project's own or timm's skresnext: load_checkpoint reads those, and timm.create_model takes them"
     if f'backbone.{own}' in tensors:
         return "an mmpretrain checkpoint of this project's: load_checkpoint reads those"
-    if 'layer1.0.conv1.paths.0.conv.weight' in tensors:
+    basic = 'layer1.0.conv1.paths.0.conv.weight'
+    if basic in tensors or f'backbone.{basic}' in tensors:
         return "timm's skresnet18 or 34: timm.create_model and SKResNet of mmpretrain take those"
     found = [re.fullmatch(r'(.*)\.convs\.0\.(?:0|conv)\.weight', name) for name in tensors]
     layers = [match[1] for match in found if match and any(name.startswith(f'{match[1]}.fcs.') for name in tensors)]

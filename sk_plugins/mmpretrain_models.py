@@ -63,6 +63,10 @@ class _Backbone:
             raise ValueError(f'frozen_stages={frozen_stages!r} must be from -1 (none) to {num_stages}')
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(f'in_channels={in_channels!r} must be an integer of at least 1')
+        for name in ('num_classes', 'in_chans'):
+            if name in spec_args:
+                ours = 'in_channels' if name == 'in_chans' else "the head's"
+                raise ValueError(f'{name}={spec_args[name]!r} is no argument of a backbone: it is {ours}')
         if norm_cfg is not None:
             spec_args['norm_layer'] = lambda channels, **_: build_norm_layer(norm_cfg, channels)
         super().__init__(**spec_args, num_classes=0, in_chans=in_channels)
@@ -178,7 +182,7 @@ class _ResNetBackbone(_Backbone, networks.SKResNet, BaseBackbone):
 def _choose(**argument_and_choices) -> Any:
     """The chosen one of the choices; ``_choose(depth=(depth, choices))``."""
     ((name, (value, choices)),) = argument_and_choices.items()
-    if isinstance(value, (list, dict)) or value not in choices:
+    if isinstance(value, (bool, list, dict)) or value not in choices:
         raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(map(repr, choices))}')
     return choices[value]
 
@@ -327,6 +331,10 @@ class SKResNet(_ResNetBackbone):
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
         **kwargs,
     ) -> None:
+        if not isinstance(split_input, bool):
+            raise ValueError(f'split_input={split_input!r} must be True or False')
+        if 'split_input' in (kwargs.get('sk_kwargs') or {}):
+            raise ValueError(f'sk_kwargs={kwargs["sk_kwargs"]!r}: split_input is an argument of its own here')
         unit = kwargs.get('unit', 'sk')
         spec = _for_unit(_choose(depth=(depth, self.depths)), unit)
         if unit == 'sk':

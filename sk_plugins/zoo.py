@@ -21,7 +21,7 @@ class PaperFigures:
     '224' and '320' are single crops on ImageNet-1k (Tables 2 and 4); 'CIFAR-10' and 'CIFAR-100' Table 5's.
     """
 
-    parameters_m: float
+    parameters_m: float | None
     gflops: float | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
 

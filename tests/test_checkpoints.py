@@ -454,7 +454,7 @@ def test_load_partial_into_a_backbone_of_openmmlab(torchvisions):
 @pytest.mark.parametrize(
     ('source', 'error', 'said'),
     [
-        ({}, CheckpointError, 'state dict: none of its 0 tensors fits SKShuffleNetV2'),
+        ({}, CheckpointError, 'holds no state dict of tensors'),
         ({'conv1.0.weight': torch.zeros(1)}, CheckpointError, 'state dict: none of its 1 tensors fits SKShuffleNetV2'),
         ('FOLDER/vgg.pth', CheckpointError, r'vgg\.pth: none of its \d+ tensors fits SKShuffleNetV2'),
         ('FOLDER/gone.pth', FileNotFoundError, r'gone\.pth: no such checkpoint file'),
@@ -869,3 +869,27 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path):
         with pytest.raises(FileExistsError, match='is a folder; name a file'):
             save({}, tmp_path)
     assert tmp_path.is_dir()
+
+
+@pytest.mark.parametrize('wrap', [lambda sd: {'state_dict': sd}, lambda sd: {f'module.{k}': v for k, v in sd.items()}])
+def test_load_partial_takes_what_training_scripts_save(wrap):
+    network = timm.create_model('skshufflenetv2_x0_5')
+    given = {'conv1.0.weight': torch.ones_like(network.conv1[0].weight)}
+    report = checkpoints.load_partial(network, wrap(given))
+    assert report.loaded == ('conv1.0.weight',)
+    assert (network.conv1[0].weight == 1).all()
+
+
+@pytest.mark.parametrize('name', ['out.safetensors', 'out.pth'])
+def test_written_files_can_be_read_by_others(name, tmp_path):
+    (tmp_path / 'plain').touch()
+    checkpoints.save_state_dict({'conv1.weight': torch.zeros(1)}, tmp_path / name)
+    assert (tmp_path / name).stat().st_mode == (tmp_path / 'plain').stat().st_mode
+
+
+def test_errors_do_not_advise_to_run_pickles(tmp_path):
+    (tmp_path / 'config.json').write_text('{"architecture": "sknet50"}')
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path / 'config.json')
+    assert 'weights_only' not in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / 'config.json'))

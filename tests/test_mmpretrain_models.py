@@ -483,6 +483,12 @@ class TestEveryBackbone:
             ('SKResNet-18', dict(depth=['50d']), r"depth=\['50d'\] is unknown"),
             ('SKShuffleNetV2', dict(widen_factor=3.0), 'widen_factor=3.0 is unknown: choose one of 0.5, 1.0, 1.5, 2.0'),
             ('SKShuffleNetV2', dict(widen_factor=None), 'widen_factor=None is unknown'),
+            ('SKShuffleNetV2', dict(widen_factor=True), 'widen_factor=True is unknown'),
+            ('SKNet', dict(depth=26, num_classes=10), "num_classes=10 is no argument of a backbone: it is the head's"),
+            ('SKNet', dict(depth=26, in_chans=1), 'in_chans=1 is no argument of a backbone: it is in_channels'),
+            ('SKResNet-18', dict(split_input='no'), "split_input='no' must be True or False"),
+            ('SKResNet-18', dict(sk_kwargs=dict(split_input=False)), 'split_input is an argument of its own'),
+            ('SKResNeXt', dict(depth=50, cardinality=16), 'cardinality=16 is called groups here'),
             ('SKNet', dict(unit='cbam'), "unit='cbam' is unknown: choose one of 'sk', 'plain', 'se'"),
             ('SKNet-29', dict(unit='cbam'), "unit='cbam' is unknown"),
             ('SKResNeXt', dict(unit='cbam'), "unit='cbam' is unknown"),
@@ -603,10 +609,9 @@ class TestNetwork:
         with pytest.raises(ValueError, match=match):
             MODELS.build(dict(type='SKNet', **args))
 
-    @pytest.mark.parametrize('name', ['num_classes', 'in_chans', 'frozen_stage'])
-    def test_unknown_argument(self, name):
-        with pytest.raises(TypeError, match=name):
-            SKNet(26, **NARROW, **{name: 1})
+    def test_unknown_argument(self):
+        with pytest.raises(TypeError, match='frozen_stage'):
+            SKNet(26, **NARROW, frozen_stage=1)
 
 
 def train_step(model, case):
@@ -774,8 +779,9 @@ class TestTraining:
             assert count(reverted, nn.SyncBatchNorm) == 0
             assert list(reverted.state_dict()) == keys
             for mode in (False, True):
-                assert_equal(outputs(converted, mode), expected[mode])
-                assert_equal(outputs(reverted, mode), expected[mode])
+                # In eval, BatchNorm alone is multiplied into grouped weights; a lost ReLU would make 0.1.
+                assert_equal(outputs(converted, mode), expected[mode], atol=5e-5)
+                assert_equal(outputs(reverted, mode), expected[mode], atol=5e-5)
 
 
 def save_as(kind, model, path):

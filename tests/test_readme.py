@@ -78,8 +78,8 @@ def shorten(line: str) -> list[str]:
 
 
 def test_python_snippets_are_all_of_a_known_kind():
-    assert len(PYTHON) == 9
-    assert len(SHELL) == 11
+    assert len(PYTHON) == 10
+    assert len(SHELL) == 12
     assert sum(line.startswith(INSTALLERS) for line in SHELL) == 4
 
 

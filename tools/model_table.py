@@ -36,7 +36,8 @@ class Row:
     """What is counted of a model, for one image of its input size, and what the paper prints.
 
     ``gflops`` are multiply-adds / 1e9 by torch's own counter; ``activations`` are the elements of all outputs of
-    convolutions and linear layers; ``output_strides`` belong to the feature maps.
+    convolutions and linear layers; ``output_strides`` belong to the feature maps; differences are relative to the
+    paper's figures.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Row:
     output_strides: tuple[int, ...]
     paper_parameters_m: float | None
     paper_gflops: float | None
+    parameters_difference: float | None
+    gflops_difference: float | None
     paper_errors: dict[str, float]
     weights: dict[str, float]
 
@@ -63,16 +66,21 @@ def count(spec: zoo.ModelSpec, size: int | None = None) -> Row:
             module.register_forward_hook(lambda _module, _inputs, output: activations.append(output.numel()))
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.empty(1, channels, side, side, device='meta'))
+    parameters = sum(p.numel() for p in model.parameters())
+    gflops = counter.get_total_flops() / 2e9  # the counter has two operations for every multiply-add
+    paper = spec.paper or zoo.PaperFigures(None)
     return Row(
         spec.name,
-        parameters=sum(p.numel() for p in model.parameters()),
-        gflops=counter.get_total_flops() / 2e9,  # the counter has two operations for every multiply-add
+        parameters=parameters,
+        gflops=gflops,
         activations=sum(activations),
         input_size=(channels, side, side),
         output_strides=tuple(feature['reduction'] for feature in model.feature_info),
-        paper_parameters_m=spec.paper.parameters_m if spec.paper else None,
-        paper_gflops=spec.paper.gflops if spec.paper else None,
-        paper_errors=dict(spec.paper.errors) if spec.paper else {},
+        paper_parameters_m=paper.parameters_m,
+        paper_gflops=paper.gflops,
+        parameters_difference=_difference(parameters / 1e6, paper.parameters_m),
+        gflops_difference=_difference(gflops, paper.gflops),
+        paper_errors=dict(paper.errors),
         weights={weights.hf_hub_id or weights.url: weights.top1 for weights in spec.weights},
     )
 
@@ -91,9 +99,9 @@ def markdown(table: list[Row]) -> str:
             [
                 f'`{row.name}`' + (' (timm)' if zoo.MODELS[row.name].in_timm else ''),
                 f'{row.parameters:,}',
-                _beside(row.paper_parameters_m, row.parameters / 1e6, 'M'),
+                _beside(row.paper_parameters_m, row.parameters_difference, 'M'),
                 gflops,
-                _beside(row.paper_gflops, row.gflops),
+                _beside(row.paper_gflops, row.gflops_difference),
                 f'{row.activations / 1e6:.2f}M',
                 str(row.input_size[-1]),
                 ' '.join(map(str, row.output_strides)),
@@ -108,8 +116,12 @@ def _significant(value: float) -> str:
     return f'{value:.2f}' if value >= 1 else f'{value:.4f}'
 
 
-def _beside(paper: float | None, counted: float, unit: str = '') -> str:
-    return '' if paper is None else f'{paper:g}{unit} ({100 * (counted / paper - 1):+.1f} %)'
+def _difference(counted: float, paper: float | None) -> float | None:
+    return None if paper is None else counted / paper - 1
+
+
+def _beside(paper: float | None, difference: float | None, unit: str = '') -> str:
+    return '' if paper is None else f'{paper:g}{unit} ({100 * difference:+.1f} %)'
 
 
 def _link(where: str) -> str:

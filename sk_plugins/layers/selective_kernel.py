@@ -22,7 +22,7 @@ def _check_batch_size(s: Tensor) -> None:
         raise ValueError(
             'SelectiveKernel in training mode got a batch of 1, where the BatchNorm of its attention (Eq. 3) has one '
             'value per channel and no variance: use a batch of 2 or more, SyncBatchNorm over several processes, '
-            "norm_layer='groupnorm', or keep BatchNorm in eval mode (norm_eval=True in OpenMMLab)"
+            "norm_layer='groupnorm1', or keep BatchNorm in eval mode (norm_eval=True in OpenMMLab)"
         )
 
 

@@ -102,6 +102,9 @@ def test_main(tool, rows, tmp_path, monkeypatch, capsys, write):
     assert [row['name'] for row in written] == ['sknet26', 'sknet50']
     assert written[1]['parameters'] == 27_479_784
     assert written[1]['output_strides'] == [2, 4, 8, 16, 32]
+    assert written[1]['parameters_difference'] == pytest.approx(-0.0007, abs=1e-4)
+    assert written[1]['gflops_difference'] == pytest.approx(-0.0016, abs=1e-4)
+    assert written[0]['gflops_difference'] is None
     assert written[1]['paper_errors'] == {'224': 20.79, '320': 19.32}
 
 
