@@ -426,8 +426,8 @@ def _load_pickle(path: Path) -> Any:
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
         # Without torch's advice to load it in the unsafe way.
-        _, marked, detail = ' '.join(str(error).split()).partition('WeightsUnpickler error: ')
-        reason = detail.partition('. ')[0] if marked else str(error).strip().partition('. ')[0]
+        said, _, detail = str(error).strip().partition('WeightsUnpickler error:')
+        reason = (detail or said.partition('. ')[0]).strip().partition('\n')[0]
         raise CheckpointError(f'{path}: cannot be read as weights: {reason or type(error).__name__}') from error
 
 
