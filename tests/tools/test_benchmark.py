@@ -503,3 +503,10 @@ def test_results_are_what_was_measured(tool, name):
     else:
         report = tool.make_report(chosen.title, chosen.settings, [], chosen.baseline, None, chosen)
     assert (RESULTS / f'benchmark_{name}.md').read_text(encoding='utf-8') == tool.markdown(report)
+
+
+def test_readme_shows_the_figures(tool):
+    """`make bench` writes results/; the table in README.md is copied from there."""
+    report = json.loads((RESULTS / 'benchmark_cpu.json').read_text(encoding='utf-8'))
+    readme = (RESULTS.parent / 'README.md').read_text(encoding='utf-8')
+    assert tool.figures_table(report) in readme, 'copy the first table of results/benchmark_cpu.md into README.md'
