@@ -181,8 +181,10 @@ def test_hidden_channels_of_se():
 @torch.no_grad()
 def test_sk_unit_as_written():
     """Depthwise 3x3 and 5x5 (dilated), Eq. 1 to 6, in the place of the depthwise 3x3 and its norm."""
+    torch.manual_seed(0)
     layer = randomise(ShuffleUnit(80, 80, unit='sk'))
     state = layer.state_dict()
+    state['branch2.3.attn.fc_select.weight'].mul_(3)
     x = make_input(3, 80, size=9)
     right = pointwise(x[:, 40:], state, 'branch2.0', 'branch2.1')
     branches = []
