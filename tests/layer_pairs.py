@@ -59,3 +59,14 @@ def assert_same(got, expected, **tolerance):
         torch.testing.assert_close(grad, expected[1][name], msg=lambda said, name=name: f'{name}: {said}', **tolerance)
     for name, buffer in buffers.items():
         torch.testing.assert_close(buffer, expected[2][name], **tolerance)
+
+
+def through(layer, x):
+    """The autograd functions on the way of an output."""
+    nodes, seen = [layer(x).grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return ' '.join(node.name() for node in seen)

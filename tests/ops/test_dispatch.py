@@ -4,23 +4,12 @@ import logging
 
 import pytest
 import torch
-from layer_pairs import SETTINGS, assert_same, make_input, make_pair, step
+from layer_pairs import SETTINGS, assert_same, make_input, make_pair, step, through
 from torch import nn
 
 from sk_plugins.ops import BACKENDS, custom_ops, dispatch
 
 each_setting = pytest.mark.parametrize('kwargs', SETTINGS.values(), ids=SETTINGS.keys())
-
-
-def through(layer, x):
-    """The autograd functions on the way of an output."""
-    nodes, seen = [layer(x).grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
-    return ' '.join(node.name() for node in seen)
 
 
 @each_setting
