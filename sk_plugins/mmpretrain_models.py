@@ -135,14 +135,14 @@ class _Backbone:
 
 
 class _ResNetBackbone(_Backbone, networks.SKResNet, BaseBackbone):
-    """The ResNets' part of the door."""
+    """The ResNets' part of the door: ``spec`` is the network, and ``kwargs`` override its arguments."""
 
     stem = ('conv1', 'bn1', 'maxpool')
     stages = ('layer1', 'layer2', 'layer3', 'layer4')
 
     def __init__(
         self,
-        args: dict[str, Any],
+        spec: zoo.ModelSpec,
         depth: int | str,
         out_indices: Sequence[int] | None = None,
         frozen_stages: int = -1,
@@ -154,7 +154,11 @@ class _ResNetBackbone(_Backbone, networks.SKResNet, BaseBackbone):
         norm_cfg: dict[str, Any] | None = None,
         channels_last: bool = False,
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+        **kwargs,
     ) -> None:
+        if kwargs.get('unit', 'sk') != 'sk':  # what the row says of SK convolutions does not concern other units
+            spec = replace(spec, args={k: v for k, v in spec.args.items() if k != 'sk_kwargs'})
+        args = spec.arguments(**kwargs)
         num_stages = len(args['layers'])
         self._build(
             {**args, 'output_stride': output_stride, 'drop_path_rate': drop_path_rate},
@@ -185,11 +189,6 @@ def _choose(**argument_and_choices) -> Any:
     if isinstance(value, (bool, list, dict)) or value not in choices:
         raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(map(repr, choices))}')
     return choices[value]
-
-
-def _for_unit(spec: zoo.ModelSpec, unit: str) -> zoo.ModelSpec:
-    """The row without what it says of SK convolutions, where the units have none."""
-    return spec if unit == 'sk' else replace(spec, args={k: v for k, v in spec.args.items() if k != 'sk_kwargs'})
 
 
 @MODELS.register_module()
@@ -224,26 +223,8 @@ class SKNet(_ResNetBackbone):
 
     depths: dict[int, zoo.ModelSpec] = {depth: zoo.find('SKNet', depth=depth) for depth in (26, 29, 50, 101)}
 
-    def __init__(
-        self,
-        depth: int,
-        out_indices: Sequence[int] | None = None,
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        drop_path_rate: float = 0.0,
-        output_stride: int = 32,
-        in_channels: int = 3,
-        norm_cfg: dict[str, Any] | None = None,
-        channels_last: bool = False,
-        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
-        **kwargs,
-    ) -> None:
-        spec = _for_unit(_choose(depth=(depth, self.depths)), kwargs.get('unit', 'sk'))
-        super().__init__(
-            spec.arguments(**kwargs), depth, out_indices, frozen_stages, norm_eval, with_cp, drop_path_rate,
-            output_stride, in_channels, norm_cfg, channels_last, init_cfg,
-        )  # fmt: skip
+    def __init__(self, depth: int, **kwargs) -> None:
+        super().__init__(_choose(depth=(depth, self.depths)), depth, **kwargs)
 
 
 @MODELS.register_module()
@@ -263,23 +244,7 @@ class SKResNeXt(_ResNetBackbone):
         ValueError: an argument out of its range; the message names it, its value and what is right.
     """
 
-    def __init__(
-        self,
-        depth: int,
-        groups: int = 32,
-        width_per_group: int = 4,
-        out_indices: Sequence[int] | None = None,
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        drop_path_rate: float = 0.0,
-        output_stride: int = 32,
-        in_channels: int = 3,
-        norm_cfg: dict[str, Any] | None = None,
-        channels_last: bool = False,
-        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
-        **kwargs,
-    ) -> None:
+    def __init__(self, depth: int, groups: int = 32, width_per_group: int = 4, **kwargs) -> None:
         layers = _choose(depth=(depth, zoo.LAYERS))
         for name, ours in (('cardinality', 'groups'), ('base_width', 'width_per_group')):
             if name in kwargs:
@@ -287,11 +252,8 @@ class SKResNeXt(_ResNetBackbone):
         for name, value in (('groups', groups), ('width_per_group', width_per_group)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f'{name}={value!r} must be an integer of at least 1')
-        args = {'layers': layers, 'cardinality': groups, 'base_width': width_per_group, **kwargs}
-        super().__init__(
-            args, depth, out_indices, frozen_stages, norm_eval, with_cp, drop_path_rate, output_stride, in_channels,
-            norm_cfg, channels_last, init_cfg,
-        )  # fmt: skip
+        args = dict(layers=layers, cardinality=groups, base_width=width_per_group)
+        super().__init__(replace(zoo.MODELS['sknet50'], args=args), depth, **kwargs)
         self.groups = groups
         self.width_per_group = width_per_group
 
@@ -315,34 +277,14 @@ class SKResNet(_ResNetBackbone):
 
     depths: dict[int | str, zoo.ModelSpec] = {depth: zoo.find('SKResNet', depth=depth) for depth in (18, 34, 50, '50d')}
 
-    def __init__(
-        self,
-        depth: int | str,
-        split_input: bool = True,
-        out_indices: Sequence[int] | None = None,
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        drop_path_rate: float = 0.0,
-        output_stride: int = 32,
-        in_channels: int = 3,
-        norm_cfg: dict[str, Any] | None = None,
-        channels_last: bool = False,
-        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
-        **kwargs,
-    ) -> None:
+    def __init__(self, depth: int | str, split_input: bool = True, **kwargs) -> None:
         if not isinstance(split_input, bool):
             raise ValueError(f'split_input={split_input!r} must be True or False')
         if 'split_input' in (kwargs.get('sk_kwargs') or {}):
             raise ValueError(f'sk_kwargs={kwargs["sk_kwargs"]!r}: split_input is an argument of its own here')
-        unit = kwargs.get('unit', 'sk')
-        spec = _for_unit(_choose(depth=(depth, self.depths)), unit)
-        if unit == 'sk':
+        if kwargs.get('unit', 'sk') == 'sk':
             kwargs['sk_kwargs'] = {'split_input': split_input, **(kwargs.get('sk_kwargs') or {})}
-        super().__init__(
-            spec.arguments(**kwargs), depth, out_indices, frozen_stages, norm_eval, with_cp, drop_path_rate,
-            output_stride, in_channels, norm_cfg, channels_last, init_cfg,
-        )  # fmt: skip
+        super().__init__(_choose(depth=(depth, self.depths)), depth, **kwargs)
 
 
 @MODELS.register_module()
