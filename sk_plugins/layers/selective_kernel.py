@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import BACKENDS, convolve_norm_relu, folds, fuse, norm_relu_select, select, select_in_inference
+from ..ops import BACKENDS, convolve_norm_relu, folds, fuse, norm_relu_select, project, select, select_in_inference
 from .conv_bn_act import ConvBNAct
 
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
@@ -74,6 +74,7 @@ class SelectiveKernelAttention(nn.Module):
         self.act = act_layer(inplace=True) if reduce_act else nn.Identity()
         out_channels = num_branches * (1 if shared else channels)
         self.fc_select = nn.Conv2d(dim, out_channels, kernel_size=1, bias=select_bias, **dd)
+        self.softmax = nn.Softmax(dim=1)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -88,12 +89,19 @@ class SelectiveKernelAttention(nn.Module):
 
     def attend(self, s: Tensor) -> Tensor:
         """From the pooled sum s, (B, C, 1, 1), to the attention."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles a nested test, not a combined one
-            if self.bn.training and isinstance(self.bn, _BatchNorm) and not isinstance(self.bn, nn.SyncBatchNorm):
-                _check_batch_size(s)
-        z = self.act(self.bn(self.fc_reduce(s)))
-        logits = self.fc_select(z)
-        return logits.unflatten(1, (self.num_branches, -1)).softmax(dim=1)
+        if torch.jit.is_scripting():  # noqa: SIM108 - TorchScript would compile both sides of an expression
+            logits = self.fc_select(self.act(self.bn(self.fc_reduce(s))))
+        else:
+            logits = self._logits(s)
+        return self.softmax(logits.unflatten(1, (self.num_branches, -1)))
+
+    @torch.jit.unused
+    def _logits(self, s: Tensor) -> Tensor:
+        if self.bn.training and isinstance(self.bn, _BatchNorm) and not isinstance(self.bn, nn.SyncBatchNorm):
+            _check_batch_size(s)
+        if _looks_for_modules(s) or not (_is_bare(self.fc_reduce) and _is_bare(self.fc_select)):
+            return self.fc_select(self.act(self.bn(self.fc_reduce(s))))
+        return project(self.fc_select, self.act(self.bn(project(self.fc_reduce, s))))
 
 
 class SelectiveKernel(nn.Module):
@@ -203,6 +211,7 @@ class SelectiveKernel(nn.Module):
         self.out_channels = out_channels
         self.split_input = split_input
         self.select = select
+        self.dilation = dilation
         self.backend = backend
         layers = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         self.paths = nn.ModuleList(
@@ -264,9 +273,9 @@ class SelectiveKernel(nn.Module):
     @torch.jit.unused
     def _can_dispatch(self, x: Tensor) -> bool:
         """Whether every branch is BatchNorm and ReLU that nobody watches, and no tracer looks for the modules."""
-        if self.backend == 'plain' or isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
+        if self.backend == 'plain' or _looks_for_modules(x):
             return False
-        if torch.compiler.is_compiling() and self.backend != 'triton':
+        if torch.compiler.is_compiling() and self.backend != 'triton' and (torch.is_grad_enabled() or x.is_cuda):
             return False
         # Where BatchNorms were folded away, in inference, there are none.
         norm = type(self.paths[0].bn)
@@ -305,8 +314,14 @@ def _is_plain(path: ConvBNAct, norm: type[nn.Module]) -> bool:
     )
 
 
+def _looks_for_modules(x: Tensor) -> bool:
+    """Whether a tracer or an exporter is at work, whose graph shall show the modules called."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 def _is_bare(conv: nn.Module) -> bool:
-    return type(conv) is nn.Conv2d and not _has_hooks(conv)
+    """A convolution that nobody watches, whose weight may be used without calling it."""
+    return type(conv) is nn.Conv2d and not _has_hooks(conv) and 'forward' not in vars(conv)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-from .dispatch import BACKENDS, convolve_norm_relu, folds, norm_relu_select, select_in_inference
+from .dispatch import BACKENDS, convolve_norm_relu, folds, norm_relu_select, project, select_in_inference
 from .selective_kernel import fuse, fuse_reference, select, select_reference
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     'fuse',
     'fuse_reference',
     'norm_relu_select',
+    'project',
     'select',
     'select_in_inference',
     'select_reference',

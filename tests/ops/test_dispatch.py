@@ -157,3 +157,38 @@ def test_watched_convolutions_see_their_own_output():
     x = make_input((3, 8, 32, 32))
     layer(x)
     torch.testing.assert_close(seen[0], layer.paths[0].conv._conv_forward(x, layer.paths[0].conv.weight, None))
+
+
+@each_setting
+@torch.no_grad()
+def test_compiled_inference(kwargs):
+    """Folded as in eager mode, one graph, whatever the batch."""
+    torch.compiler.reset()
+    layer, plain = (layer.eval() for layer in make_pair(**kwargs))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for batch in (3, 5, 2):
+        x = make_input((batch, 8, 32, 32))
+        torch.testing.assert_close(compiled(x), plain(x), rtol=1e-9, atol=1e-11)
+    # One for the first size, one for all.
+    assert len(graphs) == 2
+    norms = 0 if layer.attn is None else 1
+    assert [graph.count(nn.functional.batch_norm) for graph in graphs] == [norms, norms]
+
+
+def test_attention_projects_by_matrix_product_unless_watched():
+    layer, _ = make_pair()
+    s = make_input((3, 8, 1, 1)).requires_grad_()
+    attention = layer.attn.attend(s)
+    assert 'Convolution' not in through(layer.attn.attend, s)
+    seen = []
+    for conv in (layer.attn.fc_reduce, layer.attn.fc_select):
+        conv.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    watched = layer.attn.attend(s)
+    assert seen == [layer.attn.fc_reduce, layer.attn.fc_select]
+    torch.testing.assert_close(attention, watched, rtol=1e-12, atol=1e-14)
