@@ -1,6 +1,8 @@
 """What train.py and test.py share: their common arguments, the config, and the process group."""
 
 import argparse
+import importlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -8,12 +10,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import RUNNERS
+from mmengine.registry import RUNNERS, DefaultScope
 from mmengine.runner import Runner
 
 from sk_plugins._resources import find_config
 from sk_plugins.checkpoints import CheckpointError
 from sk_plugins.hub import HubError
+
+# What a config of another scope than mmpretrain's needs, and what installs it.
+FRAMEWORKS = {
+    'mmdet': "make det, or the extra det beside mmcv's compiled ops",
+    'mmseg': "pip install 'sk-plugins[seg]'",
+}
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +43,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def load_config(args: argparse.Namespace) -> Config:
     """The config with the common arguments merged in."""
     path = find_config(args.config)
-    cfg = Config.fromfile(path)
+    cfg = read_config(path)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
@@ -46,13 +54,33 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def read_config(path: Path) -> Config:
+    """A config file, with the package of its scope at hand.
+
+    Raises:
+        ModuleNotFoundError: mmdet or mmseg, which the file needs, is not installed; the message says how to.
+    """
+    try:
+        cfg = Config.fromfile(path)
+        if cfg.get('default_scope') in FRAMEWORKS:
+            importlib.import_module(cfg.default_scope)
+    except ModuleNotFoundError as error:
+        missing = [name for name in FRAMEWORKS if name in str(error) and importlib.util.find_spec(name) is None]
+        if not missing:
+            raise
+        message = f'{path} needs {missing[0]}, which is not installed: {FRAMEWORKS[missing[0]]}'
+        raise ModuleNotFoundError(message, name=missing[0]) from error
+    return cfg
+
+
 def build_runner(cfg: Config, local_rank: int = 0) -> Runner:
     """mmengine's runner for a config; with a launcher, in a process group that also works without a GPU."""
     os.environ.setdefault('LOCAL_RANK', str(local_rank))
     if cfg.launcher != 'none' and not torch.cuda.is_available():
         _init_gloo(cfg)
     if 'runner_type' in cfg:
-        return RUNNERS.build(cfg)
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+            return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)
 
 
@@ -78,7 +106,7 @@ def run(main) -> None:
     """Call a tool's main; what the user can put right is one line on stderr and exit status 1."""
     try:
         main()
-    except (CheckpointError, HubError, OSError, ValueError) as error:
+    except (CheckpointError, HubError, ImportError, OSError, ValueError) as error:
         if os.environ.get('SK_PLUGINS_TRACEBACK'):
             raise
         message = ' '.join(str(error).split())

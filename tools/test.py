@@ -2,6 +2,7 @@
 
 python tools/test.py configs/sknet50_in1k.py work_dirs/sknet50_in1k/epoch_100.pth --crop 320
 python tools/test.py sknet50_in1k hf-hub:timm/skresnext50_32x4d.ra_in1k --out metrics.json
+python tools/test.py upernet_sknet50_4xb4-80k_ade20k-512x512 iter_80000.pth --tta --show-dir pictures
 """
 
 import argparse
@@ -18,6 +19,11 @@ from mmengine.runner import CheckpointLoader, Runner, load_state_dict
 from sk_plugins.checkpoints import CheckpointError, load_checkpoint
 from sk_plugins.hub import HubError, shorten
 
+# How mmdet and mmpretrain merge the predictions of augmented copies where the config does not say.
+TTA_MODELS = {
+    'mmdet': dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
+    'mmpretrain': dict(type='mmpretrain.AverageClsScoreTTA'),
+}
 # Short side before the centre crop: 256 for 224 and 352 for 320, as the paper tests.
 RESIZE_FOR_CROP = {224: 256, 320: 352}
 
@@ -31,30 +37,102 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--crop', type=int, choices=list(RESIZE_FOR_CROP), help='centre crop, from a short side of 256 or 352'
     )
-    parser.add_argument('--out', type=Path, help='file for the results: metrics to .json, predictions to .pkl')
-    parser.add_argument('--tta', action='store_true', help='average the scores of each image and its mirror image')
-    args = parser.parse_args(argv)
-    if args.out is not None and args.out.suffix not in ('.json', '.pkl'):
-        parser.error(f'argument --out: {args.out} must end in .json (metrics) or .pkl (predictions)')
-    return args
+    parser.add_argument(
+        '--out',
+        type=Path,
+        help='metrics to FILE.json, or predictions: to FILE.pkl, those of mmseg to a FOLDER of label maps (.png)',
+    )
+    parser.add_argument('--show-dir', type=Path, help='folder for the test images with the predictions drawn on them')
+    parser.add_argument(
+        '--tta', action='store_true', help="merge the predictions of each image's copies: the config's, or its mirror"
+    )
+    return parser.parse_args(argv)
 
 
 def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
-    """The arguments that only testing has, merged into the config."""
+    """The arguments that only testing has, merged into the config.
+
+    Raises:
+        ValueError: an argument that does not go with the config.
+    """
     cfg.load_from = None
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.crop is not None:
         set_crop(cfg.test_dataloader.dataset.pipeline, args.crop)
+    if args.out is not None:
+        set_out(cfg, args.out)
+    if args.show_dir is not None:
+        set_show_dir(cfg, args.show_dir, args.tta)
     if args.tta:
-        cfg.setdefault('tta_model', ConfigDict(type='mmpretrain.AverageClsScoreTTA'))
-        if 'tta_pipeline' not in cfg:
-            *transforms, pack = deepcopy(cfg.test_dataloader.dataset.pipeline)
-            flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
-            cfg.tta_pipeline = [*transforms, dict(type='TestTimeAug', transforms=[flips, [pack]])]
-        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-        cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+        set_tta(cfg)
     return cfg
+
+
+def set_out(cfg: Config, out: Path) -> None:
+    """Check the suffix of ``--out``, and set what mmseg needs to write its label maps.
+
+    Raises:
+        ValueError: another suffix than the config's kind of predictions has.
+    """
+    if out.suffix == '.json':
+        return
+    if cfg.get('default_scope') != 'mmseg':
+        if out.suffix != '.pkl':
+            raise ValueError(f'--out {out} must end in .json (metrics) or .pkl (predictions)')
+    elif out.suffix:
+        raise ValueError(f'--out {out} must end in .json (metrics) or be a folder (label maps)')
+    else:
+        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+        for evaluator in evaluators:
+            evaluator.update(output_dir=str(out), keep_results=True)
+
+
+def set_show_dir(cfg: Config, folder: Path, tta: bool) -> None:
+    """Have the visualisation hook, whichever framework's, draw every test image.
+
+    Raises:
+        ValueError: there is no such hook, or it cannot draw augmented copies.
+    """
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise ValueError(f'--show-dir {folder}: the config has no default_hooks.visualization')
+    where = str(folder.resolve())  # mmdet takes another path as one below the work dir, anew for every batch
+    if cfg.get('default_scope') == 'mmdet':
+        hook.update(draw=True, test_out_dir=where)
+    elif cfg.get('default_scope') == 'mmseg':
+        hook.draw = True
+        cfg.visualizer.save_dir = where
+    elif tta:
+        raise ValueError(f'--show-dir {folder}: with --tta, mmpretrain does not draw')
+    else:
+        hook.update(enable=True, interval=1, out_dir=where)
+
+
+def set_tta(cfg: Config) -> None:
+    """Test on the config's ``tta_pipeline`` with its ``tta_model``; by default, on each image and its mirror image.
+
+    Raises:
+        ValueError: the config says neither and there is no default for it.
+    """
+    scope = cfg.get('default_scope') or 'mmpretrain'
+    heads = {**cfg.model, **cfg.model.get('roi_head', {})}
+    if 'tta_model' not in cfg:
+        if scope not in TTA_MODELS:
+            raise ValueError(f'--tta: the config says no tta_model, and there is no default for {scope}')
+        if scope == 'mmdet' and heads.get('mask_head') is not None:
+            raise ValueError('--tta: mmdet merges boxes only, and the model predicts masks')
+        cfg.tta_model = ConfigDict(TTA_MODELS[scope])
+    if 'tta_pipeline' not in cfg:
+        if scope not in TTA_MODELS:
+            raise ValueError(f'--tta: the config says no tta_pipeline, and there is no default for {scope}')
+        *transforms, pack = deepcopy(cfg.test_dataloader.dataset.pipeline)
+        if scope == 'mmdet':
+            pack.meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        cfg.tta_pipeline = [*transforms, dict(type='TestTimeAug', transforms=[flips, [pack]])]
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
 def set_crop(pipeline: list[dict], crop: int) -> None:
@@ -94,12 +172,21 @@ def load_weights(runner: Runner, checkpoint: str) -> None:
         raise CheckpointError(f'{checkpoint}: {shorten(error)}') from error
 
 
+def dump_metric(cfg: Config) -> type[DumpResults]:
+    """What writes predictions: mmdet's own has masks run-length encoded."""
+    if cfg.get('default_scope') == 'mmdet':
+        from mmdet.evaluation import DumpDetResults
+
+        return DumpDetResults
+    return DumpResults
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     runner = build_runner(merge_args(load_config(args), args), args.local_rank)
     load_weights(runner, args.checkpoint)
     if args.out is not None and args.out.suffix == '.pkl':
-        runner.test_evaluator.metrics.append(DumpResults(out_file_path=str(args.out)))
+        runner.test_evaluator.metrics.append(dump_metric(runner.cfg)(out_file_path=str(args.out)))
     metrics = runner.test()
     if args.out is not None and args.out.suffix == '.json' and runner.rank == 0:
         mmengine.dump(metrics, args.out)

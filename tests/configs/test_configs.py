@@ -1,8 +1,9 @@
-"""Every config of the project, those of later networks included: it parses, builds, and trains a step."""
+"""Every classifier's config, those of later networks included: it parses, builds, and trains a step."""
 
 import copy
 import functools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,16 +26,14 @@ from randomised import randomise
 from safetensors.torch import save
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from yapf.yapflib import yapf_api
 
 from sk_plugins import zoo
 from sk_plugins._resources import ROOT
 
-CONFIGS = {
-    str(path.relative_to(ROOT / 'configs')): path
-    for path in sorted((ROOT / 'configs').rglob('*.py'))
-    if '_base_' not in path.parts
-}
+# Each has its own test file.
+FRAMEWORKS = {'detection', 'segmentation'}
+ALL_CONFIGS = [path for path in sorted((ROOT / 'configs').rglob('*.py')) if '_base_' not in path.parts]
+CONFIGS = {str(path.relative_to(ROOT / 'configs')): path for path in ALL_CONFIGS if path.parent.name not in FRAMEWORKS}
 PATHS = {path.stem: path for path in CONFIGS.values()}
 INDEX = {model.name: model for model in load_model_index(str(ROOT / 'model-index.yml')).models}
 each_config = pytest.mark.parametrize('path', CONFIGS.values(), ids=CONFIGS.keys())
@@ -83,22 +82,6 @@ def read(path):
     return copy.deepcopy(_read(path))
 
 
-@pytest.fixture(scope='module', autouse=True)
-def format_once():
-    """The Runner has yapf format one config three times, a third of the time that these tests would take."""
-    format_code, done = yapf_api.FormatCode, {}
-
-    def cached(text, **settings):
-        key = (text, repr(settings))
-        if key not in done:
-            done[key] = format_code(text, **settings)
-        return done[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yapf_api, 'FormatCode', cached)
-        yield
-
-
 def two_samples(cfg, loader, folder):
     """Two images through the data set's own pipeline; its files need not be there."""
     settings = cfg[f'{loader}_dataloader'].dataset
@@ -120,7 +103,18 @@ def test_all_are_found():
     }
     networks |= {'sknet_digits', 'sknet_fashion_mnist'}
     assert {path.stem for path in CONFIGS.values() if path.parent == ROOT / 'configs'} >= networks
-    assert len(PATHS) == len(CONFIGS), 'a work dir is named after its config, and two have one name'
+    assert len({path.stem for path in ALL_CONFIGS}) == len(ALL_CONFIGS), (
+        'a work dir is named after its config, and two have one name'
+    )
+
+
+@pytest.mark.parametrize(
+    'folder', sorted({path.parent for path in ALL_CONFIGS} - {path.parent for path in CONFIGS.values()})
+)
+def test_other_frameworks_configs_are_covered(folder):
+    """By the file of their name, which says what is in the folder."""
+    tests = Path(__file__).with_name(f'test_{folder.name}.py').read_text()
+    assert 'def test_all_are_there' in tests
 
 
 @each_config

@@ -104,10 +104,9 @@ def test_tta_of_the_config_itself(merged, tmp_path):
 
 
 @pytest.mark.parametrize('out', ['metrics.txt', 'metrics', 'metrics.json.gz'])
-def test_bad_ending(merged, capsys, out):
-    with pytest.raises(SystemExit):
+def test_bad_ending(merged, out):
+    with pytest.raises(ValueError, match=rf'--out {out} must end in \.json \(metrics\) or \.pkl \(predictions\)'):
         merged('sknet50_in1k', 'x.pth', '--out', out)
-    assert f'argument --out: {out} must end in .json (metrics) or .pkl (predictions)' in capsys.readouterr().err
 
 
 # What the user can put right
@@ -205,6 +204,13 @@ def test_imagenet(evaluate, imagenet, imagenet_run, tmp_path, words):
     assert json.loads((tmp_path / 'm.json').read_text()) == metrics
     images = metrics['accuracy/top1'] * 6 / 100
     assert images == pytest.approx(round(images), abs=1e-3)
+
+
+def test_pictures_are_drawn(evaluate, imagenet, imagenet_run, tmp_path):
+    words = ['--show-dir', tmp_path / 'pictures']
+    evaluate('sknet26_in1k', imagenet_run / 'epoch_1.pth', *words, options=imagenet.options)
+    drawn = {path.name for path in (tmp_path / 'pictures').iterdir()}
+    assert drawn == {f'{name}_{i}.JPEG_0.png' for name in imagenet.classes for i in range(3)}
 
 
 def test_tta_averages_the_mirror_image(evaluate, digits_run, short_digits, tmp_path):

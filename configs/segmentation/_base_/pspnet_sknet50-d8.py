@@ -1,0 +1,13 @@
+_base_ = f'{__import__("mmseg").__path__[0]}/.mim/configs/_base_/models/pspnet_r50-d8.py'  # see ade20k_80k.py
+
+model = dict(
+    pretrained=None,
+    backbone=dict(
+        _delete_=True,
+        type='mmpretrain.SKNet',
+        depth=50,
+        out_indices=(0, 1, 2, 3),
+        output_stride=8,
+        init_cfg=dict(type='Pretrained', checkpoint='hf-hub:timm/skresnext50_32x4d.ra_in1k'),
+    ),
+)
