@@ -1,16 +1,20 @@
 # make train: install, train a small SKNet on real digits, classify held-out ones through timm.
 # make test:  install, run the tests.
+# make det:   the environment for detection, with mmdetection and mmcv's compiled ops.
 # make bench: install, time SKNet-50 against timm's and ResNeXt-50 on this CPU, into results/.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OPENMMLAB_VENV ?= .venv-openmmlab
+DET_VENV ?= .venv-det
+# Where wheels of mmcv's compiled ops stay, for the next environment with the same torch.
+WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sk-plugins/wheels
 WORK_DIR := work_dirs/sknet_digits
 # One process of one thread for every core; a file's tests stay in one process, for the sake of what they share.
 JOBS ?= auto
 PYTEST := -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 
-.PHONY: train test test-slow test-openmmlab lint table bench bench-gpu clean
+.PHONY: train test test-slow test-openmmlab det test-det lint table bench bench-gpu bench-det clean
 
 train: $(VENV)/.installed
 	$(BIN)/python tools/train.py configs/sknet_digits.py --work-dir $(WORK_DIR)
@@ -26,6 +30,12 @@ test-slow: $(VENV)/.installed
 test-openmmlab: $(OPENMMLAB_VENV)/.installed
 	OMP_NUM_THREADS=1 $(OPENMMLAB_VENV)/bin/python $(PYTEST) tests/test_mmpretrain_models.py tests/test_mmpretrain_datasets.py \
 		tests/test_checkpoints.py tests/test_foreign.py tests/tools tests/configs
+
+det: $(DET_VENV)/.installed
+
+test-det: $(DET_VENV)/.installed
+	OMP_NUM_THREADS=1 $(DET_VENV)/bin/python $(PYTEST) tests/configs/test_detection.py tests/tools/test_benchmark_detection.py \
+		tests/tools/test_frameworks.py tests/tools/test_scenes.py tests/test_folding.py::test_mmdet
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -43,14 +53,40 @@ bench-gpu: $(VENV)/.installed
 	$(BIN)/python tools/benchmark.py --set gpu \
 		--json results/benchmark_gpu.json --markdown results/benchmark_gpu.md --plot results/benchmark_gpu.png
 
-clean:
-	rm -rf $(VENV) $(OPENMMLAB_VENV) build dist
+bench-det: $(DET_VENV)/.installed
+	$(DET_VENV)/bin/python tools/benchmark_detection.py --threads 2 \
+		--json results/benchmark_detection_cpu.json --markdown results/benchmark_detection_cpu.md
 
-$(VENV)/.installed: EXTRAS := mm,dev
+clean:
+	rm -rf $(VENV) $(OPENMMLAB_VENV) $(DET_VENV) build dist
+
+define create
+@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+$(PYTHON) -m venv --clear $(@D)
+$(PIP) install --quiet --upgrade pip
+endef
+PIP = $(@D)/bin/python -m pip
+
+$(VENV)/.installed: EXTRAS := mm,seg,downstream,dev
 $(OPENMMLAB_VENV)/.installed: EXTRAS := openmmlab,dev
 %/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
-	$(PYTHON) -m venv --clear $*
-	$*/bin/python -m pip install --quiet --upgrade pip
-	$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(create)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# mmcv's ops are compiled against the environment's own torch, so that comes first; with a GPU there they are CUDA's,
+# which takes its nvcc and far longer. pip builds nothing where WHEELS has a wheel that fits. Its own cache might hold
+# one built without torch and so without ops: hence --no-cache-dir.
+$(DET_VENV)/.installed: CONSTRAINTS := --constraint constraints-det.txt
+$(DET_VENV)/.installed: pyproject.toml constraints-det.txt
+	$(create)
+	$(PIP) install --quiet $(CONSTRAINTS) torch torchvision setuptools wheel packaging ninja
+	@wheels="$(WHEELS)/$$($(@D)/bin/python -c 'import torch; print("torch", torch.__version__, "-cuda" * torch.cuda.is_available(), sep="")')" \
+		&& mkdir -p "$$wheels" \
+		&& echo "mmcv's ops: from $$wheels, or built there, in five to eight minutes on two cores" \
+		&& MAX_JOBS=$${MAX_JOBS:-$$(getconf _NPROCESSORS_ONLN)} CFLAGS='-O3 -g0' CXXFLAGS='-O3 -g0' \
+			$(PIP) wheel --quiet $(CONSTRAINTS) --no-cache-dir --no-deps --no-build-isolation \
+			--find-links "$$wheels" --wheel-dir "$$wheels" onedl-mmcv \
+		&& $(PIP) install --quiet $(CONSTRAINTS) --no-cache-dir --find-links "$$wheels" --editable '.[det,seg,scenes,dev]'
+	$(@D)/bin/python -c 'from mmcv.ops import nms'
 	@touch $@

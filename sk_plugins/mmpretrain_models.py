@@ -97,7 +97,8 @@ class _Backbone:
 
     def _freeze(self) -> None:
         names = (*self.stem, *self.stages[: self.frozen_stages]) if self.frozen_stages >= 0 else ()
-        for name in names:
+        # Nor do the stages after the last output learn: DistributedDataParallel would wait for their gradients.
+        for name in (*names, *self.stages[max(self.out_indices) + 1 :]):
             module = getattr(self, name)
             module.eval()
             module.requires_grad_(False)
@@ -202,7 +203,8 @@ class SKNet(_ResNetBackbone):
 
     Args:
         depth: 26, 29, 50 or 101.
-        out_indices: stages whose outputs are returned, 0 to 3 (2 at depth 29); the last where None.
+        out_indices: stages whose outputs are returned, 0 to 3 (2 at depth 29); the last where None. Stages after
+            them are neither run nor trained.
         frozen_stages: stages whose parameters and BatchNorm statistics stay as they are: 0 the stem, 1 and on the
             stem and so many stages; -1 none.
         norm_eval: keep every BatchNorm in eval mode in training.
@@ -299,7 +301,7 @@ class SKShuffleNetV2(_Backbone, networks.SKShuffleNetV2, BaseBackbone):
     Args:
         widen_factor: 0.5, 1.0, 1.5 or 2.0.
         unit: 'sk', 'se' or 'plain'.
-        out_indices: stages whose outputs are returned, 0 to 3.
+        out_indices: stages whose outputs are returned, 0 to 3. Stages after them are neither run nor trained.
         frozen_stages: stages whose parameters and BatchNorm statistics stay as they are: 0 the stem, 1 to 4 the
             stem and so many stages; -1 none.
         norm_eval: keep every BatchNorm in eval mode in training.

@@ -17,6 +17,7 @@ pytest.importorskip('mmpretrain')
 import mmpretrain
 import timm
 import torch
+import torch.distributed as dist
 import torchvision
 from hub_server import FAULTS
 from mmengine.logging import MMLogger
@@ -665,6 +666,24 @@ class TestTraining:
             train_step(model, case)
             unchanged = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
             assert unchanged == frozen
+
+    def test_stages_after_the_last_output(self, case, tmp_path):
+        """They would get no gradient, for which DistributedDataParallel would wait in its second step."""
+        model = make_backbone(0, case, out_indices=(0,)).train()
+        unused = tuple(prefix for part in case.parts[2:] for prefix in part)
+        assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
+            name for name, _ in model.named_parameters() if name.startswith(unused)
+        }
+        before = copy.deepcopy(model.state_dict())
+        dist.init_process_group('gloo', init_method=(tmp_path / 'store').as_uri(), rank=0, world_size=1)
+        try:
+            parallel = nn.parallel.DistributedDataParallel(model)
+            for _ in range(2):
+                train_step(parallel, case)
+        finally:
+            dist.destroy_process_group()
+        unchanged = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
+        assert unchanged == {name for name in before if name.startswith(unused)}
 
     def test_frozen_in_a_classifier(self):
         classifier = get_classifier(frozen_stages=2)

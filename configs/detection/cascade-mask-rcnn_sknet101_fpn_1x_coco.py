@@ -1,0 +1,6 @@
+_base_ = [
+    '_base_/models/cascade-mask-rcnn_sknet101_fpn.py',
+    'mmdet::_base_/datasets/coco_instance.py',
+    'mmdet::_base_/schedules/schedule_1x.py',
+    'mmdet::_base_/default_runtime.py',
+]

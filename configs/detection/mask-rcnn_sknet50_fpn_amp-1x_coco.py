@@ -1,0 +1,2 @@
+_base_ = 'mask-rcnn_sknet50_fpn_1x_coco.py'
+optim_wrapper = dict(type='AmpOptimWrapper')

@@ -1,0 +1,9 @@
+_base_ = [
+    '_base_/models/retinanet_sknet50_fpn.py',
+    'mmdet::_base_/datasets/coco_detection.py',
+    'mmdet::_base_/schedules/schedule_2x.py',
+    'mmdet::_base_/default_runtime.py',
+]
+
+# mmdet's learning rate for RetinaNet.
+optim_wrapper = dict(optimizer=dict(lr=0.01))
