@@ -92,22 +92,25 @@ def fuse(model: nn.Module) -> nn.Module:
                 f'model has a BatchNorm in training mode, {name!r}, and folding takes the running statistics: call '
                 'model.eval() first'
             )
-    model = copy.deepcopy(model)
+    with torch.inference_mode(False), torch.no_grad():  # whatever the caller's mode, the copy is no inference tensors
+        return _fuse_copy(copy.deepcopy(model))
+
+
+def _fuse_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
             module.eval()  # its copy forgets that
     users = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    with torch.no_grad():
-        for module in list(model.modules()):
-            for chain in _chains(module):
-                _fold_chain(_flatten(module, chain, users))
-            if isinstance(module, fx.GraphModule):
-                _fold_graph(module)
-            if _known_as(module, _CONV_MODULE) and isinstance(module.norm, nn.Identity):
-                module.efficient_conv_bn_eval_forward = None  # it would ask for the norm's statistics
-        for module in model.modules():
-            if isinstance(module, SelectiveKernel):
-                _fold_output_norm(module)
+    for module in list(model.modules()):
+        for chain in _chains(module):
+            _fold_chain(_flatten(module, chain, users))
+        if isinstance(module, fx.GraphModule):
+            _fold_graph(module)
+        if _known_as(module, _CONV_MODULE) and isinstance(module.norm, nn.Identity):
+            module.efficient_conv_bn_eval_forward = None  # it would ask for the norm's statistics
+    for module in model.modules():
+        if isinstance(module, SelectiveKernel):
+            _fold_output_norm(module)
     return model
 
 

@@ -827,7 +827,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
                 raise ValueError(f'{path} is a folder: a file is needed')
             path.parent.mkdir(parents=True, exist_ok=True)
     if args.plot is not None:
-        if args.plot.suffix not in ('.png', '.svg', '.pdf'):
+        if args.plot.suffix.lower() not in ('.png', '.svg', '.pdf'):
             raise ValueError(f'--plot {args.plot}: the name must end in .png, .svg or .pdf')
         if importlib.util.find_spec('matplotlib') is None:
             raise ValueError("--plot needs matplotlib, which is not installed (it comes with the extra 'mm')")

@@ -273,7 +273,8 @@ class SelectiveKernel(nn.Module):
     @torch.jit.unused
     def _can_dispatch(self, x: Tensor) -> bool:
         """Whether every branch is BatchNorm and ReLU that nobody watches, and no tracer looks for the modules."""
-        if self.backend == 'plain' or _looks_for_modules(x):
+        exported_as_ops = self.backend == 'triton' and torch.compiler.is_exporting()
+        if self.backend == 'plain' or (_looks_for_modules(x) and not exported_as_ops):
             return False
         if torch.compiler.is_compiling() and self.backend != 'triton' and (torch.is_grad_enabled() or x.is_cuda):
             return False
@@ -308,7 +309,7 @@ def _is_plain(path: ConvBNAct, norm: type[nn.Module]) -> bool:
         and type(path.act) is nn.ReLU
         and type(path.drop) is nn.Identity
         and type(path.aa) is nn.Identity
-        and not any(_has_hooks(module) for module in (path, path.bn, path.act, path.drop, path.aa))
+        and not any(_is_watched(module) for module in (path, path.bn, path.act, path.drop, path.aa))
         and not global_hooks._global_forward_hooks
         and not global_hooks._global_forward_pre_hooks
     )
@@ -321,7 +322,12 @@ def _looks_for_modules(x: Tensor) -> bool:
 
 def _is_bare(conv: nn.Module) -> bool:
     """A convolution that nobody watches, whose weight may be used without calling it."""
-    return type(conv) is nn.Conv2d and not _has_hooks(conv) and 'forward' not in vars(conv)
+    return type(conv) is nn.Conv2d and not _is_watched(conv)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody's code runs when this very module is called: hooks, or a ``forward`` put in its place."""
+    return _has_hooks(module) or 'forward' in vars(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:

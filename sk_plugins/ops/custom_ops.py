@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ['Pooled', 'available', 'pool', 'select', 'why_not']
+__all__ = ['Pooled', 'available', 'failure', 'pool', 'select', 'serves', 'why_not']
 
 logger = logging.getLogger('sk_plugins')
 
@@ -99,6 +99,25 @@ def why_not(branches: list[Tensor]) -> str | None:
 def available(branches: list[Tensor]) -> bool:
     """Whether the Triton kernels can serve these (B, C, H, W) tensors."""
     return why_not(branches) is None
+
+
+def serves(branches: list[Tensor]) -> bool:
+    """:func:`available`, which says once in the log why not, on a GPU."""
+    reason = why_not(branches)
+    if reason is not None and branches[0].is_cuda:
+        _say_once(reason)
+    return reason is None
+
+
+def failure() -> str | None:
+    """How a kernel failed in this process; None where none has."""
+    return _failure
+
+
+def _say_once(reason: str) -> None:
+    if reason not in _logged:
+        _logged.add(reason)
+        logger.warning('sk_plugins runs Fuse and Select in plain torch, which is slower: %s', reason)
 
 
 def pool(
@@ -278,9 +297,8 @@ def _run(name: str, ys: list[Tensor], *args):
             raise
         except Exception as error:  # compilers fail in many ways, and the plain path serves all the same
             _failure = reason = f'a Triton kernel failed ({name}: {type(error).__name__}: {error})'
-    if (ys[0].is_cuda or _failure is not None) and reason not in _logged:
-        _logged.add(reason)
-        logger.warning('sk_plugins runs Fuse and Select in plain torch, which is slower: %s', reason)
+    if ys[0].is_cuda or _failure is not None:
+        _say_once(reason)
     return _PLAIN[name](ys, *args)
 
 

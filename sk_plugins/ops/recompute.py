@@ -8,7 +8,6 @@ two passes over memory. Autograd functions, for eager mode; a compiler decides f
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .selective_kernel import select_
 
@@ -32,8 +31,8 @@ class _NormReluPool(torch.autograd.Function):
         return u, u.mean((2, 3), keepdim=True)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_u, grad_pooled):
+        _refuse_a_second_derivative()
         u = _recompute(ctx)
         y, weight, _, mean, spread = ctx.saved
         constant = None if grad_pooled is None else grad_pooled / (y.shape[2] * y.shape[3])
@@ -54,6 +53,14 @@ class _NormReluPool(torch.autograd.Function):
             grad, y, weight, *statistics, ctx.batch_statistics, ctx.eps, ctx.needs_input_grad[:3]
         )
         return (*grads, None, None, None, None, None)
+
+
+def _refuse_a_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            'create_graph=True asks for a second derivative, which SelectiveKernel gives with its plain backend only: '
+            "set backend='plain' (sk_kwargs=dict(backend='plain') in a network)"
+        )
 
 
 def _recompute(ctx) -> Tensor:
@@ -83,8 +90,8 @@ class _Select(torch.autograd.Function):
         return select_(branches, attention)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        _refuse_a_second_derivative()
         (attention,) = ctx.saved_tensors
         dims = (1, 2, 3) if attention.shape[2] == 1 else (2, 3)
         branches = [_recompute(node) for node in ctx.nodes]
