@@ -1,12 +1,14 @@
 """OpenMMLab's door: the networks as backbones in mmpretrain's ``MODELS``, and their weights.
 
 Import it through ``custom_imports = dict(imports=['sk_plugins.mmpretrain_models'])``. From mmdetection or
-mmsegmentation the backbones are ``mmpretrain.SKNet`` and so on. The import also registers the project's datasets,
-its entries in mmpretrain's model index, and two kinds of checkpoint: ``hf-hub:OWNER/NAME[@REVISION]`` and local
-``*.safetensors``.
+mmsegmentation the backbones are ``mmpretrain.SKNet`` and so on. The import also registers the project's datasets and
+hooks, its entries in mmpretrain's model index, and two kinds of checkpoint: ``hf-hub:OWNER/NAME[@REVISION]`` and
+local ``*.safetensors``.
 """
 
+import inspect
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,21 +28,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import hub, networks, zoo
 from . import mmpretrain_datasets as mmpretrain_datasets
+from . import mmpretrain_hooks as mmpretrain_hooks
 from ._resources import ROOT
-from .checkpoints import is_timm_format, load_checkpoint, to_mmpretrain
+from .checkpoints import CheckpointError, is_timm_format, load_checkpoint, to_mmpretrain
 
 __all__ = ['SKNet', 'SKResNeXt', 'SKResNet', 'SKShuffleNetV2']
+
+# torchvision's weights go into ShuffleNetV2's SE and SK units but for what stands in the depthwise convolution's place.
+_TORCHVISION = ('https://download.pytorch.org/', 'torchvision://')
+_OF_THE_UNIT = re.compile(r'stage\d\.\d+\.branch2\.[348]\.')
 
 
 class _Backbone:
     """What OpenMMLab expects of a backbone, around a network of timm's kind.
 
-    A class of the door inherits from it, its network and ``BaseBackbone``, in this order, and names the network's
-    modules: timm's ``__init__`` reaches ``BaseModule.__init__`` through ``super()``.
+    A class of the door inherits from it, its network and ``BaseBackbone``, in this order, and names the network and
+    its modules: timm's ``__init__`` reaches ``BaseModule.__init__`` through ``super()``.
     """
 
+    network: type[torch.nn.Module]
     stem: tuple[str, ...]
     stages: tuple[str, ...]
+    _sources: Sequence[str] = ()  # the checkpoints that init_cfg names, while they load
 
     def _build(
         self,
