@@ -1,12 +1,16 @@
-"""Datasets of the project's own configs, in mmpretrain's ``DATASETS``."""
+"""The project's own datasets, in mmpretrain's ``DATASETS``."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from mmpretrain.datasets import BaseDataset
+import torch
+import torch.nn.functional as F
+from mmpretrain.datasets import BaseDataset, FashionMNIST
 from mmpretrain.registry import DATASETS
+from torch import Tensor
 
-__all__ = ['Digits']
+__all__ = ['Digits', 'ScaledFashionMNIST']
 
 
 @DATASETS.register_module()
@@ -45,3 +49,117 @@ class Digits(BaseDataset):
         )
         chosen = np.sort(parts[self.split == 'test'])
         return [dict(img=images[i], gt_label=int(digits.target[i])) for i in chosen]
+
+
+@DATASETS.register_module()
+class ScaledFashionMNIST(FashionMNIST):
+    """Fashion-MNIST's garments at a random size and place on a textured canvas of 64x64 pixels, made on the fly.
+
+    A garment has sides of 28 times its scale, which is uniform within ``scale``, lies wholly on the canvas, and hides
+    the texture where it is not black. Scale, place and texture follow from ``seed``, the split and the garment's number
+    alone, and of them only the scale, and with it the room for the place, depends on ``scale``: two sets that differ
+    in ``scale`` show the same garments at corresponding places on the same textures.
+
+    Args:
+        data_root: folder of Fashion-MNIST's files, filled from the net where they are missing, or by
+            ``tools/prepare_fashion_mnist.py``.
+        split: 'train' (60,000 garments) or 'test' (10,000).
+        scale: least and greatest scale of a garment; at 1 it has its 28x28 pixels, at 64 / 28 it fills the canvas.
+        seed: of the scales, places and textures.
+        **kwargs: further arguments of mmpretrain's ``FashionMNIST``: ``pipeline``, ``indices``, ... Transforms get
+            ``img``, (64, 64) uint8, ``gt_label``, ``object_scale`` and ``object_box``: left, top, right and bottom in
+            pixels.
+
+    Raises:
+        ValueError: an unknown ``split``, a ``scale`` that is no such range, or a ``seed`` below 0.
+    """
+
+    SIZE = 64
+    MIN_SCALE = 0.25
+
+    def __init__(
+        self,
+        data_root: str,
+        split: str = 'train',
+        scale: Sequence[float] = (0.6, 2.0),
+        seed: int = 0,
+        **kwargs,
+    ) -> None:
+        if split not in ('train', 'test'):
+            raise ValueError(f"split={split!r} is unknown: choose 'train' or 'test'")
+        self.scale = _scale_range(scale, self.MIN_SCALE, self.SIZE / 28)
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise ValueError(f'seed={seed!r} must be an integer of at least 0')
+        self.seed = seed
+        kwargs.setdefault('test_mode', split == 'test')
+        super().__init__(data_root=data_root, split=split, **kwargs)
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        return [{**info, 'garment': number} for number, info in enumerate(super().load_data_list())]
+
+    def get_data_info(self, idx: int) -> dict[str, Any]:
+        info = super().get_data_info(idx)
+        canvases, boxes = self._place([info], self.scale, 0)
+        box = boxes[0].tolist()
+        return {**info, 'img': canvases[0], 'object_scale': (box[2] - box[0]) / 28, 'object_box': box}
+
+    def batch(
+        self, indices: Sequence[int], scale: Sequence[float] | None = None, draw: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Many images at once, without the pipeline: canvases (N, 64, 64) uint8, labels (N,), boxes (N, 4).
+
+        ``scale`` goes in the set's own place where given. Every ``draw`` places all garments anew; 0 is the one that
+        the set's items show.
+
+        Raises:
+            ValueError: no indices, or a ``scale`` that is no such range.
+        """
+        if len(indices) == 0:
+            raise ValueError('indices is empty: it must name at least one garment')
+        scale = self.scale if scale is None else _scale_range(scale, self.MIN_SCALE, self.SIZE / 28)
+        infos = [super(ScaledFashionMNIST, self).get_data_info(int(i)) for i in indices]
+        # A few hundred at a time stay in the cache, and need no memory to speak of.
+        parts = [self._place(infos[i : i + 256], scale, draw) for i in range(0, len(infos), 256)]
+        canvases, boxes = (np.concatenate(arrays) for arrays in zip(*parts))
+        return canvases, np.array([int(info['gt_label']) for info in infos]), boxes
+
+    def _place(self, infos: list[dict[str, Any]], scale: tuple[float, float], draw: int) -> tuple[np.ndarray, ...]:
+        size, split = self.SIZE, int(self.split == 'test')
+        chances = np.empty((len(infos), 5), np.float32)
+        noises = [np.empty((len(infos), side, side), np.float32) for side in (4, 8, 16, 32)]
+        for i, info in enumerate(infos):
+            # A generator for each image: what it draws doesn't depend on which others are asked for.
+            generator = np.random.default_rng((self.seed, draw, split, info['garment']))
+            chances[i] = generator.random(5)
+            for noise in noises:
+                noise[i] = generator.standard_normal(noise.shape[1:], np.float32)
+        sides = 28 * (scale[0] + (scale[1] - scale[0]) * chances[:, :1])
+        corners = (size - sides) * chances[:, 1:3]
+        garments = torch.from_numpy(np.stack([info['img'] for info in infos]))
+        garments = _resize_onto(garments[:, None].float(), torch.from_numpy(corners), torch.from_numpy(sides), size)
+        texture = sum(F.interpolate(torch.from_numpy(n)[:, None], size, mode='bilinear') for n in noises)
+        brightness, contrast = torch.from_numpy(chances[:, 3:, None, None]).unbind(1)
+        texture = 40 + 80 * brightness[:, None] + (10 + 15 * contrast[:, None]) * texture
+        cover = (garments / 32).clamp(max=1)
+        canvases = cover * garments + (1 - cover) * texture.clamp(0, 255)
+        boxes = np.concatenate([corners, corners + sides], axis=1)
+        return canvases[:, 0].round().byte().numpy(), boxes
+
+
+def _resize_onto(images: Tensor, corners: Tensor, sides: Tensor, size: int) -> Tensor:
+    """Images (N, 1, H, W) resized to squares of ``sides`` (N, 1) at ``corners`` (N, 2) of canvases of zeros."""
+    # The canvas, -1 to 1 each way, in coordinates of the image: its centre and its half side.
+    half = size / sides
+    centre = (size - 2 * corners - sides) / sides
+    theta = torch.cat([torch.diag_embed(half.expand(-1, 2)), centre[:, :, None]], dim=2)
+    grid = F.affine_grid(theta, [len(images), 1, size, size], align_corners=False)
+    return F.grid_sample(images, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
+
+
+def _scale_range(scale: Sequence[float], least: float, greatest: float) -> tuple[float, float]:
+    numbers = isinstance(scale, Sequence) and len(scale) == 2 and all(type(s) in (int, float) for s in scale)
+    if not numbers or not least <= scale[0] <= scale[1] <= greatest:
+        raise ValueError(
+            f'scale={scale!r} must be two numbers, least and greatest, from {least} to {greatest:.4g} in rising order'
+        )
+    return float(scale[0]), float(scale[1])
