@@ -2,8 +2,12 @@
 
 from collections.abc import Callable
 
+import torch
 from timm.layers import create_aa
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+
+from ..ops import convolve_norm, folds
 
 __all__ = ['ConvBNAct']
 
@@ -13,7 +17,8 @@ class ConvBNAct(nn.Module):
 
     It holds the parameters of timm's ``ConvNormAct`` under the same names. Unlike there, the activation is
     a module of its own: timm's lives inside a BatchNorm subclass, and every tool that swaps BatchNorms
-    (SyncBatchNorm conversion, folding, quantisation) then loses it in silence.
+    (SyncBatchNorm conversion, folding, quantisation) then loses it in silence. In eager inference on a CPU a BatchNorm
+    that nobody watches is multiplied into the weight where that takes less time (:func:`sk_plugins.ops.folds`).
 
     Args:
         in_channels: channels of the input.
@@ -71,9 +76,50 @@ class ConvBNAct(nn.Module):
         self.aa = create_aa(aa_layer, out_channels, stride=stride, enable=use_aa, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        x = self.bn(x)
+        if torch.jit.is_scripting():  # noqa: SIM108 - TorchScript would compile both sides of an expression
+            x = self.bn(self.conv(x))
+        else:
+            x = self._convolve_norm(x)
         x = self.drop(x)
         x = self.act(x)
         x = self.aa(x)
         return x
+
+    @torch.jit.unused
+    def _convolve_norm(self, x: Tensor) -> Tensor:
+        known = is_bare(self.conv) and is_bare_norm(self.bn)
+        if known and not torch.compiler.is_compiling() and not looks_for_modules(x) and folds(self.conv, self.bn, x):
+            return convolve_norm(self.conv, self.bn, x)
+        return self.bn(self.conv(x))
+
+
+def looks_for_modules(x: Tensor) -> bool:
+    """Whether a tracer or an exporter is at work, whose graph shall show the modules called."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def is_bare(conv: nn.Module) -> bool:
+    """A convolution that nobody watches, whose weight may be used without calling it."""
+    return type(conv) is nn.Conv2d and not is_watched(conv)
+
+
+def is_bare_norm(norm: nn.Module) -> bool:
+    """An affine BatchNorm that nobody watches, whose tensors may be used without calling it."""
+    return type(norm) is nn.BatchNorm2d and norm.affine and not is_watched(norm)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody's code runs when this module is called: hooks, or a ``forward`` put in its place."""
+    return has_hooks(module) or 'forward' in vars(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module has hooks, or all modules have."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+    )

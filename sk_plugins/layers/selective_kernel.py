@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import BACKENDS, convolve_norm_relu, folds, fuse, norm_relu_select, project, select, select_in_inference
-from .conv_bn_act import ConvBNAct
+from ..ops import BACKENDS, convolve_norm, folds, fuse, norm_relu_select, project, select, select_in_inference
+from .conv_bn_act import ConvBNAct, has_hooks, is_bare, is_watched, looks_for_modules
 
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
 
@@ -99,7 +98,7 @@ class SelectiveKernelAttention(nn.Module):
     def _logits(self, s: Tensor) -> Tensor:
         if self.bn.training and isinstance(self.bn, _BatchNorm) and not isinstance(self.bn, nn.SyncBatchNorm):
             _check_batch_size(s)
-        if _looks_for_modules(s) or not (_is_bare(self.fc_reduce) and _is_bare(self.fc_select)):
+        if looks_for_modules(s) or not (is_bare(self.fc_reduce) and is_bare(self.fc_select)):
             return self.fc_select(self.act(self.bn(self.fc_reduce(s))))
         return project(self.fc_select, self.act(self.bn(project(self.fc_reduce, s))))
 
@@ -274,7 +273,7 @@ class SelectiveKernel(nn.Module):
     def _can_dispatch(self, x: Tensor) -> bool:
         """Whether every branch is BatchNorm and ReLU that nobody watches, and no tracer looks for the modules."""
         exported_as_ops = self.backend == 'triton' and torch.compiler.is_exporting()
-        if self.backend == 'plain' or (_looks_for_modules(x) and not exported_as_ops):
+        if self.backend == 'plain' or (looks_for_modules(x) and not exported_as_ops):
             return False
         if torch.compiler.is_compiling() and self.backend != 'triton' and (torch.is_grad_enabled() or x.is_cuda):
             return False
@@ -282,7 +281,7 @@ class SelectiveKernel(nn.Module):
         norm = type(self.paths[0].bn)
         if norm is nn.Identity and torch.is_grad_enabled():
             return False
-        return all(_is_plain(path, norm) for path in self.paths) and (self.attn is None or not _has_hooks(self.attn))
+        return all(_is_plain(path, norm) for path in self.paths) and (self.attn is None or not has_hooks(self.attn))
 
     @torch.jit.unused
     def _dispatch(self, inputs: list[Tensor]) -> Tensor:
@@ -290,8 +289,8 @@ class SelectiveKernel(nn.Module):
         pairs = [(path.conv, path.bn) for path in self.paths]
         if type(pairs[0][1]) is nn.Identity:
             return select_in_inference([torch.relu_(conv(x)) for (conv, _), x in zip(pairs, inputs)], attend)
-        if all(_is_bare(conv) and folds(conv, norm, x) for (conv, norm), x in zip(pairs, inputs)):
-            branches = [convolve_norm_relu(conv, norm, x) for (conv, norm), x in zip(pairs, inputs)]
+        if all(is_bare(conv) and folds(conv, norm, x) for (conv, norm), x in zip(pairs, inputs)):
+            branches = [torch.relu_(convolve_norm(conv, norm, x)) for (conv, norm), x in zip(pairs, inputs)]
             return select_in_inference(branches, attend)
         outputs = [conv(x) for (conv, _), x in zip(pairs, inputs)]
         return norm_relu_select(outputs, [norm for _, norm in pairs], attend, self.backend)
@@ -309,30 +308,7 @@ def _is_plain(path: ConvBNAct, norm: type[nn.Module]) -> bool:
         and type(path.act) is nn.ReLU
         and type(path.drop) is nn.Identity
         and type(path.aa) is nn.Identity
-        and not any(_is_watched(module) for module in (path, path.bn, path.act, path.drop, path.aa))
-        and not global_hooks._global_forward_hooks
-        and not global_hooks._global_forward_pre_hooks
-    )
-
-
-def _looks_for_modules(x: Tensor) -> bool:
-    """Whether a tracer or an exporter is at work, whose graph shall show the modules called."""
-    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
-
-
-def _is_bare(conv: nn.Module) -> bool:
-    """A convolution that nobody watches, whose weight may be used without calling it."""
-    return type(conv) is nn.Conv2d and not _is_watched(conv)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody's code runs when this very module is called: hooks, or a ``forward`` put in its place."""
-    return _has_hooks(module) or 'forward' in vars(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        and not any(is_watched(module) for module in (path, path.bn, path.act, path.drop, path.aa))
     )
 
 

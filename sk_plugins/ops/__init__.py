@@ -1,9 +1,9 @@
-from .dispatch import BACKENDS, convolve_norm_relu, folds, norm_relu_select, project, select_in_inference
+from .dispatch import BACKENDS, convolve_norm, folds, norm_relu_select, project, select_in_inference
 from .selective_kernel import fuse, fuse_reference, select, select_reference
 
 __all__ = [
     'BACKENDS',
-    'convolve_norm_relu',
+    'convolve_norm',
     'folds',
     'fuse',
     'fuse_reference',

@@ -1,0 +1,79 @@
+"""ConvBNAct: what it computes, however it computes it."""
+
+import copy
+
+import pytest
+import torch
+from randomised import randomise
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sk_plugins.layers import ConvBNAct
+
+
+class CountNorms(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 'batch_norm' in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def norms(layer, x):
+    with CountNorms() as mode:
+        layer(x)
+    return mode.count
+
+
+def make(**kwargs):
+    torch.manual_seed(0)
+    return randomise(ConvBNAct(8, 12, **kwargs).double()).eval()
+
+
+def make_input(size=32):
+    return torch.randn(3, 8, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+VARIANTS = [
+    dict(),
+    dict(kernel_size=3, stride=2, groups=4),
+    dict(bias=True),
+    dict(apply_act=False),
+    dict(apply_norm=False),
+]
+
+
+@pytest.mark.parametrize('kwargs', VARIANTS, ids=str)
+def test_inference_folds_the_norm_on_the_fly(kwargs):
+    layer, x = make(**kwargs), make_input()
+    expected = layer.act(layer.bn(layer.conv(x)))
+    assert norms(layer, x) == (type(layer.bn) is nn.BatchNorm2d)  # autograd is on
+    before = copy.deepcopy(layer.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-11)
+        assert norms(layer, x) == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda layer: layer.train(),
+        lambda layer: layer.bn.register_forward_hook(lambda module, inputs, output: None),
+        lambda layer: layer.conv.register_forward_hook(lambda module, inputs, output: None),
+        lambda layer: setattr(layer.bn, 'forward', layer.bn.forward),
+    ],
+    ids=['training', 'norm watched', 'convolution watched', 'forward replaced'],
+)
+@torch.no_grad()
+def test_the_norm_is_called_where_it_must_be(change):
+    layer = make()
+    change(layer)
+    assert norms(layer, make_input()) == 1
+
+
+@torch.no_grad()
+def test_a_weight_larger_than_the_map_is_left_alone():
+    assert norms(make(), make_input(1)) == 1
