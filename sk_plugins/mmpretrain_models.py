@@ -65,9 +65,12 @@ class _Backbone:
         num_stages: int,
     ) -> None:
         """Check the arguments, run the network's constructor, and set what the other methods need."""
+        self._require_known(spec_args)
         is_sequence = isinstance(out_indices, Sequence) and len(out_indices) > 0
         if not is_sequence or not all(i in range(num_stages) for i in out_indices):
             raise ValueError(f'out_indices={out_indices!r} must be a sequence of stages from 0 to {num_stages - 1}')
+        if len(set(out_indices)) < len(out_indices):
+            raise ValueError(f'out_indices={out_indices!r} must name no stage twice')
         if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages={frozen_stages!r} must be from -1 (none) to {num_stages}')
         if not isinstance(in_channels, int) or in_channels < 1:
@@ -88,12 +91,41 @@ class _Backbone:
             self.to(memory_format=torch.channels_last)
         self._freeze()
 
+    def _require_known(self, spec_args: dict[str, Any]) -> None:
+        """Name arguments that the network would refuse one at a time, in timm's name."""
+        known = {name for cls in self.network.__mro__ for name in inspect.signature(cls.__init__).parameters}
+        unknown = {k: v for k, v in spec_args.items() if k not in known - {'self', 'args', 'kwargs'}}
+        if unknown:
+            raise TypeError(
+                f'{type(self).__name__} has no argument {", ".join(f"{k}={v!r}" for k, v in unknown.items())}: if a '
+                '_base_ config left it in the backbone, put _delete_=True beside type'
+                f'{" (weights are named in init_cfg)" if "pretrained" in unknown else ""}'
+            )
+
     def init_weights(self, *args, **kwargs) -> None:
-        """The network's call, from its constructor, initialises; OpenMMLab's, later, applies ``init_cfg``."""
-        if hasattr(self, 'out_indices'):
-            BaseBackbone.init_weights(self)
-        else:
+        """The network's call, from its constructor, initialises; OpenMMLab's, later, applies ``init_cfg``.
+
+        A checkpoint there may be timm's or a whole classifier's, detector's or segmenter's, from which the backbone
+        takes its part, with ``prefix='backbone.'`` or without; that part must fit.
+
+        Raises:
+            sk_plugins.checkpoints.CheckpointError, sk_plugins.hub.HubError: it does not; the message names the
+                checkpoint, and what is missing, of another shape, or not part of this network.
+        """
+        if not hasattr(self, 'out_indices'):
             super().init_weights(*args, **kwargs)
+            return
+        if self.init_cfg:
+            cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg
+            # mmengine's prefix would refuse timm's names.
+            self.init_cfg = [
+                {k: v for k, v in cfg.items() if k != 'prefix' or v not in ('backbone', 'backbone.')} for cfg in cfgs
+            ]
+            self._sources = [str(cfg['checkpoint']) for cfg in cfgs if 'checkpoint' in cfg]
+        try:
+            BaseBackbone.init_weights(self)
+        finally:
+            self._sources = ()
 
     def train(self, mode: bool = True) -> '_Backbone':
         super().train(mode)
@@ -113,25 +145,48 @@ class _Backbone:
             module.requires_grad_(False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, local_metadata, *args) -> None:
+        if self._sources:
+            source, *self._sources = self._sources
+            backbone = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
+            named = backbone or {k: v for k, v in state_dict.items() if not k.startswith(('fc.', 'head.'))}
+            state_dict.clear()
+            state_dict.update({k: v for k, v in named.items() if isinstance(v, Tensor)})
+        else:
+            source = local_metadata.get('source')
         # A timm checkpoint carries the classifier, which a backbone has no use for.
         for name in ('fc.weight', 'fc.bias'):
             state_dict.pop(prefix + name, None)
-        if 'source' in local_metadata:
-            self._require_fit(state_dict, prefix, local_metadata['source'])
+        if source:
+            self._require_fit(state_dict, prefix, source)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _require_fit(self, state_dict: dict[str, Tensor], prefix: str, source: str) -> None:
         """Raise where mmengine would only warn and leave layers at random: weights that were named don't fit."""
         wanted = {prefix + k: tuple(v.shape) for k, v in self.state_dict().items() if 'num_batches_tracked' not in k}
         given = {k: tuple(v.shape) for k, v in state_dict.items()}
-        wrong = [f'{k} is missing' for k in wanted if k not in given]
+        missing = [k for k in wanted if k not in given]
+        unexpected = [k for k in given if k.startswith(prefix) and k.endswith('weight') and k not in wanted]
+        if source.startswith(_TORCHVISION):
+            missing = [k for k in missing if not self._may_lack(k.removeprefix(prefix))]
+            unexpected = [k for k in unexpected if not self._may_leave(k.removeprefix(prefix))]
+        wrong = [f'{k} is missing' for k in missing]
         wrong += [f'{k} is {given[k]}, not {wanted[k]}' for k in wanted if k in given and given[k] != wanted[k]]
-        wrong += [
-            f'{k} is not part of it' for k in given if k.startswith(prefix) and k.endswith('weight') and k not in wanted
-        ]
+        wrong += [f'{k} is not part of it' for k in unexpected]
         if wrong:
             more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-            raise hub.HubError(f'{source}: its weights do not fit this {self._title()}: {"; ".join(wrong[:3])}{more}')
+            error = hub.HubError if source.startswith('hf-hub:') else CheckpointError
+            raise error(
+                f'{source.removeprefix("hf-hub:")}: its weights do not fit this {self._title()}: '
+                f'{"; ".join(wrong[:3])}{more}'
+            )
+
+    def _may_lack(self, name: str) -> bool:
+        """Whether torchvision's weights may go without this tensor of the network's: it learns."""
+        return False
+
+    def _may_leave(self, name: str) -> bool:
+        """Whether torchvision's weights may have this tensor, for which the network has no place."""
+        return False
 
     def _title(self) -> str:
         raise NotImplementedError
@@ -147,6 +202,7 @@ class _Backbone:
 class _ResNetBackbone(_Backbone, networks.SKResNet, BaseBackbone):
     """The ResNets' part of the door: ``spec`` is the network, and ``kwargs`` override its arguments."""
 
+    network = networks.SKResNet
     stem = ('conv1', 'bn1', 'maxpool')
     stages = ('layer1', 'layer2', 'layer3', 'layer4')
 
@@ -212,8 +268,8 @@ class SKNet(_ResNetBackbone):
 
     Args:
         depth: 26, 29, 50 or 101.
-        out_indices: stages whose outputs are returned, 0 to 3 (2 at depth 29); the last where None. Stages after
-            them are neither run nor trained.
+        out_indices: stages whose outputs are returned, 0 to 3 (2 at depth 29), none twice; the last where None. The
+            outputs come in the network's order, as ResNet's do. Stages after them are neither run nor trained.
         frozen_stages: stages whose parameters and BatchNorm statistics stay as they are: 0 the stem, 1 and on the
             stem and so many stages; -1 none.
         norm_eval: keep every BatchNorm in eval mode in training.
@@ -224,12 +280,14 @@ class SKNet(_ResNetBackbone):
         norm_cfg: OpenMMLab's config of every norm, such as ``dict(type='SyncBN')``; BatchNorm where None.
         channels_last: keep the convolutions' weights, and with them all feature maps, in channels_last.
         init_cfg: OpenMMLab's; ``dict(type='Pretrained', checkpoint='hf-hub:timm/skresnext50_32x4d.ra_in1k')``
-            loads published weights.
+            loads published weights. Other checkpoints may be timm's, or hold the backbone under ``backbone.``; weights
+            that do not fit are an error.
         **kwargs: further arguments of :class:`~sk_plugins.networks.SKResNet`: ``sk_kwargs``, ``unit``, ``channels``,
             ``small_stem``, ...
 
     Raises:
         ValueError: an argument out of its range; the message names it, its value and what is right.
+        TypeError: an argument that the network does not have.
     """
 
     depths: dict[int, zoo.ModelSpec] = {depth: zoo.find('SKNet', depth=depth) for depth in (26, 29, 50, 101)}
@@ -253,6 +311,7 @@ class SKResNeXt(_ResNetBackbone):
 
     Raises:
         ValueError: an argument out of its range; the message names it, its value and what is right.
+        TypeError: an argument that the network does not have.
     """
 
     def __init__(self, depth: int, groups: int = 32, width_per_group: int = 4, **kwargs) -> None:
@@ -284,6 +343,7 @@ class SKResNet(_ResNetBackbone):
 
     Raises:
         ValueError: an argument out of its range; the message names it, its value and what is right.
+        TypeError: an argument that the network does not have.
     """
 
     depths: dict[int | str, zoo.ModelSpec] = {depth: zoo.find('SKResNet', depth=depth) for depth in (18, 34, 50, '50d')}
@@ -310,7 +370,8 @@ class SKShuffleNetV2(_Backbone, networks.SKShuffleNetV2, BaseBackbone):
     Args:
         widen_factor: 0.5, 1.0, 1.5 or 2.0.
         unit: 'sk', 'se' or 'plain'.
-        out_indices: stages whose outputs are returned, 0 to 3. Stages after them are neither run nor trained.
+        out_indices: stages whose outputs are returned, 0 to 3, none twice. The outputs come in the network's order,
+            as ResNet's do. Stages after them are neither run nor trained.
         frozen_stages: stages whose parameters and BatchNorm statistics stay as they are: 0 the stem, 1 to 4 the
             stem and so many stages; -1 none.
         norm_eval: keep every BatchNorm in eval mode in training.
@@ -319,13 +380,17 @@ class SKShuffleNetV2(_Backbone, networks.SKShuffleNetV2, BaseBackbone):
         in_channels: channels of the input.
         norm_cfg: OpenMMLab's config of every norm, such as ``dict(type='SyncBN')``; BatchNorm where None.
         channels_last: keep the convolutions' weights, and with them all feature maps, in channels_last.
-        init_cfg: OpenMMLab's, such as ``dict(type='Pretrained', checkpoint=...)``.
+        init_cfg: OpenMMLab's, such as ``dict(type='Pretrained', checkpoint=...)``, as :class:`SKNet`'s. torchvision's
+            weights of this width, named by their ``https://download.pytorch.org/`` or ``torchvision://`` address, go
+            into 'se' and 'sk' units as far as the networks are one; in stages that are frozen they must be whole.
         **kwargs: further arguments of :class:`~sk_plugins.networks.SKShuffleNetV2`: ``sk_kwargs``, ``channels``, ...
 
     Raises:
         ValueError: an argument out of its range; the message names it, its value and what is right.
+        TypeError: an argument that the network does not have.
     """
 
+    network = networks.SKShuffleNetV2
     stem = ('conv1',)
     stages = ('stage2', 'stage3', 'stage4', 'conv5')
 
@@ -371,6 +436,12 @@ class SKShuffleNetV2(_Backbone, networks.SKShuffleNetV2, BaseBackbone):
         last, features = self.forward_intermediates(x, indices=indices or [0])
         return (*features[: len(indices)], last)
 
+    def _may_lack(self, name: str) -> bool:
+        return self._may_leave(name) and not name.startswith(self.stages[: max(self.frozen_stages, 0)])
+
+    def _may_leave(self, name: str) -> bool:
+        return self.unit != 'plain' and _OF_THE_UNIT.match(name) is not None
+
     def _title(self) -> str:
         return f'{type(self).__name__} of widen factor {self.widen_factor} and unit {self.unit!r}'
 
@@ -385,7 +456,7 @@ def load_from_hf_hub(filename: str, map_location: str | None = None) -> dict[str
     repo = filename.removeprefix('hf-hub:')
     state_dict = OrderedDict(hub.load_state_dict(repo, device=str(map_location or 'cpu')))
     # A state dict's metadata reaches each module as it loads: so the backbone can name the repository in an error.
-    state_dict._metadata = OrderedDict({name: {'source': repo} for name in ('', 'backbone')})
+    state_dict._metadata = OrderedDict({name: {'source': filename} for name in ('', 'backbone')})
     return dict(state_dict=state_dict, meta={})
 
 

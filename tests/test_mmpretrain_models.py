@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import sk_plugins
 from sk_plugins import zoo
-from sk_plugins.checkpoints import is_timm_format, save_mmengine_checkpoint, to_mmpretrain, to_timm
+from sk_plugins.checkpoints import CheckpointError, is_timm_format, save_mmengine_checkpoint, to_mmpretrain, to_timm
 from sk_plugins.hub import HubError
 from sk_plugins.mmpretrain_models import SKNet, SKResNet, SKResNeXt, SKShuffleNetV2
 
@@ -510,6 +511,7 @@ class TestEveryBackbone:
             ('SKNet-29', dict(frozen_stages=4), r'frozen_stages=4 must be from -1 \(none\) to 3'),
             ('SKShuffleNetV2', dict(out_indices=(4,)), r'out_indices=\(4,\) must be a sequence of stages from 0 to 3'),
             ('SKShuffleNetV2', dict(out_indices=None), 'out_indices=None must be'),
+            ('SKShuffleNetV2', dict(out_indices=[3, 0, 3]), r'out_indices=\[3, 0, 3\] must name no stage twice'),
             ('SKShuffleNetV2', dict(frozen_stages=5), r'frozen_stages=5 must be from -1 \(none\) to 4'),
             ('SKShuffleNetV2', dict(channels=(15, 32, 64)), r'channels=\(15, 32, 64\) must be three even integers'),
             ('SKShuffleNetV2', dict(in_channels=0), 'in_channels=0 must be an integer of at least 1'),
@@ -525,9 +527,22 @@ class TestEveryBackbone:
         with torch.device('meta'), pytest.raises(ValueError, match=match):
             MODELS.build(args)
 
-    def test_unknown_argument(self, case):
-        with pytest.raises(TypeError, match='frozen_stage'):
-            MODELS.build({**case.cfg, 'frozen_stage': 1})
+    @pytest.mark.parametrize(
+        ('kwargs', 'named'),
+        [
+            (dict(frozen_stage=1), 'frozen_stage=1'),
+            (dict(num_stages=4, style='pytorch'), "num_stages=4, style='pytorch'"),
+            (dict(dcn=dict(type='DCNv2')), "dcn={'type': 'DCNv2'}"),
+            (dict(pretrained='torchvision://resnet50'), "pretrained='torchvision://resnet50'"),
+            (dict(kwargs=1), 'kwargs=1'),
+        ],
+        ids=str,
+    )
+    def test_unknown_argument(self, case, kwargs, named):
+        said = f'{case.cfg["type"]} has no argument {named}: if a _base_ config left it in the backbone, put _delete_'
+        with pytest.raises(TypeError, match=re.escape(said)) as caught:
+            MODELS.build({**case.cfg, **kwargs})
+        assert ('init_cfg' in str(caught.value)) == ('pretrained' in kwargs)
 
     def test_missing_argument(self):
         for kind in ('SKNet', 'SKResNeXt', 'SKResNet'):
@@ -592,6 +607,7 @@ class TestNetwork:
             (dict(out_indices=()), r'out_indices=\(\) must be'),
             (dict(out_indices=(0, 4)), r'out_indices=\(0, 4\) must be'),
             (dict(out_indices=(-1,)), r'out_indices=\(-1,\) must be'),
+            (dict(out_indices=(1, 1)), r'out_indices=\(1, 1\) must name no stage twice'),
             (dict(frozen_stages=5), r'frozen_stages=5 must be from -1 \(none\) to 4'),
             (dict(frozen_stages=-2), 'frozen_stages=-2 must be'),
             (dict(output_stride=4), 'output_stride=4 must be 8, 16 or 32'),
@@ -609,10 +625,6 @@ class TestNetwork:
             SKNet(**args)
         with pytest.raises(ValueError, match=match):
             MODELS.build(dict(type='SKNet', **args))
-
-    def test_unknown_argument(self):
-        with pytest.raises(TypeError, match='frozen_stage'):
-            SKNet(26, **NARROW, frozen_stage=1)
 
 
 def train_step(model, case):
@@ -818,7 +830,7 @@ def save_as(kind, model, path):
     elif kind == 'mmengine.safetensors':
         save_file(to_mmpretrain(model.state_dict()), path / 'tiny.safetensors')
     file = next(path.glob('tiny.*'))
-    return dict(type='Pretrained', checkpoint=str(file), **(dict(prefix='backbone.') if 'mmengine' in kind else {}))
+    return dict(type='Pretrained', checkpoint=str(file))
 
 
 TIMM_FILES = ['timm.pth', 'timm-training.pth', 'ddp.pth', 'timm.safetensors']
@@ -832,10 +844,39 @@ def initialise(init_cfg, **kwargs):
 
 
 class TestInitCfg:
-    @pytest.mark.parametrize('kind', FILES)
-    def test_local(self, tmp_path, tiny, kind, warned):
-        assert same_state(initialise(save_as(kind, tiny, tmp_path)), tiny)
+    @pytest.mark.parametrize('prefix', [{}, dict(prefix='backbone.')], ids=str)
+    @pytest.mark.parametrize('kind', [*FILES, 'hf-hub'])
+    def test_with_a_prefix_and_without(self, hub, tmp_path, tiny, kind, prefix, warned):
+        """So that another checkpoint can take a config's place, whichever has the classifier's names."""
+        hub.add(REPO, weights(tiny))
+        hf_hub = dict(type='Pretrained', checkpoint=f'hf-hub:{REPO}')
+        init_cfg = {**(hf_hub if kind == 'hf-hub' else save_as(kind, tiny, tmp_path)), **prefix}
+        given = dict(init_cfg)
+        assert same_state(initialise(init_cfg), tiny)
+        assert init_cfg == given
         assert warned() == []
+
+    def test_of_a_detector_in_training(self, tmp_path, tiny, warned):
+        """Of a checkpoint's other parts, none is looked at."""
+        state_dict = {f'backbone.{k}': v for k, v in tiny.state_dict().items() if not k.startswith('fc.')}
+        state_dict |= {'neck.conv1.weight': torch.ones(1), 'bbox_head.fc.weight': torch.ones(1)}
+        optimizer = torch.optim.SGD(tiny.parameters(), lr=0.1).state_dict()
+        torch.save(dict(meta=dict(epoch=1), state_dict=state_dict, optimizer=optimizer), tmp_path / 'epoch_1.pth')
+        init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'epoch_1.pth'))
+        assert same_state(initialise(init_cfg), tiny)
+        assert warned() == []
+
+    def test_after_another_initialiser(self, tmp_path, tiny):
+        """Each checkpoint of a list is named in its own error."""
+        constant = dict(type='Constant', layer='Conv2d', val=0.0)
+        fitting = save_as('timm.pth', tiny, tmp_path)
+        assert same_state(initialise([constant, fitting]), tiny)
+        torch.save(make_timm(in_chans=1).state_dict(), tmp_path / 'grey.pth')
+        grey = dict(type='Pretrained', checkpoint=str(tmp_path / 'grey.pth'))
+        with pytest.raises(
+            CheckpointError, match=r'/grey\.pth: its weights do not fit .*conv1.weight is \(64, 1, 7, 7'
+        ):
+            initialise([fitting, constant, grey])
 
     @pytest.mark.parametrize('as_list', [False, True])
     def test_hf_hub(self, hub, tiny, as_list, warned):
@@ -902,12 +943,28 @@ class TestInitCfg:
         assert torch.equal(classifier.head.fc.weight, tiny.fc.weight)
         assert warned() == []
 
-    def test_local_that_does_not_fit_warns_as_everywhere(self, tmp_path, warned):
-        """And so it is seen that ``warned`` sees."""
-        init_cfg = save_as('timm.pth', make_timm(layers=(1, 1, 1, 1)), tmp_path)
-        initialise(init_cfg)
+    @pytest.mark.parametrize('prefix', [{}, dict(prefix='backbone.')], ids=str)
+    @pytest.mark.parametrize('kind', ['timm.pth', 'mmengine.safetensors'])
+    def test_local_of_another_depth(self, tmp_path, kind, prefix):
+        """A warning would be lost, and frozen stages would stay random."""
+        init_cfg = {**save_as(kind, make_timm(layers=(1, 1, 1, 3)), tmp_path), **prefix}
+        with pytest.raises(CheckpointError) as caught:
+            initialise(init_cfg, frozen_stages=1)
+        path = re.escape(init_cfg['checkpoint'])
+        missing = r'layer1\.1\.conv1\.conv\.weight is missing; .*; .* and \d+ more'
+        assert re.fullmatch(f'{path}: its weights do not fit this SKNet of depth 26: {missing}', str(caught.value))
+
+    def test_local_without_weights(self, tmp_path):
+        torch.save(dict(model={'conv1.weight': torch.ones(1)}, epoch=1), tmp_path / 'x.pth')
+        with pytest.raises(CheckpointError, match=r'x\.pth: .* conv1\.weight is missing; bn1\.weight is missing; '):
+            initialise(dict(type='Pretrained', checkpoint=str(tmp_path / 'x.pth')))
+
+    def test_load_from_warns_as_everywhere(self, tmp_path, warned):
+        """A whole model's checkpoint is mmengine's matter. And so it is seen that ``warned`` sees."""
+        file = save_as('timm.pth', make_timm(layers=(1, 1, 1, 1)), tmp_path)['checkpoint']
+        load_checkpoint(get_classifier(), file, map_location='cpu', logger='current')
         (message,) = warned()
-        assert 'missing keys in source state_dict: layer1.1.conv1.conv.weight' in message
+        assert 'missing keys in source state_dict: backbone.layer1.1.conv1.conv.weight' in message
         assert 'fc.' not in message
 
     @pytest.mark.parametrize('repo', ['', 'tiny', 'me/tiny@', 'me/tiny/x'])
@@ -1042,6 +1099,17 @@ class TestWeightsOfEveryBackbone:
             backbone.init_weights()
 
 
+@pytest.fixture
+def shufflenet_at_pytorch(tmp_path, monkeypatch):
+    """ShuffleNetV2 1x where torch keeps what it has downloaded: its name at the given address, and its weights."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    (tmp_path / 'hub' / 'checkpoints').mkdir(parents=True)
+    file = zoo.MODELS['shufflenetv2_x1_0'].weights[0].url.rpartition('/')[2]
+    published = randomise(torchvision.models.shufflenet_v2_x1_0()).state_dict()
+    torch.save(published, tmp_path / 'hub' / 'checkpoints' / file)
+    return lambda address: (address + ('shufflenetv2_x1.0' if 'torchvision' in address else file), published)
+
+
 class TestPublished:
     """Weights of others, at their full size."""
 
@@ -1094,6 +1162,43 @@ class TestPublished:
         backbone.init_weights()
         assert same_state(backbone, model)
         assert warned() == []
+
+    @pytest.mark.parametrize(
+        ('cfg', 'counts'),
+        [(dict(unit='sk', frozen_stages=0), (258, 505)), (dict(unit='se', frozen_stages=-1), (336, 400))],
+        ids=['sk', 'se'],
+    )
+    @pytest.mark.parametrize('address', ['https://download.pytorch.org/models/', 'torchvision://'])
+    def test_torchvisions_shufflenet_in_other_units(self, shufflenet_at_pytorch, address, cfg, counts):
+        checkpoint, published = shufflenet_at_pytorch(address)
+        init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
+        backbone = SKShuffleNetV2(1.0, init_cfg=init_cfg, **cfg)
+        backbone.init_weights()
+        state_dict = backbone.state_dict()
+        loaded = {k for k, v in state_dict.items() if k in published and torch.equal(v, published[k])}
+        assert (len(loaded), len(state_dict)) == counts
+        assert {k for k in state_dict if not re.match(r'stage\d\.\d+\.branch2\.[348]\.', k)} <= loaded
+
+    @pytest.mark.parametrize(
+        ('cfg', 'cause'),
+        [
+            (dict(unit='sk', frozen_stages=1), 'stage2.1.branch2.3.paths.0.conv.weight is missing; .* and 45 more'),
+            (dict(unit='se', frozen_stages=1), 'stage2.0.branch2.8.fc1.weight is missing; .* and 13 more'),
+            (
+                dict(unit='sk', widen_factor=0.5),
+                r'stage2.0.branch1.2.weight is \(58, 24, 1, 1\), not \(24, .* and 198 more',
+            ),
+            (dict(unit='sk', layers=(4, 8, 5)), 'stage4.4.branch2.0.weight is missing; .*'),
+        ],
+        ids=['frozen-sk', 'frozen-se', 'width', 'depth'],
+    )
+    def test_torchvisions_shufflenet_does_not_fit(self, shufflenet_at_pytorch, cfg, cause):
+        checkpoint, _ = shufflenet_at_pytorch('https://download.pytorch.org/models/')
+        backbone = SKShuffleNetV2(**cfg, init_cfg=dict(type='Pretrained', checkpoint=checkpoint))
+        with pytest.raises(
+            CheckpointError, match=f'^{checkpoint}: its weights do not fit this SKShuffle.*: .*{cause}$'
+        ):
+            backbone.init_weights()
 
     def test_torchvisions_shufflenet_of_another_width(self):
         model = torchvision.models.shufflenet_v2_x0_5()

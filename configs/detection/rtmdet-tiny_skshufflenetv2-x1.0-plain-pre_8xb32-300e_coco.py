@@ -6,10 +6,6 @@ model = dict(
     backbone=dict(
         frozen_stages=0,
         norm_eval=False,
-        init_cfg=dict(
-            _delete_=True,
-            type='Pretrained',
-            checkpoint='https://download.pytorch.org/models/shufflenetv2_x1-5666bf0f80.pth',
-        ),
+        init_cfg=dict(checkpoint='https://download.pytorch.org/models/shufflenetv2_x1-5666bf0f80.pth'),
     ),
 )

@@ -13,11 +13,7 @@ model = dict(
         out_indices=(0, 1, 2),
         frozen_stages=1,
         norm_eval=True,
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='work_dirs/skshufflenetv2_x1_0_in1k/epoch_240.pth',
-            prefix='backbone.',
-        ),
+        init_cfg=dict(type='Pretrained', checkpoint='work_dirs/skshufflenetv2_x1_0_in1k/epoch_240.pth'),
     ),
     neck=dict(in_channels=[116, 232, 464]),
 )

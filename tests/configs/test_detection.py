@@ -218,7 +218,6 @@ def test_backbone_and_its_weights(name):
         classifier = Config.fromfile(ROOT / 'configs' / f'{spec.name}_in1k.py')
         assert {key: classifier.model.backbone[key] for key in ('type', *shape)} == {'type': type_, **shape}
         init_cfg['checkpoint'] = f'work_dirs/{spec.name}_in1k/epoch_{classifier.train_cfg.max_epochs}.pth'
-        init_cfg['prefix'] = 'backbone.'
     assert backbone.init_cfg == init_cfg
     preprocessor = cfg.model.data_preprocessor
     assert preprocessor.bgr_to_rgb
@@ -293,8 +292,12 @@ def test_weights_of_a_classifier(name, tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     classifiers = {f'backbone.{key}': value for key, value in trained.items()} | {'head.fc.bias': torch.zeros(3)}
     torch.save(dict(state_dict=classifiers, meta={}), path)
-    detectors.init_weights()
-    assert all(torch.equal(value, trained[key]) for key, value in detectors.state_dict().items())
+    torch.save(trained, tmp_path / 'timm.pth')
+    for checkpoint in (cfg.init_cfg.checkpoint, 'timm.pth'):  # as --cfg-options model.backbone.init_cfg.checkpoint=...
+        cfg.init_cfg.checkpoint = checkpoint
+        detectors = MODELS.build(cfg)
+        detectors.init_weights()
+        assert all(torch.equal(value, trained[key]) for key, value in detectors.state_dict().items())
 
 
 def test_weights_of_another_depth(published, hub):
@@ -476,6 +479,17 @@ def test_wrong_out_indices(name, out_indices):
     said = re.escape(f'out_indices={out_indices!r} must be a sequence of stages from 0 to 3')
     with pytest.raises(ValueError, match=said):
         build(name, out_indices=out_indices)
+
+
+def test_without_delete():
+    """mmdetection's ResNet says more than our backbones take."""
+    base = Config.fromfile(f'{mmdet.__path__[0]}/.mim/configs/_base_/models/retinanet_r50_fpn.py').model.backbone
+    said = (
+        "SKNet has no argument num_stages=4, style='pytorch': if a _base_ config left it in the backbone, put "
+        '_delete_=True beside type'
+    )
+    with pytest.raises(TypeError, match=re.escape(said)):
+        MODELS.build({**base, 'type': 'mmpretrain.SKNet'})
 
 
 @each_detector

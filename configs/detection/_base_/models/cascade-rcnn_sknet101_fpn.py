@@ -11,10 +11,6 @@ model = dict(
         out_indices=(0, 1, 2, 3),
         frozen_stages=1,
         norm_eval=True,
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='work_dirs/sknet101_in1k/epoch_100.pth',
-            prefix='backbone.',
-        ),
+        init_cfg=dict(type='Pretrained', checkpoint='work_dirs/sknet101_in1k/epoch_100.pth'),
     ),
 )
