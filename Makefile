@@ -76,17 +76,25 @@ $(OPENMMLAB_VENV)/.installed: EXTRAS := openmmlab,dev
 
 # mmcv's ops are compiled against the environment's own torch, so that comes first; with a GPU there they are CUDA's,
 # which takes its nvcc and far longer. pip builds nothing where WHEELS has a wheel that fits. Its own cache might hold
-# one built without torch and so without ops: hence --no-cache-dir.
+# one built without torch and so without ops: hence --no-cache-dir. A wheel gets into WHEELS, and stays there, if its
+# ops can be imported.
 $(DET_VENV)/.installed: CONSTRAINTS := --constraint constraints-det.txt
 $(DET_VENV)/.installed: pyproject.toml constraints-det.txt
 	$(create)
 	$(PIP) install --quiet $(CONSTRAINTS) torch torchvision setuptools wheel packaging ninja
 	@wheels="$(WHEELS)/$$($(@D)/bin/python -c 'import torch; print("torch", torch.__version__, "-cuda" * torch.cuda.is_available(), sep="")')" \
 		&& mkdir -p "$$wheels" \
-		&& echo "mmcv's ops: from $$wheels, or built there, in five to eight minutes on two cores" \
+		&& echo "mmcv's ops: from $$wheels, or built for it, in five to eight minutes on two cores" \
 		&& MAX_JOBS=$${MAX_JOBS:-$$(getconf _NPROCESSORS_ONLN)} CFLAGS='-O3 -g0' CXXFLAGS='-O3 -g0' \
 			$(PIP) wheel --quiet $(CONSTRAINTS) --no-cache-dir --no-deps --no-build-isolation \
-			--find-links "$$wheels" --wheel-dir "$$wheels" onedl-mmcv \
-		&& $(PIP) install --quiet $(CONSTRAINTS) --no-cache-dir --find-links "$$wheels" --editable '.[det,seg,scenes,dev]'
-	$(@D)/bin/python -c 'from mmcv.ops import nms'
+			--find-links "$$wheels" --wheel-dir $(@D)/wheels onedl-mmcv \
+		&& $(PIP) install --quiet $(CONSTRAINTS) --no-cache-dir --find-links $(@D)/wheels --editable '.[det,seg,scenes,dev]' \
+		&& wheel=$$(basename $(@D)/wheels/onedl_mmcv-*.whl) \
+		&& if $(@D)/bin/python -c 'from mmcv.ops import nms'; then \
+			cp $(@D)/wheels/$$wheel "$$wheels/$$wheel.part" && mv "$$wheels/$$wheel.part" "$$wheels/$$wheel"; \
+		else \
+			rm -f "$$wheels/$$wheel"; \
+			echo "$$wheel has no ops that work, and is not kept in $$wheels: run make det again, which builds one" >&2; \
+			exit 1; \
+		fi
 	@touch $@

@@ -26,8 +26,9 @@ SHELL = [
     for line in code.splitlines()
     if line.strip()
 ]
-# They install, or run this test: CI runs them from outside.
-INSTALLERS = ('make train', 'make test', 'pip install')
+# They install, or run this test: CI runs them from outside. Or they want what `make det` installs, where
+# tests/tools/test_frameworks.py trains the same config.
+ELSEWHERE = ('make train', 'make test', 'pip install', '.venv-det/bin/python')
 CLASSES = [f'{split}_dataloader.dataset.metainfo.classes=n01,n02' for split in ('train', 'val', 'test')]
 SHORT_IMAGENET = [
     *CLASSES,
@@ -78,9 +79,15 @@ def shorten(line: str) -> list[str]:
 
 
 def test_python_snippets_are_all_of_a_known_kind():
-    assert len(PYTHON) == 10
-    assert len(SHELL) == 12
-    assert sum(line.startswith(INSTALLERS) for line in SHELL) == 4
+    assert len(PYTHON) == 15
+    assert len(SHELL) == 13
+    assert sum(line.startswith(ELSEWHERE) for line in SHELL) == 5
+
+
+def test_shell_lines_name_what_is_there():
+    named = re.findall(r'(?<!\S)(?:configs|tools)/\S+', '\n'.join(SHELL))
+    assert 'configs/detection/retinanet_sknet50_fpn_1x_coco.py' in named
+    assert [path for path in named if not (ROOT / path).is_file()] == []
 
 
 STANDALONE = [code for code in PYTHON if code.startswith(('import', 'from')) and 'local-dir' not in code]
@@ -88,8 +95,9 @@ STANDALONE = [code for code in PYTHON if code.startswith(('import', 'from')) and
 
 @pytest.mark.parametrize('code', STANDALONE)
 def test_python_snippet_runs(code, published, tmp_path):
-    if 'mmpretrain' in code:
-        pytest.importorskip('mmpretrain')
+    for name in ('mmpretrain', 'segmentation_models_pytorch', 'transformers'):
+        if name in code:
+            pytest.importorskip(name)
     if "load_foreign('sknet.pth')" in code:
         network = SKNet(widths=(16, 32, 64, 96), outputs=(32, 64, 128, 192), dims=(8, 8, 8, 8))
         torch.save(network.state_dict(), tmp_path / 'sknet.pth')
@@ -128,7 +136,7 @@ def test_shell_lines_run_in_their_order(tmp_path, imagenet, published):
     (tmp_path / 'data' / 'imagenet').symlink_to(imagenet.root)
     for name in ('configs', 'tools'):
         (tmp_path / name).symlink_to(ROOT / name)
-    lines = [line for line in SHELL if not line.startswith(INSTALLERS)]
+    lines = [line for line in SHELL if not line.startswith(ELSEWHERE)]
     if not Path('/usr/share/datasets/fashion-mnist').is_dir():
         lines = [line for line in lines if 'fashion_mnist' not in line]
     (loading,) = [code for code in PYTHON if 'local-dir' in code]

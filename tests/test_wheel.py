@@ -63,6 +63,19 @@ def test_model_index_from_the_wheel(site, tmp_path):
     assert run_outside(site, tmp_path, code).split()[-1] == '16746408'
 
 
+def test_segmentation_config_from_the_wheel(site, tmp_path):
+    """Whose bases are mmsegmentation's files."""
+    pytest.importorskip('mmseg')
+    code = (
+        'from mmengine.config import Config; from sk_plugins._resources import find_config; '
+        'path = find_config("upernet_sknet50_4xb4-80k_ade20k-512x512"); cfg = Config.fromfile(path); '
+        'print(path, cfg.model.type, cfg.model.backbone.type, cfg.train_cfg.max_iters)'
+    )
+    path, *built = run_outside(site, tmp_path, code).splitlines()[-1].split()
+    assert Path(path).is_relative_to(site)
+    assert built == ['EncoderDecoder', 'mmpretrain.SKNet', '80000']
+
+
 def test_training_from_the_wheel(site, tmp_path):
     pytest.importorskip('mmpretrain')
     code = (

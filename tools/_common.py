@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS, DefaultScope
 from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
 
 from sk_plugins._resources import find_config
 from sk_plugins.checkpoints import CheckpointError
@@ -24,6 +25,20 @@ FRAMEWORKS = {
 }
 
 
+class OverrideAction(DictAction):
+    """mmengine's, but that a word it cannot read is named in the error."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for word in values:
+            key, equals, _ = word.partition('=')
+            if not (key and equals):
+                raise argparse.ArgumentError(self, f'{word!r} must be KEY=VALUE')
+            try:
+                super().__call__(parser, namespace, [word], option_string)
+            except AssertionError as error:
+                raise argparse.ArgumentError(self, f'{word!r}: {error}') from error
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help="a config file, or the name of one of the project's own (sknet50_in1k)")
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
@@ -31,7 +46,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=OverrideAction,
         metavar='KEY=VALUE',
         help='settings of the config to override, e.g. train_dataloader.batch_size=64 sync_bn=torch',
     )
@@ -43,9 +58,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def load_config(args: argparse.Namespace) -> Config:
     """The config with the common arguments merged in."""
     path = find_config(args.config)
-    cfg = read_config(path)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(path, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -54,14 +67,22 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def read_config(path: Path) -> Config:
-    """A config file, with the package of its scope at hand.
+def read_config(path: Path, options: dict | None = None) -> Config:
+    """A config file with options merged in, and its custom imports and the package of its scope at hand.
 
     Raises:
+        ImportError: a module of ``custom_imports``, which the options may set, cannot be imported.
         ModuleNotFoundError: mmdet or mmseg, which the file needs, is not installed; the message says how to.
     """
     try:
-        cfg = Config.fromfile(path)
+        cfg = Config.fromfile(path, import_custom_modules=False)
+        if options is not None:
+            cfg.merge_from_dict(options)
+        if cfg.get('custom_imports'):
+            try:
+                import_modules_from_strings(**cfg.custom_imports)
+            except ImportError as error:
+                raise ImportError(f'custom_imports: {error}: {error.__context__}') from error
         if cfg.get('default_scope') in FRAMEWORKS:
             importlib.import_module(cfg.default_scope)
     except ModuleNotFoundError as error:

@@ -64,13 +64,20 @@ def require_training_checkpoint(path: str) -> None:
         raise CheckpointError(f'--resume {path}: holds weights but no training state; start from it with load_from')
 
 
+def require_amp_device(cfg: Config, args: argparse.Namespace) -> None:
+    """Raise where the config, or ``--amp``, asks for mixed precision and there is only a CPU."""
+    wrapper = (cfg.get('optim_wrapper') or {}).get('type', 'OptimWrapper')
+    if get_device() == 'cpu' and getattr(wrapper, '__name__', wrapper).endswith('AmpOptimWrapper'):
+        said = '--amp' if args.amp else f"{args.config}: optim_wrapper.type='AmpOptimWrapper'"
+        raise ValueError(f'{said}: mmengine trains with mixed precision on GPUs and the like, not on CPUs')
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.amp and get_device() == 'cpu':
-        raise ValueError('--amp: mmengine trains with mixed precision on GPUs and the like, not on CPUs')
     if args.resume not in (None, 'auto'):
         require_training_checkpoint(args.resume)
     cfg = merge_args(load_config(args), args)
+    require_amp_device(cfg, args)
     build_runner(cfg, args.local_rank).train()
 
 

@@ -1,3 +1,8 @@
-_base_ = ['_base_/deeplabv3plus_sknet50-d8.py', '_base_/cityscapes_80k.py']
+_base_ = [
+    '_base_/models/deeplabv3plus_sknet50-d8.py',
+    '_base_/datasets/cityscapes.py',
+    '_base_/schedules/schedule_80k.py',
+    '_base_/default_runtime.py',
+]
 
 model = dict(data_preprocessor=dict(size=(512, 1024)))

@@ -227,6 +227,36 @@ def test_detection(load_tool, detection_run, small_detector, tmp_path, monkeypat
     assert drawn == ['000000000000.jpg', '000000000001.jpg']
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="mmengine's AmpOptimWrapper needs a GPU")
+def test_detection_amp(train, small_detector, tmp_path):
+    seen = set()
+
+    def look(module, args, output):
+        if isinstance(module, torch.nn.Conv2d):
+            seen.add(output.dtype)
+
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        options = [*small_detector, 'visualizer.name=detection_amp']
+        train('retinanet_sknet50_fpn_amp-1x_coco', tmp_path, *options, arguments=['--no-validate'])
+    finally:
+        handle.remove()
+    assert seen == {torch.float16}
+    state_dict, meta = load_checkpoint(tmp_path / 'epoch_1.pth')
+    assert (meta['epoch'], meta['iter']) == (1, 1)
+    assert all(tensor.isfinite().all() for tensor in state_dict.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='what is said where there is no GPU')
+@pytest.mark.parametrize('model', ['retinanet', 'faster-rcnn', 'mask-rcnn'])
+def test_detection_amp_on_a_cpu(load_tool, tmp_path, model):
+    pytest.importorskip('mmdet')
+    name = f'{model}_sknet50_fpn_amp-1x_coco'
+    with pytest.raises(ValueError, match=f"^{name}: optim_wrapper.type='AmpOptimWrapper': mmengine trains with mixed"):
+        load_tool('train').main([name, '--work-dir', str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
 # What goes with which framework
 
 

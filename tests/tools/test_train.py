@@ -136,6 +136,46 @@ def test_cfg_options(merged):
     assert cfg.train_dataloader.dataset.pipeline[0].scale == 32
 
 
+@pytest.mark.parametrize(
+    ('word', 'said'),
+    [
+        ('train_dataloader', "'train_dataloader' must be KEY=VALUE"),
+        ('=8', "'=8' must be KEY=VALUE"),
+        ('model.out_indices=[(0,1]', "'model.out_indices=[(0,1]': Imbalanced brackets exist in (0,1"),
+    ],
+)
+def test_malformed_cfg_options(merged, capsys, word, said):
+    with pytest.raises(SystemExit):
+        merged('sknet_digits', '--cfg-options', 'sync_bn=torch', word)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f'error: argument --cfg-options: {said}')
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module that has not been imported yet."""
+    name = 'imported_by_a_config'
+    (tmp_path / f'{name}.py').touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize('text', ['', "custom_imports = dict(imports=['gone'], allow_failed_imports=False)\n"])
+def test_custom_imports_by_option(merged, module, tmp_path, text):
+    (tmp_path / 'mine.py').write_text(text)
+    merged(str(tmp_path / 'mine.py'), '--cfg-options', f'custom_imports.imports=[{module}]')
+    assert module in sys.modules
+
+
+def test_custom_imports_of_the_config(merged, module, tmp_path):
+    (tmp_path / 'mine.py').write_text(f'custom_imports = dict(imports=[{module!r}])\n')
+    with pytest.raises(ImportError, match=r"^custom_imports: Failed to import gone: No module named 'gone'$"):
+        merged(str(tmp_path / 'mine.py'), '--cfg-options', 'custom_imports.imports=[gone]')
+    assert module not in sys.modules
+    merged(str(tmp_path / 'mine.py'))
+    assert module in sys.modules
+
+
 @pytest.mark.parametrize('launcher', ['none', 'pytorch', 'slurm', 'mpi'])
 def test_launcher_option(merged, launcher):
     assert merged('sknet_digits', '--launcher', launcher).launcher == launcher
@@ -308,9 +348,16 @@ def test_imagenet_step(train, imagenet, tmp_path, depth):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='what is said where there is no GPU')
-def test_amp_on_a_cpu(train, short_digits, tmp_path):
-    with pytest.raises(ValueError, match='--amp: mmengine trains with mixed precision on GPUs'):
-        train('sknet_digits', tmp_path, *short_digits, arguments=['--amp'])
+@pytest.mark.parametrize(
+    ('arguments', 'options', 'said'),
+    [
+        (['--amp'], [], '--amp'),
+        ([], ['optim_wrapper.type=AmpOptimWrapper'], "sknet_digits: optim_wrapper.type='AmpOptimWrapper'"),
+    ],
+)
+def test_amp_on_a_cpu(train, short_digits, tmp_path, arguments, options, said):
+    with pytest.raises(ValueError, match=f'^{said}: mmengine trains with mixed precision on GPUs and the like, not on'):
+        train('sknet_digits', tmp_path, *short_digits, *options, arguments=arguments)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,5 @@
-_base_ = f'{__import__("mmseg").__path__[0]}/.mim/configs/_base_/models/fcn_r50-d8.py'  # see ade20k_80k.py
+# By its path: see ../default_runtime.py.
+_base_ = f'{__import__("mmseg").__path__[0]}/.mim/configs/_base_/models/fcn_r50-d8.py'
 
 model = dict(
     pretrained=None,

@@ -1,4 +1,5 @@
-_base_ = f'{__import__("mmseg").__path__[0]}/.mim/configs/_base_/models/upernet_r50.py'  # see ade20k_80k.py
+# By its path: see ../default_runtime.py.
+_base_ = f'{__import__("mmseg").__path__[0]}/.mim/configs/_base_/models/pspnet_r50-d8.py'
 
 model = dict(
     pretrained=None,
@@ -7,6 +8,7 @@ model = dict(
         type='mmpretrain.SKNet',
         depth=50,
         out_indices=(0, 1, 2, 3),
+        output_stride=8,
         init_cfg=dict(type='Pretrained', checkpoint='hf-hub:timm/skresnext50_32x4d.ra_in1k'),
     ),
 )

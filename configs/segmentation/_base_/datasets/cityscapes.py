@@ -1,0 +1,4 @@
+# By its path: see ../default_runtime.py.
+_base_ = f'{__import__("mmseg").__path__[0]}/.mim/configs/_base_/datasets/cityscapes.py'
+
+auto_scale_lr = dict(base_batch_size=8)  # 4 GPUs x 2 images
