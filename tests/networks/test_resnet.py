@@ -485,7 +485,7 @@ def test_value_errors(kwargs, match):
 def test_modules_are_plain(kwargs):
     # What swaps or folds BatchNorms matches exact classes; a subclass with an activation inside would lose it.
     network = SKResNet(**kwargs)
-    allowed = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.Linear, nn.Sequential}
+    allowed = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Softmax, nn.Identity, nn.MaxPool2d, nn.Linear, nn.Sequential}
     allowed.add(timm.layers.activations.Sigmoid)
     kinds = {type(module) for module in network.modules() if not list(module.children())}
     assert kinds - allowed <= {nn.AdaptiveAvgPool2d, nn.Flatten, type(network.global_pool)}
