@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
     if published and not timm.is_model(timm.models.split_model_name_tag(args.model)[0]):
         raise ValueError(f'{args.model} is no name of timm, and a config needs its --checkpoint')
     model, preprocessing = build(args.model, args.checkpoint, pretrained=published)
-    units = record(model, args.units).units
-    typical = typical_units(units)
+    units, chosen = record(model).units, record(model, args.units).units
+    typical = typical_units(chosen)
     field_unit = args.field_unit or typical[len(typical) // 2]
     if field_unit not in units:
         raise ValueError(f'--field-unit {field_unit} does not exist: choose from {", ".join(units)}')
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
         args.images,
         args.scales,
         size=args.size or preprocessing['input_size'][-1],
-        crop_pct=args.crop_pct or preprocessing['crop_pct'],
+        crop_pct=preprocessing['crop_pct'] if args.crop_pct is None else args.crop_pct,
         interpolation=preprocessing['interpolation'],
         mean=preprocessing['mean'],
         std=preprocessing['std'],

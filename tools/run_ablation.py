@@ -4,7 +4,7 @@ python tools/prepare_fashion_mnist.py
 python tools/run_ablation.py                          # what is missing of the runs, then the table and the plots
 python tools/run_ablation.py --devices cuda:0 cuda:1  # a process for each device
 python tools/run_ablation.py --report                 # the table and the plots from the runs that are there
-python tools/run_ablation.py --verify k3 0            # train one again and compare it with its row
+python tools/run_ablation.py --verify k3 0            # train one again, as its row says, and compare
 
 The garments lie at random sizes and places on textured canvases (ScaledFashionMNIST). Every run appends a row to
 OUT/runs.jsonl as it ends; after a kill, the same command goes on with what is missing. All networks of a seed see the
@@ -16,8 +16,9 @@ import argparse
 import functools
 import json
 import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from _common import run as run_tool
 from benchmark import describe_machine
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from timm.layers import SEModule
@@ -71,6 +73,8 @@ CLAIMS = {
     '(a) selection beats the sum, M = 3': ('k3_k5_k7_selected', 'k3_k5_k7_summed'),
     '(b) two kernels beat K3': (SELECTED, 'k3'),
     '(b) two kernels beat K5': (SELECTED, 'k5'),
+    '(b) two kernels beat K7': (SELECTED, 'k7'),
+    '(b) two kernels, summed, beat K3': ('k3_k5_summed', 'k3'),
     '(b) a third kernel adds little': ('k3_k5_k7_selected', SELECTED),
     '(c) SK beats widening at equal cost': (SELECTED, 'k3_wider'),
     '(c) SK beats SE at equal size': (SELECTED, 'se'),
@@ -330,13 +334,26 @@ def _run_one(name: str, seed: int, device: str, data: Data, work_dir: Path) -> R
         path = weights_path(work_dir, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix('.part')
-        save_file({key: value.contiguous().cpu() for key, value in model.state_dict().items()}, part)
+        weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+        save_file(weights, part, metadata={'run': json.dumps(row)})
         os.replace(part, path)
     return row
 
 
 def weights_path(work_dir: Path, seed: int) -> Path:
     return work_dir / f'{SELECTED}_seed{seed}.safetensors'
+
+
+def check_weights(path: Path, row: Row) -> None:
+    """Raises ValueError where a file's weights are not those of the run of ``row``, which its metadata holds."""
+    with safe_open(path, 'pt') as file:
+        held = json.loads((file.metadata() or {}).get('run', '{}'))
+    differ = [key for key in row if held.get(key) != row[key]]
+    if differ:
+        raise ValueError(
+            f'{path} is not of the run of {row["network"]}, seed {row["seed"]}, in runs.jsonl ({", ".join(differ)} '
+            'differ): choose the --work-dir of that run'
+        )
 
 
 def set_up(threads: int | None) -> None:
@@ -411,17 +428,35 @@ def correlate(scales: np.ndarray, values: np.ndarray) -> dict[str, float]:
 
 
 def measure_missing(out: Path, work_dir: Path, data_root: Path, settings: Settings) -> None:
-    """Measure the attention of the trained networks that OUT/attention.jsonl lacks and WORK_DIR has."""
+    """Measure the attention of the trained networks that OUT/attention.jsonl lacks.
+
+    Raises:
+        ValueError: WORK_DIR lacks the weights of some, or has another run's.
+    """
     path = out / 'attention.jsonl'
     rows = read_rows(path)
     check_same_settings(path, rows, settings)
-    done = {row['seed'] for row in rows}
-    trained = {row['seed'] for row in read_rows(out / 'runs.jsonl') if row['network'] == SELECTED}
-    todo = [seed for seed in sorted(trained - done) if weights_path(work_dir, seed).is_file()]
+    trained = {row['seed']: row for row in read_rows(out / 'runs.jsonl') if row['network'] == SELECTED}
+    todo = unmeasured(trained.values(), rows)
+    lost = [seed for seed in todo if not weights_path(work_dir, seed).is_file()]
+    if lost:
+        raise ValueError(
+            f'attention of {SELECTED}, seeds {" ".join(map(str, lost))}: there is no '
+            f'{weights_path(work_dir, lost[0])}: choose the --work-dir of these runs, or take their lines out of '
+            f'{out / "runs.jsonl"}, so that they are trained again'
+        )
+    for seed in todo:
+        check_weights(weights_path(work_dir, seed), trained[seed])
     data = Data(data_root, settings) if todo else None
     for seed in todo:
         append_row(path, measure_attention(seed, data, work_dir))
         print(f'attention of {SELECTED}, seed {seed}: measured', flush=True)
+
+
+def unmeasured(rows: Iterable[Row], attention: Sequence[Row]) -> list[int]:
+    """The seeds of SELECTED that ``attention`` lacks."""
+    done = {row['seed'] for row in attention}
+    return sorted({row['seed'] for row in rows if row['network'] == SELECTED} - done)
 
 
 # The table and the plots
@@ -443,8 +478,10 @@ class Comparison:
 
 
 def by_network(rows: Sequence[Row], key: str = 'top1') -> dict[str, dict[int, float]]:
-    """``key`` of each network by seed, in NETWORKS' order."""
-    found = {name: {row['seed']: row[key] for row in rows if row['network'] == name} for name in NETWORKS}
+    """``key`` of each network by seed, in NETWORKS' order, where rows have it."""
+    found = {
+        name: {row['seed']: row[key] for row in rows if row['network'] == name and key in row} for name in NETWORKS
+    }
     return {name: dict(sorted(values.items())) for name, values in found.items() if values}
 
 
@@ -515,7 +552,7 @@ def _networks_table(rows: Sequence[Row]) -> str:
     ]
     for name, values in by_network(rows).items():
         row = next(row for row in rows if row['network'] == name)
-        thirds = [by_network(rows, f'top1_{size}')[name].values() for size in SIZES]
+        thirds = [list(by_network(rows, f'top1_{size}').get(name, {}).values()) for size in SIZES]
         found = None if name == SELECTED else compare(rows, name, SELECTED)
         lines.append(
             [
@@ -524,7 +561,7 @@ def _networks_table(rows: Sequence[Row]) -> str:
                 f'{row["mflops"]:.2f}',
                 str(len(values)),
                 _mean_and_sd(values.values()),
-                *[f'{np.mean(list(third)):.2f}' for third in thirds],
+                *[f'{np.mean(third):.2f}' if third else '' for third in thirds],
                 *_comparison_cells(found),
             ]
         )
@@ -628,7 +665,10 @@ def draw_attention(attention: Sequence[Row], strip: np.ndarray, path: Path) -> N
 
 
 def report(out: Path, data_root: Path) -> list[Path]:
-    """Write OUT/table.md, accuracy.png and, where the attention was measured, attention.png, from the rows."""
+    """Write OUT/table.md, accuracy.png and, where the attention was measured, attention.png, from the rows.
+
+    Where it was not, an attention.png that is there goes.
+    """
     rows, attention = read_rows(out / 'runs.jsonl'), read_rows(out / 'attention.jsonl')
     written = [out / 'table.md', out / 'accuracy.png']
     text = markdown(rows, attention)
@@ -639,11 +679,16 @@ def report(out: Path, data_root: Path) -> list[Path]:
         strip = np.concatenate([data.test_at(scale, 1)[:, 0].numpy() for scale in attention[0]['scales']])
         written.append(out / 'attention.png')
         draw_attention(attention, strip, written[-1])
+    else:
+        (out / 'attention.png').unlink(missing_ok=True)
+    missing = unmeasured(rows, attention)
+    if missing:
+        print(f'attention of {SELECTED}, seeds {" ".join(map(str, missing))}: not measured yet', file=sys.stderr)
     return written
 
 
-def verify(name: str, seed: str, out: Path, data_root: Path, device: str) -> None:
-    """Train a run again.
+def verify(name: str, seed: str, out: Path, data_root: Path, device: str | None, threads: int | None) -> None:
+    """Train a run again, on its row's device and with its row's threads where None are given.
 
     Raises:
         ValueError: its figures differ from its row's, or there is no such row.
@@ -651,7 +696,9 @@ def verify(name: str, seed: str, out: Path, data_root: Path, device: str) -> Non
     found = [row for row in read_rows(out / 'runs.jsonl') if (row['network'], str(row['seed'])) == (name, seed)]
     if not found:
         raise ValueError(f'--verify {name} {seed}: {out / "runs.jsonl"} has no such run')
-    settings = Settings.of(found[0])
+    settings, device = Settings.of(found[0]), device or found[0]['device']
+    check_device(device)
+    set_up(threads or found[0]['threads'])
     _, row = train(name, int(seed), device, Data(data_root, settings))
     figures = [key for key in row if key.startswith('top1') or key == 'loss']
     print(', '.join(f'{key} {found[0][key]!r} then, {row[key]!r} now' for key in figures))
@@ -684,30 +731,36 @@ def main(argv: list[str] | None = None) -> None:
                         help=f'of {", ".join(NETWORKS)} (default: all)')  # fmt: skip
     parser.add_argument('--seeds', nargs='+', type=int, default=list(range(5 if cuda else 3)), metavar='SEED',
                         help='default: 0 to 4 with a GPU, 0 to 2 without')  # fmt: skip
-    parser.add_argument('--devices', nargs='+', default=['cuda' if cuda else 'cpu'], metavar='DEVICE',
+    parser.add_argument('--devices', nargs='+', metavar='DEVICE',
                         help='a process for each: cpu, cuda:0, ... (default: cuda where there is one)')  # fmt: skip
     parser.add_argument('--threads', type=int, help="of each process on the CPU (default: torch's choice)")
     for name in OPTIONS:
         value = getattr(defaults, name)
         parser.add_argument(f'--{name.replace("_", "-")}', type=int, default=value, help=f'default: {value}')
     parser.add_argument('--report', action='store_true', help='train nothing: the table and the plots alone')
-    parser.add_argument('--verify', nargs=2, metavar=('NAME', 'SEED'), help='train this run again and compare')
+    parser.add_argument(
+        '--verify',
+        nargs=2,
+        metavar=('NAME', 'SEED'),
+        help='train this run again, on its device and with its threads unless given, and compare',
+    )
     args = parser.parse_args(argv)
     if min(args.seeds) < 0:
         parser.error(f'argument --seeds: {min(args.seeds)} must be at least 0')
     if args.threads is not None and args.threads < 1:
         parser.error(f'argument --threads: {args.threads} must be at least 1')
-    for device in args.devices:
+    devices = args.devices or ['cuda' if cuda else 'cpu']
+    for device in devices:
         check_device(device)
-    set_up(args.threads)
     if args.verify:
-        verify(*args.verify, args.out, args.data, args.devices[0])
+        verify(*args.verify, args.out, args.data, args.devices and args.devices[0], args.threads)
         return
+    set_up(args.threads)
     if not args.report:
         settings = Settings(args.train_images, args.epochs, args.test_images, args.batch_size)
         settings.check()
         pairs = [(name, seed) for seed in args.seeds for name in args.networks]
-        run_missing(pairs, args.out, args.work_dir, args.data, settings, args.devices)
+        run_missing(pairs, args.out, args.work_dir, args.data, settings, devices)
         measure_missing(args.out, args.work_dir, args.data, settings)
     for path in report(args.out, args.data):
         print(path)

@@ -34,6 +34,9 @@ _STYLE = {
     'svg.hashsalt': 'sk_plugins',  # the same file from the same numbers
 }
 _MAX_NAMES = 30  # more classes than that are numbered
+_FIGURES = ('attention_channels', 'attention_classes', 'attention_depth', 'receptive_field')
+_TABLES = ('channels', 'classes', 'receptive_field', 'units')
+_FILES = {f'{f}.{kind}' for f in _FIGURES for kind in ('png', 'svg')} | {f'{t}.csv' for t in _TABLES}
 
 
 def _colours(number: int) -> np.ndarray:
@@ -165,7 +168,9 @@ def draw_classes(
             axis.set_ylabel(study.label(name))
         if named:
             classes = [study.classes[i] for i in present]
-            axes[-1].set_xticks(range(len(present)), classes, rotation=45, ha='right', rotation_mode='anchor')
+            # The names are folders': a $ in one is no formula.
+            style = dict(rotation=45, ha='right', rotation_mode='anchor', parse_math=False)
+            axes[-1].set_xticks(range(len(present)), classes, **style)
         else:
             axes[-1].set_xlabel('class')
         figure.supylabel('mean attention difference', fontsize=9)
@@ -252,7 +257,8 @@ def write(
     """Draw a study into a folder as PNG and SVG, with its numbers as CSV: all of the files, or none.
 
     ``units.csv`` and ``attention_depth``, ``channels.csv`` and ``attention_channels``, where there are classes
-    ``classes.csv`` and ``attention_classes``, where there is a receptive field ``receptive_field`` as all three.
+    ``classes.csv`` and ``attention_classes``, where there is a receptive field ``receptive_field`` as all three. Those
+    of them that the folder has from another study, and this one has not, are removed.
 
     Args:
         study: the numbers.
@@ -289,6 +295,8 @@ def write(
         names = sorted(os.listdir(part))
         for name in names:
             os.replace(Path(part, name), folder / name)
+    for name in _FILES - set(names):
+        (folder / name).unlink(missing_ok=True)
     return [folder / name for name in names]
 
 

@@ -1,8 +1,10 @@
 """The analysis of networks whose weights are set by hand, so that the answer is known."""
 
 import csv
+import io
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import timm
@@ -253,6 +255,19 @@ def test_files_hold_the_numbers(folder, tmp_path):
     # The same numbers give the same bytes.
     again = write(result, tmp_path / 'again', groups=2)
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(files, again))
+
+    # What another study does not have goes, and what is no study's stays.
+    (tmp_path / 'again' / 'notes.csv').write_text('mine')
+    result = replace(result, class_images=torch.zeros(2, dtype=torch.long), field=None)
+    kept = write(result, tmp_path / 'again', groups=2)
+    assert sorted((tmp_path / 'again').iterdir()) == sorted([*kept, tmp_path / 'again' / 'notes.csv'])
+    assert [path.name for path in kept if path.suffix == '.csv'] == ['channels.csv', 'units.csv']
+
+
+def test_classes_named_like_formulas(folder):
+    figure = draw_classes(replace(run(identity(), folder), classes=('a$_{$', '$5 and $6')))
+    figure.savefig(io.BytesIO())
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ['a$_{$', '$5 and $6']
 
 
 def test_images_without_classes_have_no_figure_by_class(folder, tmp_path):

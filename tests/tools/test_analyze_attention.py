@@ -123,6 +123,12 @@ def test_checkpoint_of_the_hub_and_of_mmpretrain(tool, small, images, tmp_path, 
     assert differences(tmp_path / 'mm') == pytest.approx(expected, abs=1e-5)
 
 
+def test_field_unit_beside_other_units(tool, small, images, tmp_path):
+    tool.main([small[0], str(images), '--out', str(tmp_path), *QUICK, '--units', 'SK_2_1', '--field-unit', 'SK_3_2'])
+    with (tmp_path / 'receptive_field.csv').open(encoding='utf-8') as file:
+        assert {row['unit'] for row in csv.DictReader(file)} == {'SK_3_2'}
+
+
 def test_bad_input(tool, small, images, tmp_path, hub):
     name, _ = small
     out = ['--out', str(tmp_path / 'out'), *QUICK]
@@ -147,6 +153,8 @@ def test_bad_input(tool, small, images, tmp_path, hub):
         tool.main(['hf-hub:me/nothing', str(images), *out])
     with pytest.raises(ValueError, match=r'scales=\(0\.5,\) must be different numbers of at least 1'):
         tool.main([name, str(images), *out, '--scales', '0.5'])
+    with pytest.raises(ValueError, match=r'crop_pct=0\.0 must be above 0 and at most 1'):
+        tool.main([name, str(images), *out, '--crop-pct', '0'])
     with pytest.raises(ValueError, match='--device nowhere: '):
         tool.main([name, str(images), *out, '--device', 'nowhere'])
     for word in ('--limit', '--batch-size', '--channel-groups', '--size'):

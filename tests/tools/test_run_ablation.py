@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,25 @@ def test_same_seed_same_figures(tool, finished, garments, capsys):
     (line,) = capsys.readouterr().out.splitlines()
     found = tool.read_rows(finished / 'out' / 'runs.jsonl')[3]
     assert f'loss {found["loss"]!r} then, {found["loss"]!r} now' in line
+
+
+def test_verify_takes_the_rows_device_and_threads(tool, tmp_path, monkeypatch):
+    tool.append_row(tmp_path / 'runs.jsonl', {**row('k3', 0, 70.0), 'threads': 3, 'loss': 1.0})
+    monkeypatch.setattr(tool, 'Data', lambda root, settings: None)
+    used, called = [], []
+    monkeypatch.setattr(tool, 'set_up', used.append)
+
+    def train(name, seed, device, data):
+        called.append((name, seed, device))
+        return None, tool.read_rows(tmp_path / 'runs.jsonl')[0]
+
+    monkeypatch.setattr(tool, 'train', train)
+    monkeypatch.setattr(tool.torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(tool.torch.cuda, 'device_count', lambda: 1)
+    for words in ([], ['--threads', '2']):
+        tool.main(['--out', str(tmp_path), *words, '--verify', 'k3', '0'])
+    assert used == [3, 2]
+    assert called == [('k3', 0, 'cpu')] * 2
 
 
 def test_verify_finds_a_difference(tool, finished, garments, tmp_path):
@@ -300,6 +320,8 @@ def test_table(tool):
     assert command in lines
     assert '9 runs, 0.1 hours, on a CPU (cpu, threads: 1), torch 2.' in text
     assert 'Attention' not in text
+    less = [{key: value for key, value in found.items() if key != 'top1_small'} for found in KNOWN]
+    assert '| `se` | 1,000 | 2.50 | 1 | 99.00 |  | 99.00 | 100.00 |  |  |' in tool.markdown(less, []).splitlines()
     with pytest.raises(ValueError, match='there are no runs yet'):
         tool.markdown([], [])
 
@@ -347,6 +369,38 @@ def test_attention_is_that_of_the_weights(tool, finished, garments):
     assert found['rho'] == pytest.approx(tool.stats.spearmanr(scales, expected).statistic, abs=0.05)
     assert found['low'] <= found['rho'] <= found['high']
     assert (len(found['curve']), second['scales'][0], second['scales'][-1]) == (8, 0.6, 2.0)
+
+
+def test_attention_of_another_runs_weights_is_refused(tool, finished, garments, tmp_path):
+    shutil.copytree(finished, tmp_path / 'a')
+    folder, data = tmp_path / 'a', tool.Path(garments)
+    (folder / 'out' / 'attention.jsonl').unlink()
+    weights = tool.weights_path(folder / 'work', 1)
+    second = tool.read_rows(folder / 'out' / 'runs.jsonl')[3]
+    tool.check_weights(weights, second)
+    arguments = (folder / 'out', folder / 'work', data, tool.Settings.of(second))
+
+    other = {**second, 'settings': {**second['settings'], 'epochs': 5}}
+    for metadata, differ in (({'run': json.dumps(other)}, 'settings'), (None, 'network, seed, top1, .*settings')):
+        tool.save_file(tool.load_file(weights), weights, metadata=metadata)
+        message = rf'seed1\.safetensors is not of the run of k3_k5_selected, seed 1, in runs\.jsonl \({differ} differ\)'
+        with pytest.raises(ValueError, match=message):
+            tool.measure_missing(*arguments)
+    assert not (folder / 'out' / 'attention.jsonl').exists()
+
+
+def test_lost_weights_are_named(tool, finished, garments, tmp_path, capsys):
+    shutil.copytree(finished / 'out', tmp_path / 'out')
+    (tmp_path / 'out' / 'attention.jsonl').unlink()
+    table = (tmp_path / 'out' / 'table.md').read_bytes()
+    with pytest.raises(ValueError, match=r'k3_k5_selected, seeds 0 1: there is no .*work/k3_k5_selected_seed0'):
+        tool.main(command_line(garments, tmp_path))
+    assert (tmp_path / 'out' / 'table.md').read_bytes() == table
+    # The report says so, and leaves no picture of what it has no rows of.
+    tool.main([*command_line(garments, tmp_path), '--report'])
+    assert 'attention of k3_k5_selected, seeds 0 1: not measured yet' in capsys.readouterr().err
+    assert 'Attention' not in (tmp_path / 'out' / 'table.md').read_text()
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['accuracy.png', 'runs.jsonl', 'table.md']
 
 
 def test_report(tool, finished):
