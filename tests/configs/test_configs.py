@@ -31,7 +31,7 @@ from sk_plugins import zoo
 from sk_plugins._resources import ROOT
 
 # Each has its own test file.
-FRAMEWORKS = {'detection', 'segmentation'}
+FRAMEWORKS = {'detection', 'scenes', 'segmentation'}
 ALL_CONFIGS = [path for path in sorted((ROOT / 'configs').rglob('*.py')) if '_base_' not in path.parts]
 CONFIGS = {str(path.relative_to(ROOT / 'configs')): path for path in ALL_CONFIGS if path.parent.name not in FRAMEWORKS}
 PATHS = {path.stem: path for path in CONFIGS.values()}

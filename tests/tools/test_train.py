@@ -619,7 +619,7 @@ def test_python_m(command, short_digits, tmp_path):
 def test_python_m_without_a_tool(monkeypatch, words):
     monkeypatch.setattr(sys, 'argv', ['sk_plugins', *words])
     with pytest.raises(
-        SystemExit, match=r'^usage: python -m sk_plugins \{benchmark,classify_digits,convert_checkpoint,\w'
+        SystemExit, match=r'^usage: python -m sk_plugins \{analyze_attention,benchmark,benchmark_detection,\w'
     ) as caught:
         sk_plugins_main()
     assert '_common' not in str(caught.value)
@@ -628,7 +628,7 @@ def test_python_m_without_a_tool(monkeypatch, words):
 def test_python_m_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['sk_plugins', '--help'])
     sk_plugins_main()
-    assert capsys.readouterr().out.startswith('usage: python -m sk_plugins {benchmark,classify_digits,')
+    assert capsys.readouterr().out.startswith('usage: python -m sk_plugins {analyze_attention,benchmark,')
 
 
 def write_idx(folder, images, labels, split):
