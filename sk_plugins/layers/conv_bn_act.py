@@ -7,7 +7,7 @@ from timm.layers import create_aa
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from ..ops import convolve_norm, folds
+from ..ops import convolve, convolves_at_once, folds
 
 __all__ = ['ConvBNAct']
 
@@ -18,7 +18,8 @@ class ConvBNAct(nn.Module):
     It holds the parameters of timm's ``ConvNormAct`` under the same names. Unlike there, the activation is
     a module of its own: timm's lives inside a BatchNorm subclass, and every tool that swaps BatchNorms
     (SyncBatchNorm conversion, folding, quantisation) then loses it in silence. In eager inference on a CPU a BatchNorm
-    that nobody watches is multiplied into the weight where that takes less time (:func:`sk_plugins.ops.folds`).
+    that nobody watches is multiplied into the weight where that takes less time (:func:`sk_plugins.ops.folds`), and a
+    ReLU is applied by the convolution itself (:func:`sk_plugins.ops.convolve`).
 
     Args:
         in_channels: channels of the input.
@@ -77,20 +78,41 @@ class ConvBNAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # noqa: SIM108 - TorchScript would compile both sides of an expression
-            x = self.bn(self.conv(x))
+            x = self.act(self.drop(self.bn(self.conv(x))))
         else:
-            x = self._convolve_norm(x)
-        x = self.drop(x)
-        x = self.act(x)
-        x = self.aa(x)
-        return x
+            x = self._convolve(x)
+        return self.aa(x)
 
     @torch.jit.unused
-    def _convolve_norm(self, x: Tensor) -> Tensor:
-        known = is_bare(self.conv) and is_bare_norm(self.bn)
-        if known and not torch.compiler.is_compiling() and not looks_for_modules(x) and folds(self.conv, self.bn, x):
-            return convolve_norm(self.conv, self.bn, x)
-        return self.bn(self.conv(x))
+    def _convolve(self, x: Tensor) -> Tensor:
+        if not self._may_skip_modules(x):
+            return self.act(self.drop(self.bn(self.conv(x))))
+        if _is_bare_relu(self.act) and _is_bare_identity(self.drop):
+            return convolve(self.conv, self.bn, x, relu=True)
+        return self.act(self.drop(convolve(self.conv, self.bn, x)))
+
+    def _may_skip_modules(self, x: Tensor) -> bool:
+        """Whether the convolution and the norm can be computed, and had better be, without calling them."""
+        if torch.compiler.is_compiling() or looks_for_modules(x) or not is_bare(self.conv):
+            return False
+        if _is_bare_identity(self.bn):
+            return convolves_at_once(self.conv, x)
+        return is_bare_norm(self.bn) and folds(self.conv, self.bn, x)
+
+    @torch.jit.unused
+    def adds_at_once(self, x: Tensor, act: nn.Module) -> bool:
+        """Whether :meth:`add_relu` may stand for ``act(self(x) + shortcut)``."""
+        return (
+            _is_bare_relu(act)
+            and all(_is_bare_identity(module) for module in (self.drop, self.act, self.aa))
+            and not is_watched(self)
+            and self._may_skip_modules(x)
+        )
+
+    @torch.jit.unused
+    def add_relu(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """ReLU(self(x) + shortcut), in inference."""
+        return convolve(self.conv, self.bn, x, relu=True, shortcut=shortcut)
 
 
 def looks_for_modules(x: Tensor) -> bool:
@@ -106,6 +128,14 @@ def is_bare(conv: nn.Module) -> bool:
 def is_bare_norm(norm: nn.Module) -> bool:
     """An affine BatchNorm that nobody watches, whose tensors may be used without calling it."""
     return type(norm) is nn.BatchNorm2d and norm.affine and not is_watched(norm)
+
+
+def _is_bare_relu(act: nn.Module) -> bool:
+    return type(act) is nn.ReLU and not is_watched(act)
+
+
+def _is_bare_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity and not is_watched(module)
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops import BACKENDS, convolve_norm, folds, fuse, norm_relu_select, project, select, select_in_inference
+from ..ops import BACKENDS, convolve, folds, fuse, norm_relu_select, project, select, select_in_inference
 from .conv_bn_act import ConvBNAct, has_hooks, is_bare, is_watched, looks_for_modules
 
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
@@ -288,9 +288,13 @@ class SelectiveKernel(nn.Module):
         attend = None if self.attn is None else self.attn.attend
         pairs = [(path.conv, path.bn) for path in self.paths]
         if type(pairs[0][1]) is nn.Identity:
-            return select_in_inference([torch.relu_(conv(x)) for (conv, _), x in zip(pairs, inputs)], attend)
+            branches = [
+                convolve(*pair, x, relu=True) if is_bare(pair[0]) else torch.relu_(pair[0](x))
+                for pair, x in zip(pairs, inputs)
+            ]
+            return select_in_inference(branches, attend)
         if all(is_bare(conv) and folds(conv, norm, x) for (conv, norm), x in zip(pairs, inputs)):
-            branches = [torch.relu_(convolve_norm(conv, norm, x)) for (conv, norm), x in zip(pairs, inputs)]
+            branches = [convolve(conv, norm, x, relu=True) for (conv, norm), x in zip(pairs, inputs)]
             return select_in_inference(branches, attend)
         outputs = [conv(x) for (conv, _), x in zip(pairs, inputs)]
         return norm_relu_select(outputs, [norm for _, norm in pairs], attend, self.backend)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import create_attn
+from timm.layers import DropPath, create_attn
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
@@ -88,6 +88,9 @@ class SKBottleneck(nn.Module):
         shortcut = x
         x = self.conv1(x)
         x = self.conv2(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles a nested test, not a combined one
+            if _ends_plainly(self) and self.conv3.adds_at_once(x, self.act):
+                return self.conv3.add_relu(x, shortcut if self.downsample is None else self.downsample(shortcut))
         x = self.conv3(x)
         if self.se is not None:
             x = self.se(x)
@@ -159,6 +162,9 @@ class SKBasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
         x = self.conv1(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - as above
+            if _ends_plainly(self) and self.conv2.adds_at_once(x, self.act):
+                return self.conv2.add_relu(x, shortcut if self.downsample is None else self.downsample(shortcut))
         x = self.conv2(x)
         if self.se is not None:
             x = self.se(x)
@@ -168,6 +174,13 @@ class SKBasicBlock(nn.Module):
             shortcut = self.downsample(shortcut)
         x += shortcut
         return self.act(x)
+
+
+def _ends_plainly(unit: SKBottleneck | SKBasicBlock) -> bool:
+    """Whether a unit's last convolution is followed by its residual sum."""
+    return unit.se is None and (
+        unit.drop_path is None or (type(unit.drop_path) is DropPath and not unit.drop_path.training)
+    )
 
 
 _BLOCKS = {

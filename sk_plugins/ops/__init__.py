@@ -1,9 +1,11 @@
-from .dispatch import BACKENDS, convolve_norm, folds, norm_relu_select, project, select_in_inference
+from .convolution import convolve, convolves_at_once, folds
+from .dispatch import BACKENDS, norm_relu_select, project, select_in_inference
 from .selective_kernel import fuse, fuse_reference, select, select_reference
 
 __all__ = [
     'BACKENDS',
-    'convolve_norm',
+    'convolve',
+    'convolves_at_once',
     'folds',
     'fuse',
     'fuse_reference',
