@@ -5,9 +5,11 @@ Both worlds hold the same parameters under the same names; mmpretrain puts ``bac
 """
 
 import contextlib
+import io
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -24,16 +26,19 @@ from torch import Tensor, nn
 from torch.hub import download_url_to_file
 
 from . import caffe, foreign, zoo
+from ._arguments import find_fault
 from .hub import load_state_dict, shorten
 
 __all__ = [
     'CheckpointError',
+    'Inert',
     'PartialLoad',
     'is_own',
     'is_timm_format',
     'load_checkpoint',
     'load_foreign',
     'load_partial',
+    'read_pickle',
     'recognise_foreign',
     'save_hub_folder',
     'save_mmengine_checkpoint',
@@ -58,8 +63,11 @@ class CheckpointError(ValueError):
     """A checkpoint file that cannot be read or used; the message names the file and the cause."""
 
 
-class _Inert:
-    """Stands in for whatever a pickle names besides tensors and containers: takes any state, runs no code of its."""
+class Inert:
+    """Stands in for whatever a pickle names besides tensors and containers: takes any state, runs no code of its.
+
+    What stands for ``module.Name`` is of a class of that name.
+    """
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -102,9 +110,9 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
             return caffe.read(path), {}
         except (ValueError, ImportError) as error:
             raise CheckpointError(str(error)) from error
-    checkpoint = _load_pickle(path)
-    state_dict = _pick_state_dict(checkpoint, use_ema) if isinstance(checkpoint, Mapping) else None
-    if not _is_state_dict(state_dict):
+    checkpoint = read_pickle(path)
+    state_dict = pick_state_dict(checkpoint, use_ema) if isinstance(checkpoint, Mapping) else None
+    if not is_state_dict(state_dict):
         raise CheckpointError(
             f'{path}: holds no state dict of tensors (expected a checkpoint of mmengine or timm, or a bare state dict)'
         )
@@ -143,8 +151,8 @@ def recognise_foreign(
     :func:`load_checkpoint`.
     """
     if isinstance(source, Mapping):
-        state_dict = _pick_state_dict(source, use_ema)
-        if not _is_state_dict(state_dict):
+        state_dict = pick_state_dict(source, use_ema)
+        if not is_state_dict(state_dict):
             raise CheckpointError("holds no state dict of tensors (expected one, bare or under 'state_dict', 'model')")
         where, state_dict = '', clean_state_dict(state_dict)
     else:
@@ -286,8 +294,8 @@ def load_partial(model: nn.Module, source: str | os.PathLike | Mapping[str, Tens
         FileNotFoundError, CheckpointError, HubError: the source cannot be had or read, or nothing in it fits.
     """
     if isinstance(source, Mapping):
-        state_dict = _pick_state_dict(source, use_ema=True)
-        if not _is_state_dict(state_dict):
+        state_dict = pick_state_dict(source, use_ema=True)
+        if not is_state_dict(state_dict):
             raise CheckpointError("holds no state dict of tensors (expected one, bare or under 'state_dict', 'model')")
         state_dict = clean_state_dict(state_dict)
     elif str(source).startswith('hf-hub:'):
@@ -300,9 +308,12 @@ def load_partial(model: nn.Module, source: str | os.PathLike | Mapping[str, Tens
         state_dict = to_timm(state_dict)
     wanted = model.state_dict()
     fitting = {k: v for k, v in state_dict.items() if k in wanted and v.shape == wanted[k].shape}
+    where = 'state dict' if isinstance(source, Mapping) else source
     if not fitting:
-        named = 'state dict' if isinstance(source, Mapping) else source
-        raise CheckpointError(f'{named}: none of its {len(state_dict)} tensors fits {type(model).__name__}')
+        raise CheckpointError(f'{where}: none of its {len(state_dict)} tensors fits {type(model).__name__}')
+    for name, tensor in fitting.items():  # or what comes before it would be loaded already
+        if fault := find_fault(tensor, wanted[name]):
+            raise CheckpointError(f'{where}: {name} is {fault}')
     model.load_state_dict(fitting, strict=False)
 
     def named(names) -> tuple[str, ...]:
@@ -340,14 +351,23 @@ def save_state_dict(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -
 
     Raises:
         FileExistsError: ``path`` is a folder.
+        CheckpointError: a tensor is sparse, quantised or without data.
+        OSError: it cannot be written, as on a full disk; what was there before is there still.
     """
     path = Path(path)
+    _require_data(state_dict)
     tensors = {k: v.contiguous() for k, v in state_dict.items()}
     with _whole_file(path) as temporary:
         if path.suffix == '.safetensors':
             safetensors.torch.save_file(tensors, temporary, metadata={'format': 'pt'})
         else:
-            torch.save(tensors, temporary)
+            _torch_save(tensors, temporary)
+
+
+def _require_data(state_dict: Mapping[str, Tensor]) -> None:
+    for name, tensor in state_dict.items():
+        if fault := find_fault(tensor, tensor):
+            raise CheckpointError(f'{name} is {fault}')
 
 
 def save_mmengine_checkpoint(
@@ -357,10 +377,12 @@ def save_mmengine_checkpoint(
 
     Raises:
         FileExistsError: ``path`` is a folder.
+        OSError: it cannot be written, as on a full disk; what was there before is there still.
         CheckpointError: no backbone of this project under either world's names.
     """
+    _require_data(state_dict)
     with _whole_file(Path(path)) as temporary:
-        torch.save(dict(meta=dict(meta or {}), state_dict=to_mmpretrain(state_dict)), temporary)
+        _torch_save(dict(meta=dict(meta or {}), state_dict=to_mmpretrain(state_dict)), temporary)
 
 
 def save_hub_folder(
@@ -388,6 +410,7 @@ def save_hub_folder(
 
     Raises:
         FileExistsError: ``folder`` holds files already.
+        OSError: it cannot be written; there is no ``folder`` then.
         CheckpointError: the weights do not fit the network.
     """
     folder = Path(folder)
@@ -414,24 +437,64 @@ def save_hub_folder(
         (temporary / 'README.md').write_text(_model_card(architecture, folder.name, description), encoding='utf-8')
 
 
-def _load_pickle(path: Path) -> Any:
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except ValueError:  # torch's format before 1.6, whose names it cannot list: only plain state dicts load
-        unknown = []
-    except Exception as error:  # damaged pickles raise nearly anything: KeyError, UnicodeDecodeError, struct.error, ...
-        raise CheckpointError(f'{path}: not a file of torch.save, or a damaged one: {error}') from error
-    try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
-            return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        # Without torch's advice to load it in the unsafe way.
-        said, _, detail = str(error).strip().partition('WeightsUnpickler error:')
-        reason = (detail or said.partition('. ')[0]).strip().partition('\n')[0]
-        raise CheckpointError(f'{path}: cannot be read as weights: {reason or type(error).__name__}') from error
+def read_pickle(
+    path: str | os.PathLike, map_location: Any = 'cpu', allowed: Sequence[Any | tuple[Any, str]] = ()
+) -> Any:
+    """What a file of ``torch.save`` holds, read with ``weights_only=True``: nothing in it is run.
+
+    Args:
+        path: the file.
+        map_location: as in ``torch.load``.
+        allowed: classes and functions besides torch's own that are what they are, as in
+            ``torch.serialization.safe_globals``; whatever else the file names becomes an :class:`Inert` object.
+
+    Raises:
+        CheckpointError: it cannot be read; the message names the file and the cause.
+    """
+    with torch.serialization.safe_globals(list(allowed)):
+        try:
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except ValueError:  # torch's format before 1.6, whose names it cannot list: only plain state dicts load
+            unknown = []
+        except Exception as error:  # damaged pickles raise nearly anything: KeyError, UnicodeDecodeError, struct.error
+            reason = str(error).partition('. ')[0] or type(error).__name__
+            raise CheckpointError(f'{path}: not a file of torch.save, or a damaged one: {reason}') from error
+        if damaged := _find_damage(path):
+            raise CheckpointError(f'{path}: damaged: the checksum of {damaged} in it is wrong')
+        try:
+            with torch.serialization.safe_globals([(type(name, (Inert,), {}), name) for name in unknown]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:
+            # Without torch's advice to load it in the unsafe way.
+            said, _, detail = str(error).strip().partition('WeightsUnpickler error:')
+            reason = (detail or said.partition('. ')[0]).strip().partition('\n')[0]
+            if len(reason) < 6:  # the number of a byte, or nothing
+                reason = f'not a file of torch.save, or a damaged one ({type(error).__name__})'
+            raise CheckpointError(f'{path}: cannot be read as weights: {reason}') from error
 
 
-def _is_state_dict(value: Any) -> bool:
+def _find_damage(path: str | os.PathLike) -> str | None:
+    """The first part of a file of ``torch.save`` with another checksum than it was written with.
+
+    ``torch.load`` does not look. A part without a checksum, as torch can be told to write, has a zero there; its
+    format before 1.6 has none at all.
+    """
+    name = 'the list of its parts'
+    try:
+        if not zipfile.is_zipfile(path):
+            return None
+        with zipfile.ZipFile(path) as file:
+            for part in file.infolist():
+                name = part.filename
+                with file.open(part) as content:
+                    while part.CRC and content.read(2**20):
+                        pass
+    except Exception:  # not only BadZipFile: what a damaged header asks for may not be there
+        return name
+    return None
+
+
+def is_state_dict(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and len(value) > 0
@@ -439,7 +502,7 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
-def _pick_state_dict(checkpoint: Mapping[str, Any], use_ema: bool) -> Mapping[str, Tensor] | None:
+def pick_state_dict(checkpoint: Mapping[str, Any], use_ema: bool) -> Mapping[str, Tensor] | None:
     state_dict = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
     if use_ema and isinstance(checkpoint.get('state_dict_ema'), Mapping):  # timm's
         return checkpoint['state_dict_ema']
@@ -490,6 +553,12 @@ def _model_card(architecture: str, name: str, description: str | None) -> str:
     )
 
 
+def _torch_save(content: Any, path: Path) -> None:
+    with io.BytesIO() as file:  # of a full disk torch says no more than that a position is unexpected
+        torch.save(content, file)
+        path.write_bytes(file.getvalue())
+
+
 def _whole_file(path: Path) -> contextlib.AbstractContextManager[Path]:
     if path.is_dir():
         raise FileExistsError(f'{path}: is a folder; name a file')
@@ -502,7 +571,11 @@ def _whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     parent = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
     try:
-        yield parent / path.name
+        try:
+            yield parent / path.name
+        except (OSError, safetensors.SafetensorError) as error:
+            reason = getattr(error, 'strerror', None) or shorten(error)
+            raise OSError(f'{path}: cannot be written: {reason}') from error
         # safetensors lets nobody else read what it writes.
         umask = os.umask(0)
         os.umask(umask)

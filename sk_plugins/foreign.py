@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import zoo
+from ._arguments import find_fault
 from .layers import SelectiveKernel
 from .networks import SKBottleneck, SKResNet
 
@@ -392,14 +393,20 @@ class _Weights:
             else:
                 self.tensors[ours] = _same_axes(ours, tensor.detach())
                 self.theirs[ours] = theirs
-        self._refuse_empty()
+        self._refuse_faults()
         self._join_selections()
         self._fold_biases()
 
-    def _refuse_empty(self) -> None:
-        empty = [f'{self.theirs[name]} is {tuple(t.shape)}' for name, t in self.tensors.items() if t.numel() == 0]
+    def _refuse_faults(self) -> None:
+        weights = {self.theirs[name]: t for name, t in self.tensors.items() if not name.endswith(_BATCHES)}
+        empty = [f'{name} is {tuple(tensor.shape)}' for name, tensor in weights.items() if tensor.numel() == 0]
         if empty:
             self._fail(empty)
+        if all(tensor.is_meta for tensor in weights.values()):  # a question of shapes alone
+            return
+        faults = [f'{name} is {fault}' for name, tensor in weights.items() if (fault := find_fault(tensor))]
+        if faults:
+            raise ValueError(f'recognised as {self.origin}, but {_first(faults, "; ")}')
 
     def theirs_of(self, end: str) -> list[str]:
         """Their names of all tensors whose name of ours ends so."""

@@ -1,16 +1,18 @@
 """Weights from the Hugging Face Hub, with errors that name the repository and the cause."""
 
 import contextlib
+import hashlib
 import os
 import pickle
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub import errors as hf_errors
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -42,7 +44,8 @@ def explain_errors(
 ) -> Iterator[None]:
     """Within it, whatever goes wrong between the Hub and the network becomes one :class:`HubError`.
 
-    A cached weight file that cannot be read is removed, so that the next try downloads it anew.
+    A cached weight file that cannot be read is removed, so that the next try downloads it anew; so is one that was
+    downloaded within and is not what the Hub's SHA-256 says.
 
     Args:
         repo: 'owner/name' or 'owner/name@revision', for the message.
@@ -50,7 +53,12 @@ def explain_errors(
         filename: the weight file that is asked for.
     """
     try:
+        was_cached = _cached(repo, cache_dir, filename) is not None
         yield
+        path = None if was_cached else _cached(repo, cache_dir, filename)
+        if path is not None and not _is_as_named(path):
+            _forget(path)
+            raise HubError(f"{repo}: {filename} is not the Hub's: its SHA-256 differs; it was removed from the cache")
     except HubError:
         raise
     except hf_errors.RevisionNotFoundError as error:
@@ -63,6 +71,13 @@ def explain_errors(
             f'{_root_cause(error)}'
         ) from error
     except hf_errors.LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise HubError(
+                f'{repo}: {filename} is not in the local cache ({cache_dir or constants.HF_HUB_CACHE}) and offline '
+                'mode is enabled: load it once without HF_HUB_OFFLINE where there is a connection, copy the cache of a '
+                'machine that has it, or name a local file (timm: pretrained_cfg_overlay=dict(file=...), OpenMMLab: '
+                'checkpoint=... of init_cfg)'
+            ) from error
         raise HubError(
             f'{repo}: {filename} is not in the local cache and the Hub did not give it ({_root_cause(error)}); '
             'check the connection, HF_ENDPOINT and HF_HUB_OFFLINE'
@@ -103,20 +118,42 @@ def load_state_dict(repo: str, device: str = 'cpu', cache_dir: str | os.PathLike
         return safetensors.torch.load_file(path, device=device)
 
 
+def _cached(repo: str, cache_dir: str | os.PathLike | None, filename: str) -> Path | None:
+    repo_id, _, revision = repo.partition('@')
+    path = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision or None)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _forget(path: Path) -> None:
+    """Remove a file of the cache, and the blob that it points to."""
+    blob = path.resolve()
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+
+
 def _forget_damaged(repo: str, cache_dir: str | os.PathLike | None, filename: str) -> str | None:
-    """Remove a repository's weight file, and the blob that it points to, from the cache if it cannot be read.
+    """Remove a repository's weight file from the cache if it cannot be read.
 
     Returns its name, or None where nothing was removed.
     """
-    repo_id, _, revision = repo.partition('@')
     for name in dict.fromkeys((filename, _PICKLE_NAME)):
-        cached = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=revision or None)
-        if isinstance(cached, str) and not _is_readable(Path(cached)):
-            blob = Path(cached).resolve()
-            Path(cached).unlink(missing_ok=True)
-            blob.unlink(missing_ok=True)
+        path = _cached(repo, cache_dir, name)
+        if path is not None and not _is_readable(path):
+            _forget(path)
             return name
     return None
+
+
+def _is_as_named(path: Path) -> bool:
+    """Whether a file of the cache has the SHA-256 that its blob is named by; small files' are named otherwise."""
+    name = path.resolve().name
+    if re.fullmatch(r'[0-9a-f]{64}', name) is None:
+        return True
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest() == name
 
 
 def _is_readable(path: Path) -> bool:

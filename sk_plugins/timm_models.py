@@ -1,6 +1,7 @@
 """timm's door: every model of the zoo as a registered timm model."""
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -9,7 +10,10 @@ from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
 from . import hub, zoo
+from ._arguments import find_fault, is_integer
+from .checkpoints import CheckpointError, load_checkpoint
 from .networks import SKResNet, SKShuffleNetV2
+from .networks.resnet import count_stages
 
 __all__: list[str] = []
 
@@ -17,8 +21,12 @@ __all__: list[str] = []
 def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
     spec = zoo.MODELS[variant]
     args = {'pretrained_filter_fn': _require_same_names, **spec.arguments(**kwargs)}
+    num_maps = 5
     if spec.network is SKResNet:
-        args['feature_cfg'] = dict(out_indices=tuple(range(len(args['layers']) + 1)))
+        num_maps = count_stages(args['layers']) + 1
+        args['feature_cfg'] = dict(out_indices=tuple(range(num_maps)))
+    if args.get('features_only'):
+        _check_out_indices(args.get('out_indices', 1), num_maps)
     if not pretrained:
         return build_model_with_cfg(spec.network, variant, False, **args)
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
@@ -28,15 +36,31 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
         )
     if cfg.hf_hub_id is None or cfg.file or cfg.state_dict:
         try:
+            if cfg.file and not cfg.state_dict and not Path(cfg.file).is_dir():  # a Hub folder is timm's to read
+                # Any checkpoint's, and only tensors of it that are whole.
+                overlay = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'state_dict': load_checkpoint(cfg.file)[0]}
+                model = build_model_with_cfg(spec.network, variant, True, **{**args, 'pretrained_cfg_overlay': overlay})
+                model.pretrained_cfg.pop('state_dict')  # or it would stay in memory
+                return model
             if cfg.url and not (cfg.file or cfg.state_dict):
                 # timm would leave a damaged download in the cache; where the name holds a hash, this does not.
                 download_cached_file(cfg.url, check_hash=True, cache_dir=kwargs.get('cache_dir'))
             return build_model_with_cfg(spec.network, variant, True, **args)
-        except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
+        except (RuntimeError, CheckpointError, SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
             where = cfg.file or cfg.url or 'state_dict'
             raise RuntimeError(f'{variant}: the weights of {where} cannot be loaded: {hub.shorten(error)}') from error
     with hub.explain_errors(cfg.hf_hub_id, kwargs.get('cache_dir'), cfg.hf_hub_filename or hub.WEIGHTS_NAME):
         return build_model_with_cfg(spec.network, variant, True, **args)
+
+
+def _check_out_indices(out_indices: Any, num_maps: int) -> None:
+    several = isinstance(out_indices, (list, tuple)) and len(out_indices) > 0
+    if several and all(is_integer(i, -num_maps, num_maps - 1) for i in out_indices):
+        return
+    if not is_integer(out_indices, 1, num_maps):
+        raise ValueError(
+            f'out_indices={out_indices!r} must be feature maps from 0 to {num_maps - 1}, or how many of the last ones'
+        )
 
 
 def _require_same_names(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -45,6 +69,10 @@ def _require_same_names(state_dict: dict[str, Tensor], model: nn.Module) -> dict
         {name for name in names if not name.startswith('fc.') and not name.endswith('num_batches_tracked')}
         for names in (model.state_dict(), state_dict)
     )
+    own = model.state_dict()
+    for name in wanted & given:
+        if fault := find_fault(state_dict[name], own[name]):
+            raise RuntimeError(f'{name} is {fault}')
     differ = {'missing': wanted - given, 'unexpected': given - wanted}
     if wanted != given:
         raise RuntimeError(

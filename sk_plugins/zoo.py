@@ -66,7 +66,7 @@ class ModelSpec:
     def arguments(self, **overrides) -> dict[str, Any]:
         """The network's arguments; those in ``overrides`` go first, and ``sk_kwargs`` are merged."""
         args = {**self.args, **overrides}
-        if self.args.get('sk_kwargs') and overrides.get('sk_kwargs') is not None:
+        if self.args.get('sk_kwargs') and isinstance(overrides.get('sk_kwargs'), Mapping):
             args['sk_kwargs'] = {**self.args['sk_kwargs'], **overrides['sk_kwargs']}
         return args
 

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,8 @@ class Fault:
     cut: float | None = None  # the share of the body that is sent before the connection closes
     announce_cut: bool = False  # with a Content-Length of the part, as a proxy with a damaged copy does
     garbage: bool = False  # as many bytes as the file has, but others
+    flipped: bool = False  # the file but for its last byte
+    pause: float = 0  # seconds in the middle of the body
     once: bool = False  # over after one GET
 
 
@@ -34,11 +37,13 @@ FAULTS = {
     'bad-token': Fault(401, None, 'Invalid credentials in Authorization header'),
     'gated': Fault(403, 'GatedRepo', 'Access to this model is restricted and you are not in the authorized list.'),
     'disabled': Fault(403, None, 'Access to this resource is disabled.'),
+    'busy': Fault(429, None, 'Too many requests: slow down'),
     'down': Fault(500, None, 'Internal Error - We are working hard to fix this as soon as possible!'),
     'download-down': Fault(500, methods=('GET',)),
     'truncated': Fault(cut=0.5),
     'short': Fault(cut=0.5, announce_cut=True),
     'garbage': Fault(garbage=True),
+    'flipped': Fault(flipped=True),
 }
 
 
@@ -134,6 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, commit: str, data: bytes, fault: Fault) -> None:
         body = b'\xff' * len(data) if fault.garbage else data
+        if fault.flipped:
+            body = body[:-1] + bytes([body[-1] ^ 1])
         wanted = _RANGE.fullmatch(self.headers.get('Range', ''))
         start = int(wanted[1]) if wanted else 0
         rest = body[start:]
@@ -147,7 +154,12 @@ class _Handler(BaseHTTPRequestHandler):
         }
         self._answer(206 if wanted else 200, headers)
         if self.command == 'GET':
-            self.wfile.write(part)
+            half = len(part) // 2
+            self.wfile.write(part[:half])
+            if fault.pause:
+                self.wfile.flush()
+                time.sleep(fault.pause)
+            self.wfile.write(part[half:])
 
     def _answer(self, status: int, headers: Mapping[str, object]) -> None:
         self.send_response(status)

@@ -893,3 +893,55 @@ def test_errors_do_not_advise_to_run_pickles(tmp_path):
         load_checkpoint(tmp_path / 'config.json')
     assert 'weights_only' not in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / 'config.json'))
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    path = tmp_path / 'weights.pth'
+    weights = torch.arange(4096.0)
+    torch.save({'layer1.weight': weights, 'other': torch.ones(3)}, path)
+    data = bytearray(path.read_bytes())
+    place = data.index(weights[1234:1240].numpy().tobytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+    assert torch.load(path)['layer1.weight'][1234] != 1234, 'torch sees it by now'
+    with pytest.raises(CheckpointError, match=r'weights\.pth: damaged: the checksum of weights/data/\d in it is wrong'):
+        load_checkpoint(path)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({'layer1.weight': weights}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(load_checkpoint(path)[0]['layer1.weight'], weights)
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'said'),
+    [
+        (lambda t: t.long(), r'of torch\.int64'),
+        (lambda t: t > 0, r'of torch\.bool'),
+        (lambda t: t.cfloat(), r'of torch\.complex64'),
+        (lambda t: t.to_sparse(), 'sparse, quantised or nested'),
+        (lambda t: t.to('meta'), 'without data'),
+    ],
+    ids=['integers', 'booleans', 'complex', 'sparse', 'meta'],
+)
+def test_a_partial_load_that_fails_changes_nothing(spoil, said):
+    shape = dict(layers=(1, 1, 1), channels=(4, 4, 4), cardinality=2, base_width=32)
+    model, other = (timm.create_model('sknet26', **shape) for _ in range(2))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    weights = {**other.state_dict(), 'fc.bias': spoil(other.fc.bias.detach())}
+    with pytest.raises(CheckpointError, match=rf'fc\.bias is {said}'):
+        checkpoints.load_partial(model, weights)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not torch.equal(other.conv1.weight, model.conv1.weight)
+
+
+@pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
+@pytest.mark.parametrize('spoil', [lambda t: t.to_sparse(), lambda t: t.to('meta')], ids=['sparse', 'meta'])
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, spoil, suffix):
+    path = tmp_path / f'weights{suffix}'
+    path.write_bytes(b'before')
+    with pytest.raises(CheckpointError, match=r'^b is (sparse|without data)'):
+        checkpoints.save_state_dict({'a': torch.ones(3), 'b': spoil(torch.ones(3))}, path)
+    assert path.read_bytes() == b'before'
+    assert list(tmp_path.iterdir()) == [path]

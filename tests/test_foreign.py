@@ -645,3 +645,20 @@ def test_missing_file(tmp_path):
 def test_layer_has_no_name_in_a_registry():
     with pytest.raises(ValueError, match='a layer on its own has no name in a registry'):
         recognise_foreign(foreign_networks.SKConv(16, 8).state_dict()).timm_model()
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'said'),
+    [
+        (lambda t: t.long(), r'of torch\.int64'),
+        (lambda t: t.cfloat(), r'of torch\.complex64'),
+        (lambda t: t.to_sparse(), 'sparse, quantised or nested'),
+        (lambda t: t.to('meta'), 'without data'),
+    ],
+    ids=['integers', 'complex', 'sparse', 'meta'],
+)
+def test_tensors_that_are_no_weights(spoil, said):
+    state_dict = dict(SKConv(8, 4, groups=2).state_dict())
+    state_dict['convs.1.0.weight'] = spoil(state_dict['convs.1.0.weight'])
+    with pytest.raises(ValueError, match=rf'recognised as an SKConv layer, but convs\.1\.0\.weight is {said}'):
+        load_foreign(state_dict)

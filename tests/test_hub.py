@@ -1,9 +1,11 @@
 """Weights from a loopback Hub, with the real clients: what loads, and what each fault says and leaves behind."""
 
 import hashlib
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -197,11 +199,13 @@ CAUSES = {
     'unauthorized': 'repository not found, or private .*HTTP 401: Invalid username or password',
     'bad-token': 'HTTP 401: Invalid credentials',
     'gated': 'access to this repository must be asked for',
+    'busy': 'HTTP 429: Too many requests',
     'disabled': 'HTTP 403: Access to this resource is disabled',
     'down': 'HTTP 500: Internal Error',
     'download-down': 'the download failed: HTTP 500',
     'truncated': r'the download failed: .*(peer closed connection|IncompleteRead|Connection broken)',
     'short': 'the download failed: .*should be of size',
+    'flipped': "model.safetensors is not the Hub's: its SHA-256 differs; it was removed from the cache",
     'garbage': 'model.safetensors is not a safetensors file .*header.*removed from the cache',
 }
 
@@ -240,7 +244,10 @@ class TestFaults:
         hub.add(REPO, weights(tiny))
         with monkeypatch.context() as patch:
             patch.setattr(constants, 'HF_HUB_OFFLINE', True)
-            fails(load, REPO, 'not in the local cache .*offline mode is enabled.*HF_HUB_OFFLINE')
+            said = fails(load, REPO, 'model.safetensors is not in the local cache .*offline mode is enabled')
+            assert str(hub.cache) in said
+            for advice in ('load it once without HF_HUB_OFFLINE', 'copy the cache', 'name a local file'):
+                assert advice in said
         assert hub.requests == []
         assert same_state(load(), tiny)
 
@@ -381,3 +388,86 @@ class TestSavedForHf:
         # The client's own words, which name no repository: timm asks it before it knows that the model is ours.
         with pytest.raises(OSError, match='cannot find the requested files in the local cache'):
             self.load('me/nope')
+
+
+# Processes
+
+
+def in_a_process(load, *args):
+    """``load(*args)`` in a child of this process, which has imported all already; its result is in the queue."""
+    context = multiprocessing.get_context('fork')
+    queue = context.SimpleQueue()
+    process = context.Process(target=lambda: queue.put(load(*args)))
+    process.start()
+    return process, queue
+
+
+@pytest.mark.skipif('fork' not in multiprocessing.get_all_start_methods(), reason='no fork here')
+class TestProcesses:
+    @staticmethod
+    def digest(repo=REPO):
+        torch.set_num_threads(1)
+        return hashlib.sha256(save(dict(sorted(sk_hub.load_state_dict(repo).items())))).hexdigest()
+
+    def test_two_at_once(self, hub, tiny):
+        """Both ask for the file before either has it: it is downloaded once, and both have all of it."""
+        hub.add(REPO, weights(tiny))
+        hub.faults[REPO] = Fault(pause=1)
+        started = [in_a_process(self.digest) for _ in range(2)]
+        expected = hashlib.sha256(save(dict(sorted(tiny.state_dict().items())))).hexdigest()
+        for process, queue in started:
+            process.join(60)
+            assert process.exitcode == 0
+            assert queue.get() == expected
+        assert [request.method for request in hub.requests].count('HEAD') == 2
+        assert [request.method for request in hub.requests].count('GET') == 1
+        assert len(assert_cache_is_whole(hub.cache)) == 1
+
+    def test_killed_within_a_download(self, hub, tiny):
+        hub.add(REPO, weights(tiny))
+        hub.faults[REPO] = Fault(pause=30)
+        process, _ = in_a_process(self.digest)
+        deadline = time.monotonic() + 30
+        while not list(hub.cache.glob('models--*/blobs/*.incomplete')) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        process.kill()
+        process.join()
+        assert assert_cache_is_whole(hub.cache) == []
+        hub.faults.clear()
+        assert same_state(sk_hub.load_state_dict(REPO), tiny)
+        assert [blob.read_bytes() for blob in assert_cache_is_whole(hub.cache)] == [*weights(tiny).values()]
+
+    @pytest.mark.parametrize('filled', [True, False])
+    def test_offline_by_the_environment(self, hub, skresnext50, published, filled):
+        """HF_HUB_OFFLINE=1, as users set it: timm's and OpenMMLab's door open on a filled cache, or say what to do."""
+        pytest.importorskip('mmpretrain')
+        if filled:
+            hub.add(PUBLISHED, published)
+            sk_hub.load_state_dict(PUBLISHED)
+        hub.requests.clear()
+        script = (
+            'import timm, sk_plugins.mmpretrain_models as m\n'
+            'def mm():\n'
+            f"    net = m.SKNet(50, init_cfg=dict(type='Pretrained', checkpoint='hf-hub:{PUBLISHED}'))\n"
+            '    net.init_weights()\n'
+            '    return net\n'
+            "for load in (lambda: timm.create_model('sknet50', pretrained=True), mm):\n"
+            '    try:\n'
+            "        print('loaded', load().layer4[0].conv1.conv.weight.double().sum().item())\n"
+            '    except Exception as error:\n'
+            '        print(type(error).__name__, error)\n'
+        )
+        path = os.pathsep.join([str(Path(sk_hub.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])
+        env = {**os.environ, 'PYTHONPATH': path, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
+        done = subprocess.run([sys.executable, '-c', script], env=env, capture_output=True, text=True, timeout=120)
+        said = [line for line in done.stdout.splitlines() if line.startswith(('loaded', 'HubError'))]
+        assert len(said) == 2, done.stdout + done.stderr
+        for line in said:
+            if filled:
+                expected = skresnext50.layer4[0].conv1.conv.weight.double().sum().item()
+                assert float(line.removeprefix('loaded ')) == pytest.approx(expected)
+            else:
+                assert line.startswith(f'HubError {PUBLISHED}: model.safetensors is not in the local cache')
+                assert 'load it once without HF_HUB_OFFLINE' in line
+        assert hub.requests == []

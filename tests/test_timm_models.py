@@ -757,6 +757,37 @@ def test_weights_that_do_not_fit(tmp_path, kwargs, tensor, num_classes):
         )
 
 
+@pytest.mark.parametrize('what', ['a list', 'integers', 'a flipped bit'])
+def test_files_that_are_damaged(tmp_path, what):
+    path = tmp_path / 'trained.pth'
+    state_dict = make_model().state_dict()
+    if what == 'integers':
+        state_dict['bn1.weight'] = state_dict['bn1.weight'].long()
+    torch.save([state_dict] if what == 'a list' else state_dict, path)
+    if what == 'a flipped bit':
+        data = bytearray(path.read_bytes())
+        data[data.index(state_dict['conv1.weight'].numpy().tobytes()) + 40] ^= 4
+        path.write_bytes(data)
+    said = {'a list': 'no state dict', 'integers': r'bn1\.weight is of torch\.int64', 'a flipped bit': 'checksum'}
+    with pytest.raises(RuntimeError, match=rf'sknet26: the weights of .*trained\.pth cannot be loaded: .*{said[what]}'):
+        timm.create_model('sknet26', **NARROW, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+
+
+def test_a_file_does_not_stay_in_memory(tmp_path):
+    path = tmp_path / 'trained.pth'
+    torch.save(make_model().state_dict(), path)
+    overlay = dict(file=str(path), num_classes=10)
+    model = timm.create_model('sknet26', **NARROW, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert model.pretrained_cfg['file'] == str(path)
+    assert 'state_dict' not in model.pretrained_cfg
+
+
+@pytest.mark.parametrize('out_indices', [0, 6, (0, 5), (-6,), (), (1.0,), True, 'last'])
+def test_out_indices_that_there_are_not(out_indices):
+    with pytest.raises(ValueError, match=r'out_indices=.* must be feature maps from 0 to 4'):
+        timm.create_model('sknet26', **NARROW, features_only=True, out_indices=out_indices)
+
+
 # torchvision's weights of the plain ShuffleNets
 
 TORCHVISIONS = {

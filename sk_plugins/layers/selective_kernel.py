@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._arguments import check_choice, check_dtype, check_flags, check_integer, check_layers, is_integer
 from ..ops import BACKENDS, convolve, folds, fuse, norm_relu_select, project, select, select_in_inference
 from .conv_bn_act import ConvBNAct, has_hooks, is_bare, is_watched, looks_for_modules
 
@@ -13,6 +14,7 @@ __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
 
 SELECT_MODES = ('channel', 'shared', 'sum')
 NORM_POSITIONS = ('branch', 'output', 'none')
+LARGEST_KERNEL = 1023
 
 
 def _check_batch_size(s: Tensor) -> None:
@@ -96,7 +98,8 @@ class SelectiveKernelAttention(nn.Module):
 
     @torch.jit.unused
     def _logits(self, s: Tensor) -> Tensor:
-        if self.bn.training and isinstance(self.bn, _BatchNorm) and not isinstance(self.bn, nn.SyncBatchNorm):
+        # A synchronised norm, torch's or ours, sees the other processes' images too.
+        if self.bn.training and isinstance(self.bn, _BatchNorm) and not hasattr(self.bn, 'process_group'):
             _check_batch_size(s)
         if looks_for_modules(s) or not (is_bare(self.fc_reduce) and is_bare(self.fc_select)):
             return self.fc_select(self.act(self.bn(self.fc_reduce(s))))
@@ -144,8 +147,8 @@ class SelectiveKernel(nn.Module):
 
     Raises:
         ValueError: fewer than one branch, an even or non-positive kernel, groups that do not divide the channels,
-            ``split_input`` with channels that M does not divide, an unknown ``select``, or any size below 1. In
-            training, for a batch of one under BatchNorm.
+            ``split_input`` with channels that M does not divide, an unknown ``select``, a size that is no integer or
+            out of range, a flag that is no bool. In training, for a batch of one under BatchNorm.
     """
 
     def __init__(
@@ -177,18 +180,21 @@ class SelectiveKernel(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        _check_positive(
+        sizes = dict(
             in_channels=in_channels, out_channels=out_channels, stride=stride, dilation=dilation, groups=groups,
             reduction=reduction, min_dim=min_dim,
         )  # fmt: skip
-        if select not in SELECT_MODES:
-            raise ValueError(f'select={select!r} is unknown: choose one of {", ".join(map(repr, SELECT_MODES))}')
-        if norm_position not in NORM_POSITIONS:
-            raise ValueError(
-                f'norm_position={norm_position!r} is unknown: choose one of {", ".join(map(repr, NORM_POSITIONS))}'
-            )
-        if backend not in BACKENDS:
-            raise ValueError(f'backend={backend!r} is unknown: choose one of {", ".join(map(repr, BACKENDS))}')
+        for name, value in sizes.items():
+            check_integer(name, value)
+        check_flags(
+            dilated=dilated, split_input=split_input, select_bias=select_bias, reduce_norm=reduce_norm,
+            reduce_act=reduce_act, conv_bias=conv_bias,
+        )  # fmt: skip
+        check_choice('select', select, SELECT_MODES)
+        check_choice('norm_position', norm_position, NORM_POSITIONS)
+        check_choice('backend', backend, BACKENDS)
+        check_layers(act_layer=act_layer, norm_layer=norm_layer)
+        check_dtype(dtype)
         branches = _resolve_branches(kernel_sizes, groups, dilated, branches)
         num_branches = len(branches)
         branch_channels = in_channels
@@ -326,24 +332,22 @@ def _resolve_branches(
     if branches is None:
         if not isinstance(kernel_sizes, Sequence):
             raise ValueError(f'kernel_sizes={kernel_sizes!r} must be a sequence, one odd size per branch: (3, 5)')
-        shrink = [dilated and isinstance(k, int) and k > 3 for k in kernel_sizes]
-        branches = [(3, (k - 1) // 2, groups) if s else (k, 1, groups) for k, s in zip(kernel_sizes, shrink)]
         sizes, name = kernel_sizes, 'kernel_sizes'
     else:
         if not isinstance(branches, Sequence) or not all(isinstance(b, Sequence) and len(b) == 3 for b in branches):
             raise ValueError(f'branches={branches!r} must be a sequence of (kernel_size, dilation, groups)')
         sizes, name = [kernel_size for kernel_size, _, _ in branches], 'branches'
-    if len(branches) < 1:
+    if len(sizes) < 1:
         raise ValueError(f'{name}={sizes!r} must name at least one branch')
     for size in sizes:
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2 == 0:
-            raise ValueError(f'{name} has the kernel size {size!r}: kernel sizes must be odd and positive')
+        if not is_integer(size, 1, LARGEST_KERNEL) or size % 2 == 0:
+            raise ValueError(
+                f'{name} has the kernel size {size!r}: kernel sizes must be odd and positive, {LARGEST_KERNEL} at most'
+            )
+    if branches is None:
+        shrink = [dilated and k > 3 for k in kernel_sizes]
+        return [(3, (k - 1) // 2, groups) if s else (k, 1, groups) for k, s in zip(kernel_sizes, shrink)]
     for _, dilation, branch_groups in branches:
-        _check_positive(dilation=dilation, groups=branch_groups)
+        check_integer('dilation', dilation)
+        check_integer('groups', branch_groups)
     return [(kernel_size, dilation, branch_groups) for kernel_size, dilation, branch_groups in branches]
-
-
-def _check_positive(**arguments: int) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f'{name}={value!r} must be an integer of at least 1')

@@ -4,7 +4,8 @@ The network is ``timm.models.resnet.ResNet``; features, output stride, drop path
 come from there. This file adds the units, the paper's initialisation and a stem and stages for small images.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,25 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from .._arguments import (
+    MOST_CHANNELS,
+    activation,
+    check_choice,
+    check_dtype,
+    check_flags,
+    check_integer,
+    check_integers,
+    check_pool,
+    check_rate,
+    check_sk_kwargs,
+    norm,
+)
 from ..layers import ConvBNAct, SelectiveKernel, SelectiveKernelAttention
 
 __all__ = ['UNITS', 'SKBasicBlock', 'SKBottleneck', 'SKResNet']
 
 UNITS = ('sk', 'plain', 'se')
+MOST_UNITS = 1000
 
 
 class SKBottleneck(nn.Module):
@@ -235,18 +250,15 @@ class SKResNet(ResNet):
         sk_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ) -> None:
-        if not _all_positive(layers) or len(layers) not in (3, 4):
-            raise ValueError(f'layers={layers!r} must be three or four integers of at least 1, one for each stage')
-        channels = (64, 128, 256, 512)[: len(layers)] if channels is None else channels
-        if not _all_positive(channels) or len(channels) != len(layers):
-            raise ValueError(
-                f'channels={channels!r} must be {len(layers)} integers of at least 1, one for each stage of '
-                f'layers={layers!r}'
-            )
-        if unit not in UNITS:
-            raise ValueError(f'unit={unit!r} is unknown: choose one of {", ".join(map(repr, UNITS))}')
-        if unit != 'sk' and sk_kwargs:
-            raise ValueError(f"sk_kwargs={sk_kwargs!r} are for unit='sk', and this is unit={unit!r}")
+        num_stages = count_stages(layers)
+        channels = (64, 128, 256, 512)[:num_stages] if channels is None else channels
+        check_integers(
+            'channels', channels, (num_stages,), f'{num_stages} integers of at least 1, one for each stage of {layers=}'
+        )
+        check_choice('unit', unit, UNITS)
+        check_sk_kwargs(sk_kwargs, unit)
+        if not isinstance(block, str) and not _is_module_class(block):
+            raise ValueError(f"block={block!r} must be 'bottleneck', 'basic' or a class of units")
         if isinstance(block, str):
             if (block, unit) not in _BLOCKS:
                 raise ValueError(f"block={block!r} is unknown: choose 'bottleneck' or 'basic'")
@@ -256,16 +268,17 @@ class SKResNet(ResNet):
                     f'base_width={base_width!r} must be 64'
                 )
             block = _BLOCKS[block, unit]
-        if output_stride not in (8, 16, 32):
+        check_integer('cardinality', cardinality)
+        bottleneck = issubclass(block, (SKBottleneck, Bottleneck))
+        # A unit's width is base_width / 64 * planes * cardinality.
+        check_integer('base_width', base_width, least=math.ceil(64 / min(channels)) if bottleneck else 1)
+        if type(output_stride) is not int or output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride={output_stride!r} must be 8, 16 or 32')
-        integers = {'in_chans': 1, 'num_classes': 0, 'cardinality': 1}
-        given = {**kwargs, 'cardinality': cardinality}
-        for name, least in integers.items():
-            if name in given and (not isinstance(given[name], int) or given[name] < least):
-                raise ValueError(f'{name}={given[name]!r} must be an integer of at least {least}')
-        for name in ('drop_rate', 'drop_path_rate', 'drop_block_rate'):
-            if not isinstance(kwargs.get(name, 0.0), (int, float)) or not 0 <= kwargs.get(name, 0.0) <= 1:
-                raise ValueError(f'{name}={kwargs[name]!r} must be a number from 0 to 1')
+        check_flags(small_stem=small_stem, zero_init_last=zero_init_last)
+        _check_timms(kwargs)
+        if bottleneck:
+            groups = 1 if unit == 'sk' else cardinality  # an SK convolution looks after its own
+            _check_widths(channels, base_width, cardinality, groups, kwargs.get('block_reduce_first', 1))
         block_args = {**(kwargs.pop('block_args', None) or {})}
         if sk_kwargs:
             block_args['sk_kwargs'] = {**block_args.get('sk_kwargs', {}), **sk_kwargs}
@@ -327,5 +340,51 @@ class SKResNet(ResNet):
         return super().prune_intermediate_layers(indices, prune_norm, prune_head)
 
 
-def _all_positive(values: Sequence[int]) -> bool:
-    return isinstance(values, Sequence) and all(isinstance(v, int) and v >= 1 for v in values)
+def count_stages(layers: Sequence[int]) -> int:
+    """How many stages ``layers`` describes: 3 or 4."""
+    what = f'three or four integers of at least 1 and at most {MOST_UNITS}, one for each stage'
+    check_integers('layers', layers, (3, 4), what, most=MOST_UNITS)
+    return len(layers)
+
+
+def _check_timms(kwargs: dict[str, Any]) -> None:
+    """Those of the arguments of timm's ``ResNet`` that it would take unseen, or refuse by an assertion."""
+    least = dict(in_chans=1, num_classes=0, stem_width=1, block_reduce_first=1, down_kernel_size=1)
+    for name in kwargs.keys() & least.keys():
+        check_integer(name, kwargs[name], least[name])
+    if kwargs.get('down_kernel_size', 1) % 2 == 0:
+        raise ValueError(f'down_kernel_size={kwargs["down_kernel_size"]!r} must be odd')
+    for name in kwargs.keys() & {'drop_rate', 'drop_path_rate', 'drop_block_rate'}:
+        check_rate(name, kwargs[name])
+    check_flags(**{name: kwargs[name] for name in kwargs.keys() & {'avg_down', 'replace_stem_pool'}})
+    check_choice('stem_type', kwargs.get('stem_type', ''), ('', 'deep', 'deep_tiered'))
+    if kwargs.get('stem_type') == 'deep_tiered' and kwargs.get('stem_width', 64) < 4:
+        raise ValueError(f"stem_width={kwargs['stem_width']!r} must be at least 4 where stem_type='deep_tiered'")
+    check_pool(kwargs.get('global_pool', 'avg'), kwargs.get('num_classes', 1000))
+    activation(kwargs.get('act_layer', nn.ReLU))
+    norm(kwargs.get('norm_layer', nn.BatchNorm2d))
+    aa_layer = kwargs.get('aa_layer')
+    if aa_layer is not None and not _is_module_class(aa_layer):
+        raise ValueError(f'{aa_layer=} must be a class of layers')
+    if not isinstance(kwargs.get('block_args'), (type(None), Mapping)):
+        raise ValueError(f'block_args={kwargs["block_args"]!r} must be a dict of arguments by name')
+    check_dtype(kwargs.get('dtype'))
+
+
+def _is_module_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def _check_widths(channels: Sequence[int], base_width: int, cardinality: int, groups: int, reduce_first: int) -> None:
+    for planes in channels:
+        width = int(planes * (base_width / 64)) * cardinality
+        if width > MOST_CHANNELS:
+            raise ValueError(
+                f'{cardinality=} and {base_width=} give the unit of {planes} planes {width} channels: at most '
+                f'{MOST_CHANNELS}'
+            )
+        if (width // reduce_first) % groups or width < reduce_first:
+            raise ValueError(
+                f'block_reduce_first={reduce_first!r} leaves the unit of {width} channels {width // reduce_first}, '
+                f'where it needs a multiple of {groups}'
+            )

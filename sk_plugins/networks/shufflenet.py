@@ -10,13 +10,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SqueezeExcite, create_classifier, get_act_layer, get_norm_layer
+from timm.layers import SqueezeExcite, create_classifier
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .._arguments import (
+    activation,
+    check_choice,
+    check_dtype,
+    check_integer,
+    check_integers,
+    check_pool,
+    check_rate,
+    check_sk_kwargs,
+    norm,
+)
 from ..layers import SelectiveKernel, SelectiveKernelAttention
-from .resnet import UNITS
+from .resnet import MOST_UNITS, UNITS
 
 __all__ = ['SKShuffleNetV2', 'ShuffleUnit']
 
@@ -139,29 +150,21 @@ class SKShuffleNetV2(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        for name, value, step in (('channels', channels, 2), ('layers', layers, 1)):
-            three = isinstance(value, Sequence) and len(value) == 3
-            if not three or not all(isinstance(v, int) and v >= 1 and v % step == 0 for v in value):
-                kind = 'even integers' if step == 2 else 'integers of at least 1'
-                raise ValueError(f'{name}={value!r} must be three {kind}, one for each stage')
-        for name, value, least in (
-            ('stem_channels', stem_channels, 1),
-            ('head_channels', head_channels, 1),
-            ('in_chans', in_chans, 1),
-            ('num_classes', num_classes, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f'{name}={value!r} must be an integer of at least {least}')
-        if unit not in UNITS:
-            raise ValueError(f'unit={unit!r} is unknown: choose one of {", ".join(map(repr, UNITS))}')
-        if unit != 'sk' and sk_kwargs:
-            raise ValueError(f"sk_kwargs={sk_kwargs!r} are for unit='sk', and this is unit={unit!r}")
-        if output_stride not in (8, 16, 32):
+        check_integers('channels', channels, (3,), 'three even integers, one for each stage', step=2)
+        what = f'three integers of at least 1 and at most {MOST_UNITS}, one for each stage'
+        check_integers('layers', layers, (3,), what, most=MOST_UNITS)
+        for name, value in (('stem_channels', stem_channels), ('head_channels', head_channels), ('in_chans', in_chans)):
+            check_integer(name, value)
+        check_integer('num_classes', num_classes, least=0)
+        check_choice('unit', unit, UNITS)
+        check_sk_kwargs(sk_kwargs, unit)
+        if type(output_stride) is not int or output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride={output_stride!r} must be 8, 16 or 32')
-        if not isinstance(drop_rate, (int, float)) or not 0 <= drop_rate <= 1:
-            raise ValueError(f'drop_rate={drop_rate!r} must be a number from 0 to 1')
+        check_rate('drop_rate', drop_rate)
+        check_pool(global_pool, num_classes)
+        check_dtype(dtype)
         dd = {'device': device, 'dtype': dtype}
-        act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
+        act_layer, norm_layer = activation(act_layer), norm(norm_layer)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
