@@ -14,7 +14,7 @@ WORK_DIR := work_dirs/sknet_digits
 JOBS ?= auto
 PYTEST := -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 
-.PHONY: train test test-slow test-openmmlab det test-det lint table bench bench-gpu bench-det clean
+.PHONY: train test test-slow test-kill test-reliability fuzz test-openmmlab det test-det lint table bench bench-gpu bench-det clean
 
 train: $(VENV)/.installed
 	$(BIN)/python tools/train.py configs/sknet_digits.py --work-dir $(WORK_DIR)
@@ -26,6 +26,18 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
+# A run that is killed 24 times and ends as if it had never been.
+test-kill: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/reliability/test_kill_and_resume.py
+
+# All slow proofs of docs/reliability.md.
+test-reliability: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow tests/reliability
+
+# Arguments and checkpoints drawn at random, some 500 a test.
+fuzz: $(VENV)/.installed
+	HYPOTHESIS_PROFILE=thorough OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz
+
 # The OpenMMLab side on mmengine, mmcv and mmpretrain themselves, which cannot be installed beside their continuation.
 test-openmmlab: $(OPENMMLAB_VENV)/.installed
 	OMP_NUM_THREADS=1 $(OPENMMLAB_VENV)/bin/python $(PYTEST) tests/test_mmpretrain_models.py tests/test_mmpretrain_datasets.py \
@@ -35,7 +47,8 @@ det: $(DET_VENV)/.installed
 
 test-det: $(DET_VENV)/.installed
 	OMP_NUM_THREADS=1 $(DET_VENV)/bin/python $(PYTEST) tests/configs/test_detection.py tests/tools/test_benchmark_detection.py \
-		tests/tools/test_frameworks.py tests/tools/test_scenes.py tests/test_folding.py::test_mmdet
+		tests/tools/test_frameworks.py tests/configs/test_scenes.py tests/tools/test_prepare_scenes.py \
+		tests/tools/test_draw_predictions.py tests/test_folding.py::test_mmdet
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

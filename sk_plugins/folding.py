@@ -23,6 +23,7 @@ __all__ = ['fuse']
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
 _NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # subclasses may only check their input
 _FROZEN_NORM = 'torchvision.ops.misc.FrozenBatchNorm2d'
+_SYNCHRONISED_NORM = 'sk_plugins.reliability.sync_batchnorm.SyncBatchNorm'
 # A norm, then a drop and an activation of its own, which stay.
 _NORM_ACTS = (
     'timm.layers.norm_act.BatchNormAct2d',
@@ -197,7 +198,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_plain_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and type(module).forward in _NORM_FORWARDS
+    return isinstance(module, _BatchNorm) and (
+        type(module).forward in _NORM_FORWARDS or _known_as(module, _SYNCHRONISED_NORM)
+    )
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -2,8 +2,8 @@
 
 Import it through ``custom_imports = dict(imports=['sk_plugins.mmpretrain_models'])``. From mmdetection or
 mmsegmentation the backbones are ``mmpretrain.SKNet`` and so on. The import also registers the project's datasets and
-hooks, its entries in mmpretrain's model index, and two kinds of checkpoint: ``hf-hub:OWNER/NAME[@REVISION]`` and
-local ``*.safetensors``.
+hooks, its entries in mmpretrain's model index, checkpoints by ``hf-hub:OWNER/NAME[@REVISION]``, and what
+:mod:`sk_plugins.reliability` is for; it reads local ``*.safetensors``, too.
 """
 
 import inspect
@@ -12,7 +12,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +28,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import hub, networks, zoo
 from . import mmpretrain_datasets as mmpretrain_datasets
 from . import mmpretrain_hooks as mmpretrain_hooks
+from . import reliability as reliability
+from ._arguments import check_flags, check_integer, check_sk_kwargs, find_fault, is_integer
 from ._resources import ROOT
-from .checkpoints import CheckpointError, is_timm_format, load_checkpoint, to_mmpretrain
+from .checkpoints import CheckpointError, is_timm_format, to_mmpretrain
+from .networks.resnet import count_stages
 
 __all__ = ['SKNet', 'SKResNeXt', 'SKResNet', 'SKShuffleNetV2']
 
@@ -67,19 +69,22 @@ class _Backbone:
         """Check the arguments, run the network's constructor, and set what the other methods need."""
         self._require_known(spec_args)
         is_sequence = isinstance(out_indices, Sequence) and len(out_indices) > 0
-        if not is_sequence or not all(i in range(num_stages) for i in out_indices):
+        if not is_sequence or not all(is_integer(i, 0, num_stages - 1) for i in out_indices):
             raise ValueError(f'out_indices={out_indices!r} must be a sequence of stages from 0 to {num_stages - 1}')
         if len(set(out_indices)) < len(out_indices):
             raise ValueError(f'out_indices={out_indices!r} must name no stage twice')
-        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_stages:
+        if not is_integer(frozen_stages, -1, num_stages):
             raise ValueError(f'frozen_stages={frozen_stages!r} must be from -1 (none) to {num_stages}')
-        if not isinstance(in_channels, int) or in_channels < 1:
-            raise ValueError(f'in_channels={in_channels!r} must be an integer of at least 1')
+        check_integer('in_channels', in_channels)
+        check_flags(norm_eval=norm_eval, with_cp=with_cp, channels_last=channels_last)
         for name in ('num_classes', 'in_chans'):
             if name in spec_args:
                 ours = 'in_channels' if name == 'in_chans' else "the head's"
                 raise ValueError(f'{name}={spec_args[name]!r} is no argument of a backbone: it is {ours}')
         if norm_cfg is not None:
+            kind = norm_cfg.get('type') if isinstance(norm_cfg, dict) else None
+            if not isinstance(kind, str) or MODELS.get(kind) is None:
+                raise ValueError(f"norm_cfg={norm_cfg!r} must be a dict with the type of a norm, such as 'BN'")
             spec_args['norm_layer'] = lambda channels, **_: build_norm_layer(norm_cfg, channels)
         super().__init__(**spec_args, num_classes=0, in_chans=in_channels)
         self.out_indices = tuple(out_indices)
@@ -171,6 +176,8 @@ class _Backbone:
             unexpected = [k for k in unexpected if not self._may_leave(k.removeprefix(prefix))]
         wrong = [f'{k} is missing' for k in missing]
         wrong += [f'{k} is {given[k]}, not {wanted[k]}' for k in wanted if k in given and given[k] != wanted[k]]
+        faults = {k: find_fault(v) for k, v in state_dict.items() if k in wanted}
+        wrong += [f'{k} is {fault}' for k, fault in faults.items() if fault]
         wrong += [f'{k} is not part of it' for k in unexpected]
         if wrong:
             more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
@@ -225,7 +232,7 @@ class _ResNetBackbone(_Backbone, networks.SKResNet, BaseBackbone):
         if kwargs.get('unit', 'sk') != 'sk':  # what the row says of SK convolutions does not concern other units
             spec = replace(spec, args={k: v for k, v in spec.args.items() if k != 'sk_kwargs'})
         args = spec.arguments(**kwargs)
-        num_stages = len(args['layers'])
+        num_stages = count_stages(args['layers'])
         self._build(
             {**args, 'output_stride': output_stride, 'drop_path_rate': drop_path_rate},
             out_indices=(num_stages - 1,) if out_indices is None else out_indices,
@@ -252,7 +259,7 @@ class _ResNetBackbone(_Backbone, networks.SKResNet, BaseBackbone):
 def _choose(**argument_and_choices) -> Any:
     """The chosen one of the choices; ``_choose(depth=(depth, choices))``."""
     ((name, (value, choices)),) = argument_and_choices.items()
-    if isinstance(value, (bool, list, dict)) or value not in choices:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or value not in choices:
         raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(map(repr, choices))}')
     return choices[value]
 
@@ -320,8 +327,7 @@ class SKResNeXt(_ResNetBackbone):
             if name in kwargs:
                 raise ValueError(f'{name}={kwargs[name]!r} is called {ours} here')
         for name, value in (('groups', groups), ('width_per_group', width_per_group)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f'{name}={value!r} must be an integer of at least 1')
+            check_integer(name, value)
         args = dict(layers=layers, cardinality=groups, base_width=width_per_group)
         super().__init__(replace(zoo.MODELS['sknet50'], args=args), depth, **kwargs)
         self.groups = groups
@@ -349,8 +355,8 @@ class SKResNet(_ResNetBackbone):
     depths: dict[int | str, zoo.ModelSpec] = {depth: zoo.find('SKResNet', depth=depth) for depth in (18, 34, 50, '50d')}
 
     def __init__(self, depth: int | str, split_input: bool = True, **kwargs) -> None:
-        if not isinstance(split_input, bool):
-            raise ValueError(f'split_input={split_input!r} must be True or False')
+        check_flags(split_input=split_input)
+        check_sk_kwargs(kwargs.get('sk_kwargs'), kwargs.get('unit', 'sk'))
         if 'split_input' in (kwargs.get('sk_kwargs') or {}):
             raise ValueError(f'sk_kwargs={kwargs["sk_kwargs"]!r}: split_input is an argument of its own here')
         if kwargs.get('unit', 'sk') == 'sk':
@@ -481,18 +487,6 @@ def load_from_pytorch(filename: str, map_location: str | None = None) -> dict[st
             state_dict = load()
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise hub.HubError(f'{filename}: cannot be loaded: {hub.shorten(error)}') from error
-    return dict(state_dict=OrderedDict(state_dict), meta={})
-
-
-@CheckpointLoader.register_scheme(prefixes=r'(?!\S+://).*\.safetensors$')
-def load_from_safetensors(filename: str, map_location: str | None = None) -> dict[str, Any]:
-    """A local safetensors file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        sk_plugins.checkpoints.CheckpointError: the file is not safetensors.
-    """
-    state_dict, _ = load_checkpoint(Path(filename).expanduser())
     return dict(state_dict=OrderedDict(state_dict), meta={})
 
 

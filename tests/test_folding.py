@@ -209,7 +209,7 @@ def test_torchvisions_networks(name):
     assert_equal(folded, model, make_input(dtype=torch.float64), atol=1e-10)
 
 
-@pytest.mark.parametrize('kind', ['sync', 'frozen', 'timm frozen'])
+@pytest.mark.parametrize('kind', ['sync', 'sync on CPUs', 'frozen', 'timm frozen'])
 @torch.no_grad()
 def test_other_kinds_of_batch_norm(kind):
     pytest.importorskip('torchvision')
@@ -218,6 +218,9 @@ def test_other_kinds_of_batch_norm(kind):
     if kind == 'sync':
         swapped = [nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()]
         swapped.append(timm.layers.convert_sync_batchnorm(copy.deepcopy(timms)).eval())
+    elif kind == 'sync on CPUs':
+        sync_batchnorm = pytest.importorskip('sk_plugins.reliability.sync_batchnorm', exc_type=ImportError)
+        swapped = [sync_batchnorm.synchronise(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))).eval()]
     else:
         swapped = [timm.utils.model.freeze_batch_norm_2d(copy.deepcopy(m)) for m in (model, timms)]
     x = make_input(dtype=torch.float64)

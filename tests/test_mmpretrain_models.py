@@ -483,6 +483,7 @@ class TestEveryBackbone:
             ('SKResNeXt', dict(depth=29), 'depth=29 is unknown: choose one of 26, 50, 101, 152'),
             ('SKResNet-18', dict(depth=101), "depth=101 is unknown: choose one of 18, 34, 50, '50d'"),
             ('SKResNet-18', dict(depth=['50d']), r"depth=\['50d'\] is unknown"),
+            ('SKResNet-18', dict(depth={18}), r'depth=\{18\} is unknown'),
             ('SKShuffleNetV2', dict(widen_factor=3.0), 'widen_factor=3.0 is unknown: choose one of 0.5, 1.0, 1.5, 2.0'),
             ('SKShuffleNetV2', dict(widen_factor=None), 'widen_factor=None is unknown'),
             ('SKShuffleNetV2', dict(widen_factor=True), 'widen_factor=True is unknown'),
@@ -517,6 +518,13 @@ class TestEveryBackbone:
             ('SKShuffleNetV2', dict(in_channels=0), 'in_channels=0 must be an integer of at least 1'),
             ('SKShuffleNetV2', dict(output_stride=4), 'output_stride=4 must be 8, 16 or 32'),
             ('SKResNet-18', dict(out_indices=2.5), 'out_indices=2.5 must be'),
+            ('SKResNet-18', dict(out_indices=(1.0, True)), r'out_indices=\(1\.0, True\) must be'),
+            ('SKNet', dict(frozen_stages=True), 'frozen_stages=True must be'),
+            ('SKNet', dict(norm_eval='yes'), "norm_eval='yes' must be True or False"),
+            ('SKNet', dict(norm_cfg='BN'), "norm_cfg='BN' must be a dict with the type of a norm"),
+            ('SKNet', dict(norm_cfg=dict(type='BatchNorn')), 'norm_cfg=.*BatchNorn.* must be a dict with the type'),
+            ('SKNet', dict(layers=4), 'layers=4 must be three or four integers'),
+            ('SKResNet-18', dict(sk_kwargs=3), 'sk_kwargs=3 must be a dict'),
             ('SKResNet-18', dict(out_indices=(0, '1')), r"out_indices=\(0, '1'\) must be"),
             ('SKResNet-18', dict(cardinality=32), 'cardinality=32 must be 1'),
         ],
@@ -956,16 +964,23 @@ class TestInitCfg:
 
     def test_local_without_weights(self, tmp_path):
         torch.save(dict(model={'conv1.weight': torch.ones(1)}, epoch=1), tmp_path / 'x.pth')
-        with pytest.raises(CheckpointError, match=r'x\.pth: .* conv1\.weight is missing; bn1\.weight is missing; '):
+        with pytest.raises(CheckpointError, match=r'x\.pth: its weights do not fit .* bn1\.weight is missing; '):
             initialise(dict(type='Pretrained', checkpoint=str(tmp_path / 'x.pth')))
 
-    def test_load_from_warns_as_everywhere(self, tmp_path, warned):
-        """A whole model's checkpoint is mmengine's matter. And so it is seen that ``warned`` sees."""
+    def test_load_from_must_fit(self, tmp_path):
+        """Of a whole model's checkpoint, too, the backbone's part."""
         file = save_as('timm.pth', make_timm(layers=(1, 1, 1, 1)), tmp_path)['checkpoint']
+        said = r'tiny\.pth: its weights do not fit this SKNet of depth 26: backbone\.layer1\.1\.conv1\.conv\.weight is'
+        with pytest.raises(CheckpointError, match=said):
+            load_checkpoint(get_classifier(), file, map_location='cpu', logger='current')
+
+    def test_load_from_with_another_head_warns_as_everywhere(self, tmp_path, warned):
+        """A head is mmengine's matter. And so it is seen that ``warned`` sees."""
+        file = save_as('timm.pth', make_timm(num_classes=7), tmp_path)['checkpoint']
         load_checkpoint(get_classifier(), file, map_location='cpu', logger='current')
         (message,) = warned()
-        assert 'missing keys in source state_dict: backbone.layer1.1.conv1.conv.weight' in message
-        assert 'fc.' not in message
+        assert 'size mismatch for head.fc.weight' in message
+        assert 'backbone.' not in message
 
     @pytest.mark.parametrize('repo', ['', 'tiny', 'me/tiny@', 'me/tiny/x'])
     def test_hf_hub_needs_owner_and_name(self, repo):

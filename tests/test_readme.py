@@ -74,8 +74,7 @@ def shorten(line: str) -> list[str]:
         return words
     if '--cfg-options' not in words:
         words.append('--cfg-options')
-    # torch's SyncBatchNorm trains on GPUs only.
-    return [word for word in words if word != 'sync_bn=torch'] + options
+    return words + options
 
 
 def test_python_snippets_are_all_of_a_known_kind():

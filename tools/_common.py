@@ -5,6 +5,8 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -17,6 +19,10 @@ from mmengine.utils import import_modules_from_strings
 from sk_plugins._resources import find_config
 from sk_plugins.checkpoints import CheckpointError
 from sk_plugins.hub import HubError
+from sk_plugins.reliability.configs import check_hooks, check_keys, check_sections, explain_config, explain_parsing
+from sk_plugins.reliability.distributed import TotalBatchHook, init_gloo, is_lost_peer, wait_for_agent
+from sk_plugins.reliability.images import skip_unreadable
+from sk_plugins.reliability.loading import CheckpointFitHook
 
 # What a config of another scope than mmpretrain's needs, and what installs it.
 FRAMEWORKS = {
@@ -73,11 +79,15 @@ def read_config(path: Path, options: dict | None = None) -> Config:
     Raises:
         ImportError: a module of ``custom_imports``, which the options may set, cannot be imported.
         ModuleNotFoundError: mmdet or mmseg, which the file needs, is not installed; the message says how to.
+        ConfigError: a file that cannot be run, or a section or an option that is misspelt.
     """
     try:
-        cfg = Config.fromfile(path, import_custom_modules=False)
+        with explain_parsing(path):
+            cfg = Config.fromfile(path, import_custom_modules=False)
+        check_sections(cfg, options or {})
         if options is not None:
-            cfg.merge_from_dict(options)
+            with explain_parsing('--cfg-options'):
+                cfg.merge_from_dict(options)
         if cfg.get('custom_imports'):
             try:
                 import_modules_from_strings(**cfg.custom_imports)
@@ -94,15 +104,34 @@ def read_config(path: Path, options: dict | None = None) -> Config:
     return cfg
 
 
-def build_runner(cfg: Config, local_rank: int = 0) -> Runner:
-    """mmengine's runner for a config; with a launcher, in a process group that also works without a GPU."""
+def build_runner(cfg: Config, local_rank: int = 0, leave_out: Sequence[str] = ()) -> Runner:
+    """mmengine's runner for a config; with a launcher, in a process group that also works without a GPU.
+
+    Its data sets of image files skip, or stop at, those that cannot be read: ``unreadable_images`` in the config.
+    What it loads must fit the model, but for the tensors whose names begin as ``leave_out`` says.
+
+    Raises:
+        ConfigError: the config cannot be built.
+    """
     os.environ.setdefault('LOCAL_RANK', str(local_rank))
     if cfg.launcher != 'none' and not torch.cuda.is_available():
         _init_gloo(cfg)
-    if 'runner_type' in cfg:
-        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-            return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    check_keys(cfg)
+    own = deepcopy(cfg)
+    skip_unreadable(cfg)
+    with explain_config(own, constructing=True):
+        if 'runner_type' in cfg:
+            with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+                runner = RUNNERS.build(cfg)
+        else:
+            runner = Runner.from_cfg(cfg)
+    # What is written into the work dir and into checkpoints can be read as the config that it comes from.
+    runner.cfg = own
+    runner.dump_config()
+    check_hooks(runner)
+    runner.register_hook(CheckpointFitHook(leave_out))
+    runner.register_hook(TotalBatchHook())
+    return runner
 
 
 def _init_gloo(cfg: Config) -> None:
@@ -113,10 +142,10 @@ def _init_gloo(cfg: Config) -> None:
     if missing:
         raise ValueError(f"launcher='pytorch' needs torchrun, which sets {', '.join(missing)}: see tools/dist_train.sh")
     if not dist.is_initialized():
-        dist.init_process_group('gloo')
+        init_gloo(cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout'))
     if cfg.get('model_wrapper_cfg') is None:
         cfg.model_wrapper_cfg = ConfigDict(
-            type='MMDistributedDataParallel',
+            type='CPUDistributedDataParallel',
             device_ids=None,
             broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False),
@@ -130,9 +159,20 @@ def run(main) -> None:
     except (CheckpointError, HubError, ImportError, OSError, ValueError) as error:
         if os.environ.get('SK_PLUGINS_TRACEBACK'):
             raise
+        if int(os.environ.get('RANK', 0)) > 0:
+            wait_for_agent(5)  # what all processes have to say, the first one says
         message = ' '.join(str(error).split())
         print(f'{Path(sys.argv[0]).name}: error: {message}', file=sys.stderr)
         print('(set SK_PLUGINS_TRACEBACK=1 for the traceback)', file=sys.stderr)
+        raise SystemExit(1) from None
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        # Which process was lost torchrun knows, and ends this one; not so where it was lost on another node.
+        wait_for_agent(20)
+        message = ' '.join(str(error).split())
+        rank = os.environ.get('RANK', 0)
+        print(f'{Path(sys.argv[0]).name}: error: process {rank} cannot reach the others: {message}', file=sys.stderr)
         raise SystemExit(1) from None
     finally:
         if dist.is_available() and dist.is_initialized():

@@ -4,7 +4,7 @@
 set -euo pipefail
 [ $# -ge 3 ] || { sed -n 2,3p "$0" >&2; exit 2; }
 
-torchrun \
+python "$(dirname "$0")/_launch.py" \
     --nnodes="${NNODES:-1}" \
     --node-rank="${NODE_RANK:-0}" \
     --master-addr="${MASTER_ADDR:-127.0.0.1}" \

@@ -18,6 +18,7 @@ from mmengine.runner import CheckpointLoader, Runner, load_state_dict
 
 from sk_plugins.checkpoints import CheckpointError, load_checkpoint
 from sk_plugins.hub import HubError, shorten
+from sk_plugins.reliability.configs import explain_config
 
 # How mmdet and mmpretrain merge the predictions of augmented copies where the config does not say.
 TTA_MODELS = {
@@ -55,7 +56,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     Raises:
         ValueError: an argument that does not go with the config.
     """
-    cfg.load_from = None
+    cfg.load_from, cfg.resume = None, False
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.crop is not None:
@@ -187,7 +188,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     load_weights(runner, args.checkpoint)
     if args.out is not None and args.out.suffix == '.pkl':
         runner.test_evaluator.metrics.append(dump_metric(runner.cfg)(out_file_path=str(args.out)))
-    metrics = runner.test()
+    with explain_config(runner.cfg):
+        metrics = runner.test()
     if args.out is not None and args.out.suffix == '.json' and runner.rank == 0:
         mmengine.dump(metrics, args.out)
     return metrics

@@ -12,6 +12,9 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from sk_plugins.checkpoints import CheckpointError, load_checkpoint
+from sk_plugins.reliability.configs import explain_config
+from sk_plugins.reliability.losses import watch_losses
+from sk_plugins.reliability.resuming import make_resumable
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -22,7 +25,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='PATH',
-        help='go on from a checkpoint; without PATH, from the last one in the work dir',
+        help='go on from a checkpoint; without PATH, from the last whole one in the work dir, if there is one yet',
+    )
+    parser.add_argument(
+        '--load-from', metavar='PATH', help='start from these weights: a file, an address, or hf-hub:OWNER/NAME'
+    )
+    parser.add_argument(
+        '--leave-out',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help='tensors not to take from them, by the beginning of their names: head. for another number of classes',
     )
     parser.add_argument('--no-validate', action='store_true', help='do not evaluate during training')
     parser.add_argument(
@@ -43,6 +56,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
         # Nothing is measured, so there is no best checkpoint to keep.
         cfg.default_hooks.checkpoint.pop('save_best', None)
+    if args.load_from is not None:
+        cfg.load_from = args.load_from
+    if args.leave_out and not cfg.get('load_from'):
+        raise ValueError(f'--leave-out {" ".join(args.leave_out)} goes with --load-from, which is not given')
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
@@ -76,9 +93,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.resume not in (None, 'auto'):
         require_training_checkpoint(args.resume)
-    cfg = merge_args(load_config(args), args)
+    cfg = load_config(args)
+    start_from = args.load_from or cfg.get('load_from')
+    cfg = make_resumable(merge_args(cfg, args), start_from if args.resume == 'auto' else None)
     require_amp_device(cfg, args)
-    build_runner(cfg, args.local_rank).train()
+    watch_losses(cfg)
+    runner = build_runner(cfg, args.local_rank, args.leave_out)
+    with explain_config(runner.cfg):
+        runner.train()
 
 
 if __name__ == '__main__':

@@ -5,7 +5,9 @@ import os
 import shutil
 import struct
 import sys
+from copy import deepcopy
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -17,17 +19,18 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.runner import Runner
 from mmpretrain.datasets import FashionMNIST
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sk_plugins.__main__ import main as sk_plugins_main
 from sk_plugins._resources import ROOT, find_config
 from sk_plugins.checkpoints import CheckpointError, load_checkpoint
 from sk_plugins.mmpretrain_datasets import Digits
+from sk_plugins.reliability.sync_batchnorm import SyncBatchNorm
 
 
 @pytest.fixture
@@ -185,6 +188,33 @@ def test_unknown_launcher(merged, capsys):
     with pytest.raises(SystemExit):
         merged('sknet_digits', '--launcher', 'ssh')
     assert "invalid choice: 'ssh'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'name', ['sknet50_in1k', 'fcn_sknet50-d8_4xb4-80k_ade20k-512x512', 'retinanet_sknet50_fpn_1x_coco']
+)
+def test_losses_and_images_are_watched(load_tool, monkeypatch, tmp_path, name):
+    framework = {'fcn': 'mmseg', 'ret': 'mmdet'}.get(name[:3])
+    if framework:
+        pytest.importorskip(framework)
+    configs, runner = [], MagicMock(hooks=[])
+    monkeypatch.setattr(Runner, 'from_cfg', lambda cfg: configs.append(deepcopy(cfg)) or runner)
+    path = next((ROOT / 'configs').rglob(f'{name}.py'))
+    options = ['default_hooks.invalid_loss.action=skip', 'unreadable_images.limit=3']
+    for words in ([], ['--cfg-options', *options]):
+        load_tool('train').main([str(path), '--work-dir', str(tmp_path), *words])
+    plain = Config.fromfile(path)
+    for cfg, limit, action in zip(configs, (None, 3), (None, 'skip')):
+        assert cfg.default_hooks.invalid_loss.type == 'InvalidLossHook'
+        assert cfg.default_hooks.invalid_loss.get('action') == action
+        for split, most in (('train', limit), ('val', 0), ('test', 0)):
+            data = cfg[f'{split}_dataloader'].dataset
+            assert (data.type, data.get('limit')) == ('SkipUnreadable', most)
+            assert data.dataset == plain[f'{split}_dataloader'].dataset
+    # What is dumped is the config as it was.
+    assert runner.dump_config.call_count == 2
+    for split in ('train', 'val', 'test'):
+        assert runner.cfg[f'{split}_dataloader'] == plain[f'{split}_dataloader']
 
 
 # What the user can put right
@@ -497,25 +527,18 @@ def test_resume_where_nothing_was_saved_starts_anew(train, short_digits, tmp_pat
 # Many processes
 
 
-@pytest.mark.parametrize('patched', [False, True])
 @pytest.mark.skipif(torch.cuda.is_available(), reason='gloo is for CPUs')
-def test_sync_bn_is_one_option(build, monkeypatch, free_port, patched):
-    """In a process group of one. torch's SyncBatchNorm trains on GPUs only, and says so before it has trained."""
+def test_sync_bn_is_one_option(build, monkeypatch, free_port):
+    """In a process group of one."""
     for name, value in dict(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port()).items():
         monkeypatch.setenv(name, value)
-    if patched:
-        monkeypatch.setattr(DistributedDataParallel, '_passing_sync_batchnorm_handle', lambda *_: None)
     try:
         words = ['sknet_digits', '--launcher', 'pytorch', '--cfg-options', 'sync_bn=torch']
-        if not patched:
-            with pytest.raises(ValueError, match='SyncBatchNorm layers only work with GPU modules'):
-                build(*words)
-            return
         norms = [type(m) for m in build(*words).model.modules() if isinstance(m, _BatchNorm)]
     finally:
         dist.destroy_process_group()
     plain = [m for m in build('sknet_digits').model.modules() if isinstance(m, _BatchNorm)]
-    assert set(norms) == {nn.SyncBatchNorm}
+    assert set(norms) == {SyncBatchNorm}
     assert len(norms) == len(plain) > 30
 
 
@@ -576,9 +599,10 @@ def test_two_processes_test(command, load_tool, distributed_run, short_digits, f
 @pytest.mark.parametrize(('script', 'words'), [('dist_train', 1), ('dist_test', 2), ('slurm_train', 3)])
 def test_scripts_usage(command, script, words):
     done = command('bash', ROOT / 'tools' / f'{script}.sh', *['x'] * words, status=2)
-    usage, environment = done.stderr.splitlines()
+    usage, *more = done.stderr.splitlines()
     assert usage.startswith(f'# tools/{script}.sh ')
-    assert environment.startswith('# ')
+    assert more
+    assert all(line.startswith('# ') for line in more)
 
 
 def test_slurm_train_calls_srun(command, tmp_path):

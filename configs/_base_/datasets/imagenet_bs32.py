@@ -6,6 +6,9 @@ data_preprocessor = dict(
     to_rgb=True,
 )
 
+# mmpretrain's, and what it would pass over without a word in a folder of one's own.
+extensions = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp', '.gif')
+
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='RandomResizedCrop', scale=224, backend='pillow', interpolation='bicubic'),
@@ -28,7 +31,9 @@ train_dataloader = dict(
     pin_memory=True,
     collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(type='ImageNet', data_root='data/imagenet', split='train', pipeline=train_pipeline),
+    dataset=dict(
+        type='ImageNet', data_root='data/imagenet', split='train', extensions=extensions, pipeline=train_pipeline
+    ),
 )
 
 val_dataloader = dict(
@@ -38,7 +43,9 @@ val_dataloader = dict(
     pin_memory=True,
     collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(type='ImageNet', data_root='data/imagenet', split='val', pipeline=test_pipeline),
+    dataset=dict(
+        type='ImageNet', data_root='data/imagenet', split='val', extensions=extensions, pipeline=test_pipeline
+    ),
 )
 val_evaluator = dict(type='Accuracy', topk=(1, 5))
 
