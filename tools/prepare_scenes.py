@@ -7,9 +7,10 @@ python tools/prepare_scenes.py
 Garments of random sizes lie at random places, tinted, over random crops of photographs that scikit-image and
 scikit-learn ship. Validation has the garments of Fashion-MNIST's test set, and other photographs. Into the folder go
 images/{train,val}/*.jpg, annotations/instances_{train,val}.json (COCO: boxes, RLE masks) and masks/{train,val}/*.png
-(0 the background, 1 to 10 the garment's class), the same for the same arguments. An annotation says which garment of
-Fashion-MNIST it is, an image which photograph. For a classifier there are garments/{train,val}/*.jpg, each garment as
-it lies in its scene, with their classes, 0 to 9, in annotations/garments_{train,val}.txt.
+(0 the background, 1 to 10 the garment's class) and kinds/{train,val}/*.png (0, and 1 to 5 for top, trousers, dress,
+shoe and bag), the same for the same arguments. An annotation says which garment of Fashion-MNIST it is, an image which
+photograph. For a classifier there are garments/{train,val}/*.jpg, each garment as it lies in its scene, with their
+classes, 0 to 9, in annotations/garments_{train,val}.txt.
 """
 
 import argparse
@@ -48,6 +49,9 @@ PHOTOGRAPHS = {
     ),
     'val': ('chelsea', 'coffee', 'gravel', 'rocket'),
 }
+# Coarser than Fashion-MNIST's classes, in whose order the second is: at this size a shirt passes for a pullover.
+KINDS = ('top', 'trousers', 'dress', 'shoe', 'bag')
+KIND_OF_CLASS = ('top', 'trousers', 'top', 'dress', 'top', 'shoe', 'top', 'shoe', 'bag', 'shoe')
 PACKAGES = {'skimage': 'scikit-image', 'sklearn': 'scikit-learn', 'pycocotools': 'pycocotools'}
 SIZES = (64, 300)  # 300 is the shortest side of the photographs
 MAX_GARMENTS = 4
@@ -183,9 +187,10 @@ def write_split(folder: Path, split: str, count: int, garments: Path, size: int,
         annotations=[],
         categories=[dict(id=i + 1, name=name) for i, name in enumerate(FashionMNIST.METAINFO['classes'])],
     )
+    kinds = np.array([0, *(KINDS.index(kind) + 1 for kind in KIND_OF_CLASS)], dtype=np.uint8)
     listed = []
-    for kind in ('images', 'masks', 'garments'):
-        (folder / kind / split).mkdir(parents=True)
+    for part in ('images', 'masks', 'kinds', 'garments'):
+        (folder / part / split).mkdir(parents=True)
     for i in range(count):
         rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(split), i])
         name = str(rng.choice(list(photographs)))
@@ -197,6 +202,7 @@ def write_split(folder: Path, split: str, count: int, garments: Path, size: int,
         picture = Image.fromarray(scene)
         picture.save(folder / 'images' / split / f'{stem}.jpg', quality=95)
         Image.fromarray(classes).save(folder / 'masks' / split / f'{stem}.png')
+        Image.fromarray(kinds[classes]).save(folder / 'kinds' / split / f'{stem}.png')
         coco['images'].append(dict(id=i + 1, file_name=f'{stem}.jpg', width=size, height=size, photograph=name))
         for garment in pasted:
             annotation = annotate(garment, i + 1, len(coco['annotations']) + 1)

@@ -15,7 +15,7 @@ from mmengine.structures import BaseDataElement, InstanceData, PixelData
 
 from sk_plugins.checkpoints import CheckpointError
 
-CONFIG = 'deeplabv3plus_sknet20-d16_4e_scenes-128x128'
+CONFIG = 'deeplabv3plus_sknet20-d16_2e_scenes-128x128'
 META = dict(classes=('cat', 'dog', 'cow'), palette=[[0, 0, 255], [255, 0, 0], [0, 255, 0]])
 
 
@@ -79,11 +79,11 @@ def scenes(tmp_path, monkeypatch):
     """Three pictures and label maps where the config's test set lies, in the current directory."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
-    for kind, shape, suffix in (('images', (128, 128, 3), '.jpg'), ('masks', (128, 128), '.png')):
+    for kind, shape, suffix in (('images', (128, 128, 3), '.jpg'), ('kinds', (128, 128), '.png')):
         folder = tmp_path / 'data/scenes' / kind / 'val'
         folder.mkdir(parents=True)
         for i in range(3):
-            values = rng.integers(0, 11 if kind == 'masks' else 256, shape, dtype=np.uint8)
+            values = rng.integers(0, 6 if kind == 'kinds' else 256, shape, dtype=np.uint8)
             Image.fromarray(values).save(folder / f'{i:06d}{suffix}')
     return tmp_path
 
@@ -111,7 +111,7 @@ def test_command(tool, scenes, segmentor, capsys):
     cfg = tool.load_config(argparse.Namespace(config=CONFIG, cfg_options=None, launcher='none', work_dir=None))
     infos, samples, meta = tool.predict(cfg, 'weights.pth', 2)
     assert [info['img_path'][-10:] for info in infos] == ['000000.jpg', '000001.jpg']
-    assert len(meta['classes']) == len(meta['palette']) == 11
+    assert len(meta['classes']) == len(meta['palette']) == 6
     for info, sample in zip(infos, samples):
         image = np.asarray(Image.open(info['img_path']))[..., ::-1].transpose(2, 0, 1).copy()
         data = segmentor.data_preprocessor(dict(inputs=[torch.from_numpy(image)]))

@@ -62,7 +62,7 @@ def test_layout(scenes):
         names |= {f'annotations/instances_{split}.json', f'annotations/garments_{split}.txt'}
         names |= {f'garments/{split}/{i + 1:06d}.jpg' for i in range(len(coco['annotations']))}
         names |= {f'images/{split}/{i:06d}.jpg' for i in range(count)}
-        names |= {f'masks/{split}/{i:06d}.png' for i in range(count)}
+        names |= {f'{labels}/{split}/{i:06d}.png' for i in range(count) for labels in ('masks', 'kinds')}
     assert set(contents(scenes)) == names
     assert [path.name for path in scenes.parent.iterdir()] == ['scenes']
 
@@ -92,6 +92,8 @@ def test_boxes_masks_and_labels_fit(tool, garments, scenes, split, capsys):
             assert annotation['iscrowd'] == 0
         assert covered.max() == 1
         assert np.array_equal(classes > 0, covered > 0)
+        kinds = np.asarray(Image.open(scenes / 'kinds' / split / image['file_name'].replace('jpg', 'png')))
+        assert np.array_equal(kinds, np.array([0, 1, 2, 1, 3, 1, 4, 1, 4, 5, 4])[classes])
 
 
 def test_close_ups(tool, scenes):
@@ -229,7 +231,7 @@ def test_nothing_half_written(make, tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, 'save', stop_in_val)
     with pytest.raises(OSError, match='No space left'):
         make(tmp_path / 'scenes')
-    assert sum('garments' not in path.parts for path in written) == 2 * COUNTS['train']
+    assert sum('garments' not in path.parts for path in written) == 3 * COUNTS['train']
     assert not list(tmp_path.iterdir())
 
 

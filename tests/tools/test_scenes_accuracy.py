@@ -35,7 +35,7 @@ def folder(load_tool, python_tool, tmp_path_factory):
     ('config', 'epochs', 'metric', 'floor'),
     [
         pytest.param('retinanet_sknet20_fpn_8e_scenes-128x128', 2, 'coco/bbox_mAP_50', 0.3, marks=needs('mmdet')),
-        pytest.param('deeplabv3plus_sknet20-d16_4e_scenes-128x128', 1, 'mIoU', 30, marks=needs('mmseg')),
+        pytest.param('deeplabv3plus_sknet20-d16_2e_scenes-128x128', 1, 'mIoU', 50, marks=needs('mmseg')),
     ],
 )
 def test_held_out_scenes(python_tool, folder, config, epochs, metric, floor):
