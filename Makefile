@@ -14,7 +14,7 @@ WORK_DIR := work_dirs/sknet_digits
 JOBS ?= auto
 PYTEST := -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 
-.PHONY: train test test-slow test-kill test-reliability fuzz test-openmmlab det test-det lint table bench bench-gpu bench-det clean
+.PHONY: train test test-slow test-kill test-reliability fuzz test-openmmlab det test-det test-scenes lint table bench bench-gpu bench-det clean
 
 train: $(VENV)/.installed
 	$(BIN)/python tools/train.py configs/sknet_digits.py --work-dir $(WORK_DIR)
@@ -49,6 +49,10 @@ test-det: $(DET_VENV)/.installed
 	OMP_NUM_THREADS=1 $(DET_VENV)/bin/python $(PYTEST) tests/configs/test_detection.py tests/tools/test_benchmark_detection.py \
 		tests/tools/test_frameworks.py tests/configs/test_scenes.py tests/tools/test_prepare_scenes.py \
 		tests/tools/test_draw_predictions.py tests/test_folding.py::test_mmdet
+
+# The figures of results/scenes, shortened: half an hour on one core.
+test-scenes: $(DET_VENV)/.installed
+	OMP_NUM_THREADS=1 $(DET_VENV)/bin/python -m pytest -m slow tests/tools/test_scenes_accuracy.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

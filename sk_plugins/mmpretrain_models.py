@@ -87,6 +87,7 @@ class _Backbone:
                 raise ValueError(f"norm_cfg={norm_cfg!r} must be a dict with the type of a norm, such as 'BN'")
             spec_args['norm_layer'] = lambda channels, **_: build_norm_layer(norm_cfg, channels)
         super().__init__(**spec_args, num_classes=0, in_chans=in_channels)
+        del self.num_classes  # OpenMMLab's hooks compare it, in whatever module has it, with the data set's
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval

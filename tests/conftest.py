@@ -1,5 +1,6 @@
 import os
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,15 @@ os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
 os.environ['HF_HUB_DISABLE_IMPLICIT_TOKEN'] = '1'
 os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:9'
 os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _no_scope_is_left():
+    """A Runner of mmseg's leaves its scope the current one, in which the next file's registries would look."""
+    yield
+    module = sys.modules.get('mmengine.registry.default_scope')
+    if module is not None:
+        module.DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture

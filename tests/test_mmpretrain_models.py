@@ -1410,3 +1410,9 @@ def test_frozen_stem_has_its_pooling_convolution():
     assert not any(module.training for module in backbone.maxpool.modules())
     assert not any(parameter.requires_grad for parameter in backbone.maxpool.parameters())
     assert backbone.layer1[0].conv1.conv.weight.requires_grad
+
+
+@pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+def test_no_module_has_a_number_of_classes(case):
+    """mmpretrain's and mmdet's hooks compare it, in every module that has one, with the data set's."""
+    assert not any(hasattr(module, 'num_classes') for module in make_backbone(case=case).modules())

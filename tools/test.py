@@ -13,6 +13,7 @@ from pathlib import Path
 import mmengine
 from _common import add_common_arguments, build_runner, load_config, run
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.evaluator import DumpResults
 from mmengine.runner import CheckpointLoader, Runner, load_state_dict
 
@@ -58,6 +59,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     """
     cfg.load_from, cfg.resume = None, False
     if args.amp:
+        if cfg.get('default_scope') == 'mmdet' and get_device() == 'cpu':
+            raise ValueError("--amp: mmdetection's detectors run in mixed precision on GPUs and the like, not on CPUs")
         cfg.test_cfg.fp16 = True
     if args.crop is not None:
         set_crop(cfg.test_dataloader.dataset.pipeline, args.crop)

@@ -46,12 +46,13 @@ def test_boxes(tool, picture):
         truth, *boxes = axis.patches
         assert [(*p.get_xy(), p.get_width(), p.get_height()) for p in axis.patches] == [
             (5, 6, 15, 24),
-            (4, 6, 17, 23),
             (30, 10, 20, 25),
+            (4, 6, 17, 23),
         ]
         assert truth.get_linestyle() == '--'
-        assert [p.get_edgecolor()[:3] for p in boxes] == [to_rgb('red'), to_rgb('lime')]
-        assert [text.get_text() for text in axis.texts] == ['dog 88%', 'cow 40%']
+        assert truth.get_edgecolor()[:3] == to_rgb('red')
+        assert [p.get_edgecolor()[:3] for p in boxes] == [to_rgb('lime'), to_rgb('red')]
+        assert [text.get_text() for text in axis.texts] == ['cow 40%', 'dog 88%']  # the surest on top
     assert not figure.axes[3].images
     # Another threshold.
     (axis,) = tool.draw([info], [BaseDataElement(pred_instances=found)], META, threshold=0.9).axes
@@ -72,6 +73,11 @@ def test_segmentation(tool, picture):
             assert np.array_equal(axis.images[0].get_array(), palette[classes[0]])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(META['classes'])
+    # Without labels.
+    del sample.gt_sem_seg
+    figure = tool.draw([dict(img_path=picture)], [sample], META)
+    assert len(figure.axes) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['cat', 'cow']
 
 
 @pytest.fixture
@@ -135,6 +141,7 @@ def test_wrong_weights(tool, scenes, segmentor):
     ('words', 'said'),
     [
         (['drawn.png', '--count', '0'], 'argument --count: 0 must be at least 1'),
+        (['drawn.png', '--amp'], '--amp and --launcher are for training and testing'),
         (['drawn.png', '--threshold', '30'], 'argument --threshold: 30.0 must be from 0 to 1'),
         (['drawn.bmp'], 'argument picture: drawn.bmp must end in one of .'),
         (['nowhere/drawn.png'], 'argument picture: nowhere is no folder'),
