@@ -1,6 +1,7 @@
 """Where the configs, the tools and the model index lie: in the checkout, or in the wheel's ``.mim`` folder."""
 
 import difflib
+import importlib.util
 from pathlib import Path
 
 __all__ = ['ROOT', 'find_config']
@@ -13,11 +14,20 @@ ROOT = _PACKAGE / '.mim' if (_PACKAGE / '.mim').is_dir() else _PACKAGE.parent
 def find_config(name: str) -> Path:
     """A config file by its path, or one of the project's own by its path under ``configs/`` or its name.
 
+    Another OpenMMLab package's is ``PACKAGE::PATH``, as in a config's ``_base_``.
+
     Raises:
         FileNotFoundError: there is no such file; the message names the project's own configs that come near.
     """
     if Path(name).is_file():
         return Path(name)
+    package, _, path = name.partition('::')
+    spec = importlib.util.find_spec(package) if path and package.isidentifier() else None
+    if spec is not None and spec.origin is not None:
+        configs = Path(spec.origin).parent / '.mim' / 'configs'
+        if not (configs / path).is_file():
+            raise FileNotFoundError(f'config {name!r}: there is no {path} in {configs}')
+        return configs / path
     configs = ROOT / 'configs'
     relative = name.removeprefix('configs/').removesuffix('.py') + '.py'
     if (configs / relative).is_file():

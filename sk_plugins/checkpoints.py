@@ -7,9 +7,12 @@ Both worlds hold the same parameters under the same names; mmpretrain puts ``bac
 import contextlib
 import io
 import os
+import pickletools
+import re
 import shutil
 import tempfile
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -454,8 +457,10 @@ def read_pickle(
     with torch.serialization.safe_globals(list(allowed)):
         try:
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except ValueError:  # torch's format before 1.6, whose names it cannot list: only plain state dicts load
-            unknown = []
+        except ValueError:  # torch's format before 1.6, whose names it cannot list
+            safe = torch.serialization.get_safe_globals()
+            known = {one[1] if isinstance(one, tuple) else f'{one.__module__}.{one.__name__}' for one in safe}
+            unknown = sorted(_names_before_1_6(path) - known)
         except Exception as error:  # damaged pickles raise nearly anything: KeyError, UnicodeDecodeError, struct.error
             reason = str(error).partition('. ')[0] or type(error).__name__
             raise CheckpointError(f'{path}: not a file of torch.save, or a damaged one: {reason}') from error
@@ -465,12 +470,28 @@ def read_pickle(
             with torch.serialization.safe_globals([(type(name, (Inert,), {}), name) for name in unknown]):
                 return torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:
-            # Without torch's advice to load it in the unsafe way.
+            # Without torch's advice to load it in the unsafe way, or to allow what it asks for.
+            if asked := re.search(r'GLOBAL ([\w.]+)', str(error)):
+                raise CheckpointError(f'{path}: refused: it asks for {asked[1]}, which could run code') from error
             said, _, detail = str(error).strip().partition('WeightsUnpickler error:')
             reason = (detail or said.partition('. ')[0]).strip().partition('\n')[0]
             if len(reason) < 6:  # the number of a byte, or nothing
                 reason = f'not a file of torch.save, or a damaged one ({type(error).__name__})'
             raise CheckpointError(f'{path}: cannot be read as weights: {reason}') from error
+
+
+def _names_before_1_6(path: str | os.PathLike) -> set[str]:
+    """What a file of torch's format before 1.6 names, torch's own included, none where it is no such file."""
+    names: set[str] = set()
+    with open(path, 'rb') as file, contextlib.suppress(Exception):  # damaged pickles raise nearly anything
+        for _ in range(4):  # a magic number, the format's, the system's sizes, and what was saved
+            for code, name, _ in pickletools.genops(file):
+                if code.name == 'GLOBAL':
+                    module, _, name = name.partition(' ')
+                    # Pickles of this protocol have Python 2's names.
+                    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+                    names.add(f'{module}.{name}')
+    return names
 
 
 def _find_damage(path: str | os.PathLike) -> str | None:

@@ -46,7 +46,7 @@ class OverrideAction(DictAction):
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('config', help="a config file, or the name of one of the project's own (sknet50_in1k)")
+    parser.add_argument('config', help="a config file, PACKAGE::PATH, or one of the project's own (sknet50_in1k)")
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(

@@ -55,7 +55,9 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
         # Nothing is measured, so there is no best checkpoint to keep.
-        cfg.default_hooks.checkpoint.pop('save_best', None)
+        hook = (cfg.get('default_hooks') or {}).get('checkpoint')
+        if isinstance(hook, dict):
+            hook.pop('save_best', None)
     if args.load_from is not None:
         cfg.load_from = args.load_from
     if args.leave_out and not cfg.get('load_from'):
@@ -74,6 +76,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
 
 def require_training_checkpoint(path: str) -> None:
     """Raise unless ``path`` is a whole checkpoint of an mmengine run: weights alone cannot be gone on from."""
+    if Path(path).is_dir():
+        raise ValueError(f'--resume {path}: is a folder; to go on from its last checkpoint: --work-dir {path} --resume')
     if not Path(path).is_file():
         raise FileNotFoundError(f'--resume {path}: there is no such file')
     _, meta = load_checkpoint(path)
@@ -92,6 +96,8 @@ def require_amp_device(cfg: Config, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.resume not in (None, 'auto'):
+        if args.load_from is not None or args.leave_out:
+            raise ValueError(f'--resume {args.resume} takes all of it: --load-from and --leave-out do not go with it')
         require_training_checkpoint(args.resume)
     cfg = load_config(args)
     start_from = args.load_from or cfg.get('load_from')

@@ -3,15 +3,19 @@
 import contextlib
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import OPTIMIZERS, Registry, build_from_cfg
 from mmengine.runner import Runner
+from torch.distributed import init_process_group
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from ..checkpoints import CheckpointError
 from ..hub import HubError, shorten
@@ -34,11 +38,26 @@ _SECTIONS = (set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'
     'unreadable_images',
 }
 _COMMON_NAMES = {'models', 'test_pipeline'}  # near to model and tta_pipeline
-# Sections in which mmengine looks for these alone, and passes over what is beside them.
+# Where mmengine looks for these alone, and passes over what is beside them, or fails of it only when it trains.
 _KEYS = {
     'auto_scale_lr': {'base_batch_size', 'enable'},
+    'compile': set(inspect.signature(torch.compile).parameters) - {'model'},
     'env_cfg': {'cudnn_benchmark', 'dist_cfg', 'mp_cfg', 'resource_limit'},
+    'env_cfg.dist_cfg': {'init_backend', 'port', *inspect.signature(init_process_group).parameters} - {'_ranks'},
 }
+_PARAMWISE = {  # of DefaultOptimWrapperConstructor
+    'bias_decay_mult',
+    'bias_lr_mult',
+    'bypass_duplicate',
+    'custom_keys',
+    'dcn_offset_lr_mult',
+    'dwconv_decay_mult',
+    'flat_decay_mult',
+    'norm_decay_mult',
+}
+_CLIP = {'norm': clip_grad_norm_, 'value': clip_grad_value_}
+# The runner's methods that build nothing, and the section that they read.
+_READERS = {'set_randomness': 'randomness', 'setup_env': 'env_cfg', 'build_logger': 'log_level'}
 _BUILDER, _RUNNER = inspect.getfile(build_from_cfg), inspect.getfile(Runner)
 _UNKNOWN = re.compile(r'(\S+) is not in the .+ registry')
 _UNEXPECTED = re.compile(r"(?:unexpected keyword argument '|has no argument )(\w+)")
@@ -51,18 +70,26 @@ class ConfigError(ValueError):
 def check_sections(cfg: Config, options: Iterable[str] = ()) -> None:
     """Raise where a section's name is misspelt, for mmengine passes over what it does not know.
 
+    A file may have variables of its own: one named nearly as a section is refused only where there is no such section
+    and it holds what a section would; where it might be one that is misspelt, that is logged.
+
     Args:
-        cfg: a config as its file has it; a name at its top that is far from every section's is a variable of its own.
+        cfg: a config as its file has it.
         options: what is to be set in it from outside (``model.backbone.depth``): in a section, or what the file has.
 
     Raises:
         ConfigError: names what is misspelt, and what was meant.
     """
-    for name in cfg:
+    for name, value in cfg.items():
         for near in difflib.get_close_matches(name, _SECTIONS, n=1, cutoff=0.85):
             part_of_it = name.startswith(f'{near}_') or name.endswith(f'_{near}')
-            if name not in _SECTIONS | _COMMON_NAMES and not part_of_it:
-                raise ConfigError(f'{cfg.filename}: {name} is no section of a config; near it is {near}')
+            if name in _SECTIONS | _COMMON_NAMES or part_of_it:
+                continue
+            said = f'{cfg.filename}: {name} is no section of a config; near it is {near}'
+            if near not in cfg and isinstance(value, (Mapping, list, tuple)):
+                raise ConfigError(said)
+            if near not in cfg or isinstance(value, type(cfg[near])):
+                logging.getLogger(__name__).warning(said)
     for option in options:
         name = option.partition('.')[0]
         if name not in _SECTIONS and name not in cfg:
@@ -70,15 +97,26 @@ def check_sections(cfg: Config, options: Iterable[str] = ()) -> None:
 
 
 def check_keys(cfg: Config) -> None:
-    """Raise where a section has a key that mmengine would not look at.
+    """Raise where a section has a key that mmengine would not look at, or fail of in the first step.
 
     Raises:
         ConfigError: names the key, and those that there are.
     """
-    for section, known in _KEYS.items():
-        for key in cfg.get(section) or {}:
-            if key not in known:
+    keys = dict(_KEYS)
+    wrapper = _part(cfg, 'optim_wrapper')
+    if wrapper.get('constructor') in (None, 'DefaultOptimWrapperConstructor'):
+        keys['optim_wrapper.paramwise_cfg'] = _PARAMWISE
+    clip = _CLIP.get(_part(cfg, 'optim_wrapper.clip_grad').get('type', 'norm'))
+    if clip and wrapper.get('type', 'OptimWrapper') in ('OptimWrapper', 'AmpOptimWrapper'):
+        keys['optim_wrapper.clip_grad'] = {'type', *inspect.signature(clip).parameters} - {'parameters'}
+    if 'runner_type' in cfg:  # FlexibleRunner's strategies
+        keys['compile'] = keys['compile'] | {'target'}
+    for section, known in keys.items():
+        for key in _part(cfg, section):
+            if key not in known and not key.startswith('_'):  # mmpretrain's twins have _delete for _delete_
                 raise ConfigError(f'{section}.{key}: there are only {", ".join(sorted(known))}')
+    if not isinstance(cfg.get('compile'), (bool, Mapping, type(None))):
+        raise ConfigError(f'compile={cfg.compile!r} is neither True, False nor a dict of arguments of torch.compile')
 
 
 def check_hooks(runner: Runner) -> None:
@@ -92,6 +130,16 @@ def check_hooks(runner: Runner) -> None:
         for name in set(hook.args) - known if isinstance(hook, CheckpointHook) else ():
             near = _near(name, _arguments(type(hook)))
             raise ConfigError(f'default_hooks.checkpoint.{name}: {type(hook).__name__} has no such argument{near}')
+
+
+def _part(cfg: Config, place: str) -> Mapping[str, Any]:
+    """What is there, if it is a dict; else an empty one."""
+    value: Any = cfg
+    for name in place.split('.'):
+        value = value.get(name)
+        if not isinstance(value, Mapping):
+            return {}
+    return value
 
 
 @contextlib.contextmanager
@@ -130,7 +178,8 @@ def _innermost(traceback: TracebackType | None) -> FrameType | None:
     while traceback is not None:
         code = traceback.tb_frame.f_code
         by_registry = code.co_filename == _BUILDER and 'registry' in traceback.tb_frame.f_locals
-        if by_registry or (code.co_filename == _RUNNER and code.co_name.lstrip('_').startswith('build_')):
+        by_runner = code.co_name in _READERS or code.co_name.lstrip('_').startswith('build_')
+        if by_registry or (code.co_filename == _RUNNER and by_runner):
             found = traceback.tb_frame
         traceback = traceback.tb_next
     return found
@@ -151,13 +200,26 @@ def _explain(cfg: Config, error: Exception, frame: FrameType | None) -> str:
     if unexpected:
         places = [place for place, _ in _items(cfg) if place.rpartition('.')[2] == unexpected[1]]
         beside = [place for place in places if _same(_at(cfg, place.rpartition('.')[0]), part)]
-        where = (beside or places or [None])[0]
+        read = [place for place in places if place.partition('.')[0] in _SECTIONS]  # others are the file's own
+        where = (beside or read or places or [None])[0]
         near = _near(unexpected[1], _arguments(cls)) if beside else ''
         return f'{where}: {_say(error)}{near}' if where else _say(error)
     where = next((place for place, value in _items(cfg) if _same(value, part)), None)
     if where is None and frame is not None and registry is None:
-        where = frame.f_code.co_name.lstrip('_').removeprefix('build_')
+        name = frame.f_code.co_name.lstrip('_')
+        where = _READERS.get(name) or _loader(cfg, variables.get('dataloader')) or name.removeprefix('build_')
     return f'{where}: {_say(error)}' if where else _say(error)
+
+
+def _loader(cfg: Config, part: Any) -> str | None:
+    """The data loader that was being built, whose data set may have been replaced."""
+    if not isinstance(part, Mapping):
+        return None
+    settings = {key: value for key, value in part.items() if key != 'dataset'}
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if {key: value for key, value in _part(cfg, name).items() if key != 'dataset'} == settings:
+            return name
+    return None
 
 
 def _no_such(cfg: Config, kind: str, registry: Registry) -> str:

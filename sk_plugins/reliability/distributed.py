@@ -7,14 +7,14 @@ import time
 import torch.distributed as dist
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.registry import HOOKS, MODEL_WRAPPERS
 from mmengine.runner import Runner
 from torch import nn
 
 from .sync_batchnorm import synchronise
 
-__all__ = ['CPUDistributedDataParallel', 'TotalBatchHook', 'init_gloo', 'is_lost_peer', 'wait_for_agent']
+__all__ = ['CPUDistributedDataParallel', 'TotalBatchHook', 'init_gloo', 'is_lost_peer', 'unwrap', 'wait_for_agent']
 
 
 @MODEL_WRAPPERS.register_module()
@@ -26,6 +26,11 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
 
     def __init__(self, module: nn.Module, **kwargs) -> None:
         super().__init__(module=synchronise(module), **kwargs)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, of one that a wrapper trains in several processes."""
+    return model.module if is_model_wrapper(model) else model
 
 
 @HOOKS.register_module()

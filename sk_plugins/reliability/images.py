@@ -4,7 +4,7 @@ import io
 import struct
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from logging import WARNING
 from typing import Any
 
@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .._arguments import is_integer
+from .configs import ConfigError
 
 __all__ = ['LoadSoundImage', 'SkipUnreadable', 'UnreadableImageError', 'skip_unreadable']
 
@@ -66,8 +67,7 @@ class LoadSoundImage(LoadImageFromFile):
 
     def __init__(self, *args, max_ratio: float = 1000, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(max_ratio, int | float) or isinstance(max_ratio, bool) or not max_ratio >= 1:
-            raise ValueError(f'max_ratio={max_ratio!r} must be a number of at least 1')
+        _check_ratio(max_ratio)
         self.max_ratio = max_ratio
 
     def transform(self, results: dict) -> dict | None:
@@ -177,17 +177,15 @@ class SkipUnreadable(Dataset):
         dataset: a data set of mmengine's with a pipeline, or its config.
         limit: how many files may be skipped; one more is an error that lists the first. 0 for validation, where a
             replacement would change the metric.
-        max_ratio: of :class:`LoadSoundImage`.
+        max_ratio: of :class:`LoadSoundImage`; None leaves ``LoadImageFromFile`` as it is.
 
     Raises:
         ValueError: a ``limit`` below 0, or ``max_ratio`` below 1.
         UnreadableImageError: from items.
     """
 
-    def __init__(self, dataset: Any, limit: int = 10, max_ratio: float = 1000) -> None:
-        if not is_integer(limit, 0):
-            raise ValueError(f'limit={limit!r} must be an integer of at least 0')
-        LoadSoundImage(max_ratio=max_ratio)  # its error, now
+    def __init__(self, dataset: Any, limit: int = 10, max_ratio: float | None = 1000) -> None:
+        _check_arguments(limit, max_ratio)
         self.limit = limit
         self.max_ratio = max_ratio
         self.dataset = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
@@ -209,7 +207,8 @@ class SkipUnreadable(Dataset):
         self.dataset.pipeline = _NamingCompose([self._sound(transform) for transform in transforms])
 
     def _sound(self, transform: Any) -> Any:
-        if type(transform) is not LoadImageFromFile or transform.file_client_args is not None:
+        own = self.max_ratio is None or type(transform) is not LoadImageFromFile
+        if own or transform.file_client_args is not None:
             return transform
         names = ('to_float32', 'color_type', 'imdecode_backend', 'ignore_empty', 'backend_args')
         return LoadSoundImage(**{name: getattr(transform, name) for name in names}, max_ratio=self.max_ratio)
@@ -218,6 +217,16 @@ class SkipUnreadable(Dataset):
         """Read the list of items, and share the marks of those that cannot be read with workers that come."""
         self.dataset.full_init()
         self._unreadable = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
+
+    def get_subset(self, indices: int | Sequence[int]) -> 'SkipUnreadable':
+        """mmengine's, of which ``KFoldDataset`` makes its folds; the part has marks and a limit of its own."""
+        subset = SkipUnreadable(self.dataset.get_subset(indices), self.limit, self.max_ratio)
+        subset.full_init()
+        return subset
+
+    def get_subset_(self, indices: int | Sequence[int]) -> None:
+        self.dataset.get_subset_(indices)
+        self.full_init()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -257,15 +266,39 @@ class SkipUnreadable(Dataset):
                 print(message, file=sys.stderr, flush=True)
 
 
+def _check_arguments(limit: Any = 10, max_ratio: Any = 1000) -> None:
+    if not is_integer(limit, 0):
+        raise ValueError(f'limit={limit!r} must be an integer of at least 0')
+    if max_ratio is not None:
+        _check_ratio(max_ratio)
+
+
+def _check_ratio(max_ratio: Any) -> None:
+    if not isinstance(max_ratio, int | float) or isinstance(max_ratio, bool) or not max_ratio >= 1:
+        raise ValueError(f'max_ratio={max_ratio!r} must be a number of at least 1')
+
+
 def skip_unreadable(cfg: Config) -> None:
     """Put :class:`SkipUnreadable` around a config's data sets of image files, those inside of others too.
 
-    The config's ``unreadable_images`` has the arguments for training; validation and testing skip nothing. None there
-    leaves all data sets as they are.
+    The config's ``unreadable_images`` has the arguments for training; validation and testing skip nothing. With None
+    there training skips nothing either, and mmcv reads the files as it does: one that it cannot read is named.
+
+    Raises:
+        ConfigError: ``unreadable_images`` is something else; also where no data set reads files.
     """
     arguments = cfg.get('unreadable_images', {})
     if arguments is None:
-        return
+        arguments = dict(limit=0, max_ratio=None)
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f'unreadable_images={arguments!r} must be a dict with limit and max_ratio, or None')
+    for key in arguments:
+        if key not in ('limit', 'max_ratio'):
+            raise ConfigError(f'unreadable_images.{key}: there are only limit, max_ratio')
+    try:
+        _check_arguments(**arguments)
+    except ValueError as error:
+        raise ConfigError(f'unreadable_images.{error}') from None
     for split in ('train', 'val', 'test'):
         loaders = cfg.get(f'{split}_dataloader')
         for loader in loaders if isinstance(loaders, list) else [loaders]:

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import all_gather_object, all_reduce, all_reduce_params, get_world_size
-from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
 from .._arguments import check_choice, is_integer
+from .configs import ConfigError
+from .distributed import unwrap
 
 __all__ = ['InvalidLossError', 'InvalidLossHook', 'name_images', 'watch_losses']
 
@@ -32,8 +33,9 @@ class InvalidLossHook(Hook):
 
     The message has the losses that went wrong, the iteration, the epoch where there are epochs, the learning rate and
     the images of the batch. Of several processes each waits for the others' word: where one has such a loss, all
-    stop, or all skip. A skipped step leaves weights, optimiser, gradient scaler and the model's buffers (BatchNorm's
-    statistics) as they were, and its losses out of the log; with gradient accumulation, the batches beside it count.
+    stop, or all skip. A skipped step leaves weights, optimiser, gradient scaler, the model's buffers (BatchNorm's
+    statistics) and ``EMAHook``'s average as they were, and its losses out of the log; with gradient accumulation, the
+    batches beside it count.
     A gradient that overflows under a finite loss is not seen; ``AmpOptimWrapper`` skips its step itself.
 
     Args:
@@ -59,13 +61,15 @@ class InvalidLossHook(Hook):
         self._losses: dict[str, Any] = {}
         self._batch: Any = None
         self._buffers: list[tuple[Tensor, Tensor]] = []
-        self._skipped = False
+        self._skipped = self._counted = False
 
     def before_train(self, runner: Runner) -> None:
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook):  # made its model in before_run, also that of a second train()
+                hook.ema_model.update_parameters = partial(self._average, hook.ema_model.update_parameters)
         if self._forward_hook is not None:  # train() for the second time
             return
-        model = _module(runner.model)
-        self._forward_hook = model.register_forward_hook(self._keep_losses)
+        self._forward_hook = unwrap(runner.model).register_forward_hook(self._keep_losses)
         several = isinstance(runner.optim_wrapper, OptimWrapperDict)
         for wrapper in runner.optim_wrapper.values() if several else [runner.optim_wrapper]:
             # Models hand their loss to it between forward and backward pass, and nothing else is called there.
@@ -73,9 +77,9 @@ class InvalidLossHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self._batch = data_batch
-        self._skipped = False
+        self._skipped = self._counted = False
         if self.action == 'skip':
-            self._buffers = [(b, b.detach().clone()) for b in _module(runner.model).buffers()]
+            self._buffers = [(b, b.detach().clone()) for b in unwrap(runner.model).buffers()]
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
@@ -86,6 +90,10 @@ class InvalidLossHook(Hook):
 
     def _keep_losses(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._losses = output if isinstance(output, dict) else {}
+
+    def _average(self, update_parameters: Any, model: nn.Module) -> None:
+        if self._counted or not self._skipped:
+            update_parameters(model)
 
     @torch.compiler.disable
     def _update(
@@ -106,6 +114,7 @@ class InvalidLossHook(Hook):
         if not any_process:
             update_params(loss, step_kwargs, zero_kwargs)
             accumulated.batches = 0 if wrapper.should_update() else accumulated.batches + 1
+            self._counted = True
             return
         self._count_or_stop(runner, self._message(runner, wrapper, losses, loss, bool(own)))
         self._skipped = True
@@ -120,6 +129,7 @@ class InvalidLossHook(Hook):
                 parameters = [p for group in wrapper.optimizer.param_groups for p in group['params']]
                 all_reduce_params([p.grad for p in parameters if p.grad is not None], op='mean')
                 wrapper.step(**(step_kwargs or {}))
+                self._counted = True
             wrapper.zero_grad(**(zero_kwargs or {}))
             accumulated.batches = 0
 
@@ -150,23 +160,29 @@ class InvalidLossHook(Hook):
 
 
 def watch_losses(cfg: Config) -> None:
-    """Put :class:`InvalidLossHook` into a config, as ``default_hooks.invalid_loss``, unless that is None there."""
+    """Put :class:`InvalidLossHook` into a config, as ``default_hooks.invalid_loss``, unless that is None there.
+
+    Raises:
+        ConfigError: something else than the hook's arguments is there.
+    """
     if cfg.get('default_hooks') is None:
         cfg.default_hooks = {}
-    if cfg.default_hooks.setdefault('invalid_loss', {}) is None:
+    hook = cfg.default_hooks.setdefault('invalid_loss', {})
+    if hook is None:
         cfg.default_hooks.pop('invalid_loss')  # mmengine takes None for its own default hooks alone
-    else:
+    elif isinstance(hook, Mapping):
         cfg.default_hooks.invalid_loss.setdefault('type', 'InvalidLossHook')
+    elif not isinstance(hook, Hook):
+        raise ConfigError(
+            f"default_hooks.invalid_loss={hook!r} must be a dict of InvalidLossHook's arguments or None; "
+            "default_hooks.invalid_loss.action is 'stop' or 'skip'"
+        )
 
 
 class _Accumulated:
     """How many batches of the present accumulation have gone into the gradients."""
 
     batches = 0
-
-
-def _module(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
 
 
 def _name_losses(losses: dict[str, Any], loss: Tensor) -> str:

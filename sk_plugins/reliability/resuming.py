@@ -22,13 +22,13 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import broadcast_object_list, get_dist_info, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
-from torch import nn
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from ..checkpoints import CheckpointError, read_pickle
+from .configs import ConfigError
+from .distributed import unwrap
 
 __all__ = [
     'ResumableBatches',
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _PARTIAL = '.{}.part'
+_BROKEN = ' cannot be read: '
 # What a random number is for: a step's must not be a sample's.
 _STEP, _SAMPLE = 0, 1
 
@@ -110,9 +111,9 @@ def _same_folder(a: str, b: str) -> bool:
 def find_resumable(work_dir: str | os.PathLike, *folders: str | os.PathLike) -> tuple[str | None, list[str]]:
     """The last whole checkpoint that a run can go on from, and what had to be passed over.
 
-    That which ``work_dir/last_checkpoint`` names, if it is whole; by its name it is first looked for in ``work_dir``
-    and ``folders``, which may have been moved. Else, of the training checkpoints there, the one that was saved last.
-    Nothing that a file holds is run.
+    That which ``work_dir/last_checkpoint`` names, if it is whole, by its name in ``work_dir`` and ``folders``, which
+    may have been moved or copied. Else, of the training checkpoints there, the one that was saved last. Where there is
+    none, what ``last_checkpoint`` names elsewhere. Nothing that a file holds is run.
 
     Args:
         work_dir: the run's.
@@ -124,23 +125,26 @@ def find_resumable(work_dir: str | os.PathLike, *folders: str | os.PathLike) -> 
     """
     places = [Path(work_dir), *map(Path, folders)]
     passed_over: dict[str, str] = {}
-    pointer = places[0] / 'last_checkpoint'
+    pointer, elsewhere = places[0] / 'last_checkpoint', None
     if pointer.is_file():
         named = pointer.read_text(errors='replace').strip('\0 \n')
         if '://' in named:
             return named, []
-        found = next((p for p in (*(place / Path(named).name for place in places), Path(named)) if p.is_file()), None)
+        found = next((p for p in (place / Path(named).name for place in places) if p.is_file()), None)
         if not named:
             passed_over[str(pointer)] = 'is empty'
-        elif found is None:
-            passed_over[str(pointer)] = f'names {named}, which is not there'
-        else:
+        elif found is not None:
             try:
                 if _read_meta(found) is not None:
                     return str(found), []
                 passed_over[str(found)] = 'holds weights but no training state'
             except CheckpointError as error:
                 passed_over[str(found)] = _reason(error, found)
+        elif Path(named).is_file():
+            elsewhere = named
+            passed_over[str(pointer)] = f'names {named}, which is in none of the folders of this run'
+        else:
+            passed_over[str(pointer)] = f'names {named}, which is not there'
     saved = []
     for path in dict.fromkeys(p for place in places for p in sorted(place.glob('*.pth')) if p.is_file()):
         if str(path) not in passed_over:
@@ -151,11 +155,18 @@ def find_resumable(work_dir: str | os.PathLike, *folders: str | os.PathLike) -> 
             else:
                 if meta is not None:
                     saved.append((str(meta.get('time', '')), meta['iter'], str(path)))
+    if not saved and elsewhere is not None:
+        try:
+            if _read_meta(Path(elsewhere)) is not None:
+                saved.append((elsewhere,))
+        except CheckpointError as error:
+            passed_over[elsewhere] = _reason(error, Path(elsewhere))
     return (max(saved)[-1] if saved else None), [f'{path} {reason}' for path, reason in passed_over.items()]
 
 
 def _reason(error: CheckpointError, path: Path) -> str:
-    return 'is not whole: ' + ' '.join(str(error).removeprefix(f'{path}: ').split())
+    said = ' '.join(str(error).removeprefix(f'{path}: ').split())
+    return _BROKEN.lstrip() + said.removeprefix('cannot be read as weights: ')
 
 
 def _read_meta(path: Path) -> Mapping[str, Any] | None:
@@ -164,16 +175,8 @@ def _read_meta(path: Path) -> Mapping[str, Any] | None:
         beginning = file.read(4)
     if not beginning:
         raise CheckpointError(f'{path}: it has no content')
-    if beginning == b'PK\3\4':
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError(f'{path}: it is cut off')
-        try:
-            with zipfile.ZipFile(path) as file:
-                damaged = file.testzip()  # torch checks no sums
-        except Exception as error:  # damaged archives raise nearly anything
-            raise CheckpointError(f'{path}: its archive is damaged: {error}') from error
-        if damaged:
-            raise CheckpointError(f'{path}: the check sum of {damaged} is wrong')
+    if beginning == b'PK\3\4' and not zipfile.is_zipfile(path):
+        raise CheckpointError(f'{path}: it is cut off')
     checkpoint = read_pickle(path)
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
     if not isinstance(meta, Mapping) or not isinstance(meta.get('iter'), int) or 'optimizer' not in checkpoint:
@@ -351,7 +354,7 @@ class ResumableCheckpointHook(CheckpointHook):
             outdated=list(self._outdated),
             gradients={
                 name: parameter.grad.cpu()
-                for name, parameter in _unwrapped(runner.model).named_parameters()
+                for name, parameter in unwrap(runner.model).named_parameters()
                 if parameter.grad is not None
             },
         )
@@ -374,8 +377,16 @@ class ResumableCheckpointHook(CheckpointHook):
         for line in passed_over:
             runner.logger.warning(f'Resuming: {line}; passed over')
         if runner._load_from is None:
+            broken = [line for line in passed_over if _BROKEN in line]
+            if broken:
+                raise CheckpointError(
+                    f'{runner.work_dir}: no checkpoint there can be gone on from: {"; ".join(broken)}; remove them to '
+                    'start from the beginning, or name another work dir'
+                )
             runner._resume, runner._load_from = False, self.start_from
-            runner.logger.info(f'Resuming: no checkpoint in {runner.work_dir} yet; training starts from the beginning')
+            runner.logger.info(f'Resuming: no checkpoint in {runner.work_dir}; training starts from the beginning')
+        elif passed_over:
+            runner.logger.warning(f'Resuming: from {runner._load_from}')
 
     def before_train(self, runner: Runner) -> None:
         resumed = runner.iter > 0
@@ -483,6 +494,10 @@ class ResumableCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, Any]) -> None:
         if not hasattr(self, 'file_backend'):  # validation without training
             return
+        for name in set(self.key_indicators) - {'auto', *metrics} if self.save_best else ():
+            raise ConfigError(
+                f'default_hooks.checkpoint.save_best={name}: validation gives no such metric, but {", ".join(metrics)}'
+            )
         backend, last = self.file_backend, self.last_ckpt
         self.file_backend = _Keeper(backend, self.out_dir, self._outdated)
         self.last_ckpt = None  # it is not written again here but in `after_val`, when all hooks know of the metrics
@@ -530,10 +545,6 @@ class ResumableCheckpointHook(CheckpointHook):
                 self.file_backend.rmtree(path)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
-
-
 def _sampler(loader: DataLoader) -> Any:
     """The one that draws the indices: with a batch sampler of one's own, torch gives the loader another."""
     samplers = loader.sampler, getattr(loader.batch_sampler, 'sampler', None)
@@ -561,7 +572,7 @@ def _restore_gradients(runner: Runner, gradients: Mapping[str, torch.Tensor]) ->
     if gradients and get_dist_info()[1] > 1:
         runner.logger.warning('Resuming: the gradients accumulated so far, each process had its own, are lost')
         return
-    for name, parameter in _unwrapped(runner.model).named_parameters():
+    for name, parameter in unwrap(runner.model).named_parameters():
         if name in gradients:
             parameter.grad = gradients[name].to(parameter.device)
 

@@ -24,12 +24,13 @@ from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, TRANSFORMS
 from mmengine.runner import Runner
-from mmpretrain.datasets import CustomDataset
+from mmpretrain.datasets import CustomDataset, KFoldDataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from sk_plugins._resources import find_config
 from sk_plugins.mmpretrain_datasets import Digits
+from sk_plugins.reliability.configs import ConfigError
 from sk_plugins.reliability.images import LoadSoundImage, SkipUnreadable, UnreadableImageError, skip_unreadable
 
 HEIGHT, WIDTH = 48, 64
@@ -503,13 +504,44 @@ def test_into_a_config():
     assert cfg.train_dataloader.dataset.dataset == dict(type='SkipUnreadable', dataset=inner, limit=3, max_ratio=50)
     assert [d.limit for d in cfg.val_dataloader.dataset.datasets] == [0, 0]
 
-    for config in ('sknet_digits', 'sknet50_in1k'):  # in memory; not wanted
-        cfg = Config.fromfile(find_config(config))
-        before = cfg.to_dict()
-        if config == 'sknet50_in1k':
-            cfg.unreadable_images = before['unreadable_images'] = None
+    cfg = Config.fromfile(find_config('sknet_digits'))  # in memory
+    before = cfg.to_dict()
+    skip_unreadable(cfg)
+    assert cfg.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ('value', 'said'),
+    [
+        (dict(limt=2), r'\.limt: there are only limit, max_ratio'),
+        (dict(limit=-1), r'\.limit=-1 must be an integer of at least 0'),
+        (dict(max_ratio='x'), r"\.max_ratio='x' must be a number of at least 1"),
+        (2, '=2 must be a dict with limit and max_ratio, or None'),
+    ],
+)
+def test_misspelt_in_a_config(value, said):
+    """Also where no data set reads files."""
+    cfg = Config.fromfile(find_config('sknet_digits'))
+    cfg.unreadable_images = value
+    with pytest.raises(ConfigError, match=f'^unreadable_images{said}$'):
         skip_unreadable(cfg)
-        assert cfg.to_dict() == before
+
+
+def test_no_skipping(folder):
+    """With None mmcv's transform reads the files, and those that it cannot read are named, by workers too."""
+    root = folder(['empty.jpg'])
+    own = dict(type='CustomDataset', data_root=root, pipeline=[LOAD], _scope_='mmpretrain')
+    cfg = Config(dict(train_dataloader=dict(dataset=own), unreadable_images=None))
+    skip_unreadable(cfg)
+    naming = SkipUnreadable(**{k: v for k, v in cfg.train_dataloader.dataset.items() if k != 'type'})
+    assert type(naming.pipeline.transforms[0]) is LoadImageFromFile
+    with pytest.raises(UnreadableImageError) as raised:
+        list(DataLoader(naming, num_workers=1, collate_fn=lambda x: x))
+    said = str(raised.value)
+    assert re.match(rf'{root}/class_0/bad_empty\.jpg: LoadImageFromFile: error: OpenCV.*buf\.empty', said)
+    assert said.endswith('(no image of this data set may be skipped)')
+    assert '\n' not in said
+    assert 'Traceback' not in said
 
 
 def test_in_other_data_sets(folder):
@@ -522,6 +554,33 @@ def test_in_other_data_sets(folder):
     assert all('good' in concat[i]['img_path'] for i in range(18))
     repeat = RepeatDataset(cfg.train_dataloader.dataset.datasets[0], times=2)
     assert all('good' in repeat[i]['img_path'] for i in range(18))
+
+
+def test_folds(folder):
+    """KFoldDataset takes a part of its data set in its place."""
+    root = folder(BAD)
+    own = dict(type='CustomDataset', data_root=root, pipeline=[LOAD], _scope_='mmpretrain')
+    cfg = Config(dict(train_dataloader=dict(dataset=dict(type='KFoldDataset', num_splits=3, fold=1, dataset=own))))
+    cfg.unreadable_images = dict(limit=3)
+    skip_unreadable(cfg)
+    # Of its three parts the first is all bad.
+    arguments = {k: v for k, v in cfg.train_dataloader.dataset.items() if k != 'type'}
+    fold = KFoldDataset(**arguments)
+    assert [Path(fold.get_data_info(i)['img_path']).name[:3] for i in range(6)] == ['bad'] * 3 + ['goo'] * 3
+    assert fold.dataset._unreadable.is_shared()
+    assert all('good' in fold[i]['img_path'] for i in range(6))
+    assert fold.dataset._unreadable.tolist() == [1, 1, 1, 0, 0, 0]
+    fold.dataset.limit = 2
+    with pytest.raises(UnreadableImageError, match=r'^3 of 6 images cannot be read, and limit=2 may be skipped'):
+        fold[2]
+    held_out = KFoldDataset(**{**arguments, 'fold': 0, 'test_mode': True})
+    with pytest.raises(UnreadableImageError, match=r'^3 of 3 images cannot be read'):
+        [held_out[i] for i in range(3)]
+
+    part = dataset(root)
+    part.get_subset_([0, 5, 6])
+    assert [Path(part[i]['img_path']).name[:4] for i in range(3)] == ['good'] * 3
+    assert part._unreadable.tolist() == [1, 0, 0]
 
 
 def test_arguments(folder):

@@ -12,8 +12,8 @@ pytest.importorskip('mmpretrain')
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
-from mmengine.hooks import Hook
-from mmengine.model import BaseModel, ExponentialMovingAverage, MMDistributedDataParallel
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.registry import HOOKS
@@ -23,6 +23,7 @@ from torch import nn
 
 import sk_plugins.reliability  # noqa: F401 - registers the hook
 from sk_plugins._resources import find_config
+from sk_plugins.reliability.configs import ConfigError
 from sk_plugins.reliability.losses import InvalidLossError, InvalidLossHook, name_images, watch_losses
 
 NAN, INF = float('nan'), float('inf')
@@ -56,8 +57,13 @@ class Loop:
         self.logger = self.message_hub = self
         self.warning = self.warnings.append
         self.runtime_info, self.get_info, self.update_info = self.infos, self.infos.get, self.infos.__setitem__
-        self.ema = ExponentialMovingAverage(self.model) if ema else None
+        self.hooks = [hook, EMAHook(momentum=0.1)] if ema else [hook]
+        self.call('before_run')
         hook.before_train(self)
+
+    def call(self, place, *args):
+        for hook in self.hooks:
+            getattr(hook, place)(self, *args)
 
     def step(self, factors=None, inputs=None, paths=('a.jpg', 'b.jpg')):
         inputs = torch.linspace(-1, 1, 12).reshape(4, 3).sin() * (self.iter + 1) if inputs is None else inputs
@@ -65,9 +71,7 @@ class Loop:
         batch = dict(inputs=inputs, data_samples=samples, factors=factors)
         self.hook.before_train_iter(self, self.iter, batch)
         outputs = dict(self.model.train_step(batch, self.optim_wrapper))
-        self.hook.after_train_iter(self, self.iter, batch, outputs)
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
+        self.call('after_train_iter', self.iter, batch, outputs)
         self.iter += 1
         return outputs
 
@@ -75,6 +79,8 @@ class Loop:
         tensors = dict(self.model.state_dict())
         for i, state in self.optim_wrapper.optimizer.state_dict()['state'].items():
             tensors[f'momentum {i}'] = state['momentum_buffer']
+        for hook in self.hooks[1:]:
+            tensors.update({f'average {name}': tensor for name, tensor in hook.ema_model.state_dict().items()})
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -109,17 +115,20 @@ def test_stops_before_the_weights_are_touched(factors, said):
 def test_skips_as_if_the_batch_had_not_been(factors):
     loop = Loop(InvalidLossHook('skip'), ema=True)
     assert {'loss', 'loss_cls', 'loss_bbox'} < set(loop.step())
+    loop.step()
     before = loop.state()
+    assert before['average steps'] == 2
+    assert not torch.equal(before['average module.linear.weight'], before['linear.weight'])
     assert loop.step(factors, torch.full((4, 3), NAN)) == {}
     assert_equal(loop.state(), before)
     assert loop.warnings == [
-        'iteration 2, learning rate 0.1: loss_cls is NaN and loss_bbox is NaN, images: a.jpg, b.jpg: '
+        'iteration 3, learning rate 0.1: loss_cls is NaN and loss_bbox is NaN, images: a.jpg, b.jpg: '
         'step skipped, 1 of at most 10'
     ]
     loop.step()
-    assert all(tensor.isfinite().all() for tensor in loop.ema.state_dict().values())
 
-    straight = Loop(InvalidLossHook())
+    straight = Loop(InvalidLossHook(), ema=True)
+    straight.step()
     straight.step()
     straight.iter += 1
     straight.step()
@@ -163,6 +172,21 @@ def test_gradient_accumulation(bad):
     assert loop.optim_wrapper.inner_count == 7
     assert len(loop.warnings) == len(bad)
     assert_equal(loop.model.state_dict(), plain.state_dict())
+
+
+def test_average_of_accumulated_batches():
+    """A skipped batch at which the weights move all the same, by those before it, counts in the average."""
+    loop = Loop(InvalidLossHook('skip'), ema=True, accumulative_counts=2)
+    loop.optim_wrapper.initialize_count_status(loop.model, 0, 6)
+    steps = []
+    for i in range(6):
+        before = loop.state()
+        loop.step((NAN, 1.0) if i in (2, 5) else None)
+        after = loop.state()
+        steps.append(int(after['average steps']))
+        moved = not torch.equal(after['average module.linear.weight'], before['average module.linear.weight'])
+        assert moved == (i in (1, 3, 4, 5))
+    assert steps == [1, 2, 2, 3, 4, 5]
 
 
 def test_mixed_precision(monkeypatch):
@@ -276,7 +300,9 @@ class SpoilImages(Hook):
             data_batch['inputs'][2, 0, 5, 5] = NAN
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        self.seen[runner.iter] = {k: v.clone() for k, v in runner.model.state_dict().items()}
+        (average,) = [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
+        state = {**runner.model.state_dict(), **{f'average {k}': v for k, v in average.state_dict().items()}}
+        self.seen[runner.iter] = {k: v.clone() for k, v in state.items()}
 
 
 def runner(work_dir, iterations, **options):
@@ -284,7 +310,7 @@ def runner(work_dir, iterations, **options):
     config.merge_from_dict({**SMALL, **options})
     config.work_dir = str(work_dir)
     config.experiment_name = work_dir.name
-    config.custom_hooks = [dict(type='SpoilImages', iterations=iterations), dict(type='EMAHook')]
+    config.custom_hooks = [dict(type='SpoilImages', iterations=iterations), dict(type='EMAHook', momentum=0.1)]
     watch_losses(config)
     return Runner.from_cfg(config)
 
@@ -307,7 +333,9 @@ def test_runner_skips(tmp_path):
     (witness,) = [hook for hook in run.hooks if isinstance(hook, SpoilImages)]
     for i in (1, 5):
         assert_equal(witness.seen[i], witness.seen[i - 1])
-    assert not torch.equal(witness.seen[2]['head.fc.weight'], witness.seen[1]['head.fc.weight'])
+    for name in ('head.fc.weight', 'average module.head.fc.weight'):
+        assert not torch.equal(witness.seen[3][name], witness.seen[2][name])
+    assert witness.seen[7]['average steps'] == 6
     checkpoint = torch.load(tmp_path / 'epoch_2.pth', weights_only=False)
     for key in ('state_dict', 'ema_state_dict'):
         assert all(tensor.isfinite().all() for tensor in checkpoint[key].values())
@@ -335,6 +363,13 @@ def test_into_a_config():
     cfg = Config(dict(default_hooks=dict(invalid_loss=None)))
     watch_losses(cfg)
     assert cfg.default_hooks == {}
+    own = InvalidLossHook('skip')
+    cfg = Config(dict(default_hooks=dict(invalid_loss=own)))
+    watch_losses(cfg)
+    assert cfg.default_hooks.invalid_loss is own
+    said = r"^default_hooks\.invalid_loss='stop' must be a dict .*\.invalid_loss\.action is 'stop' or 'skip'$"
+    with pytest.raises(ConfigError, match=said):
+        watch_losses(Config(dict(default_hooks=dict(invalid_loss='stop'))))
 
 
 def test_arguments():

@@ -26,6 +26,8 @@ from resumed_runs import assert_equal, end_of, files_of
 from torch import nn
 from torch.utils.data import BatchSampler, Dataset
 
+from sk_plugins.checkpoints import CheckpointError
+from sk_plugins.reliability.configs import ConfigError
 from sk_plugins.reliability.resuming import (
     ResumableBatches,
     SeededBatch,
@@ -382,8 +384,8 @@ def flip(path):
     [
         (truncate, 'it is cut off'),
         (lambda path: path.write_bytes(b''), 'it has no content'),
-        (lambda path: path.write_bytes(b'no checkpoint'), 'cannot be read as weights'),
-        (flip, 'sum'),
+        (lambda path: path.write_bytes(b'no checkpoint'), 'cannot be read: '),
+        (flip, 'damaged'),
     ],
     ids=['truncated', 'empty', 'text', 'flipped'],
 )
@@ -391,7 +393,7 @@ def test_a_damaged_checkpoint_is_passed_over(copy, damage, said):
     damage(copy / 'epoch_4.pth')
     found, (line,) = find_resumable(copy)
     assert found == str(copy / 'epoch_3.pth')
-    assert line.startswith(f'{copy}/epoch_4.pth is not whole: ')
+    assert line.startswith(f'{copy}/epoch_4.pth cannot be read: ')
     assert said in line
     assert '\n' not in line
 
@@ -421,6 +423,66 @@ def test_last_checkpoint_is_looked_for_where_it_is(copy, tmp_path):
     assert find_resumable(copy) == (None, [])  # the best one has weights alone
 
 
+def test_another_runs_checkpoint_is_the_last_resort(saved, copy):
+    """Of a copy whose ``last_checkpoint`` names the run that it was copied from."""
+    named = (copy / 'last_checkpoint').read_text()
+    assert Path(named).parent == saved
+    (copy / 'epoch_4.pth').unlink()
+    line = f'{copy}/last_checkpoint names {named}, which is in none of the folders of this run'
+    assert find_resumable(copy) == (str(copy / 'epoch_3.pth'), [line])
+    (copy / 'epoch_3.pth').unlink()
+    assert find_resumable(copy) == (named, [line])
+
+
+def test_nothing_but_damaged_checkpoints(copy):
+    for path in copy.glob('epoch_*.pth'):
+        truncate(path)
+    runner = make(copy, resume=True)
+    with pytest.raises(CheckpointError, match=r'no checkpoint there can be gone on from: .*epoch_4.*epoch_3.*remove'):
+        train(runner)
+    assert runner.iter == 0
+
+
+class System:
+    def __reduce__(self):
+        return os.system, ('true',)
+
+
+def test_a_refused_checkpoint_is_not_called_damaged(copy):
+    checkpoint = torch.load(copy / 'epoch_4.pth', weights_only=False)
+    torch.save({**checkpoint, 'extra': System()}, copy / 'epoch_4.pth')
+    found, (line,) = find_resumable(copy)
+    assert found == str(copy / 'epoch_3.pth')
+    module = os.system.__module__
+    assert line == f'{copy}/epoch_4.pth cannot be read: refused: it asks for {module}.system, which could run code'
+
+
+@pytest.mark.parametrize('kind', ['before torch 1.6', 'without checksums'])
+def test_other_formats_of_torch(copy, whole, kind):
+    path = copy / 'epoch_3.pth'
+    (copy / 'epoch_4.pth').unlink()
+    (copy / 'last_checkpoint').write_text(path.name)
+    checkpoint = torch.load(path, weights_only=False)
+    if kind == 'before torch 1.6':
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=False)
+    else:
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(checkpoint, path)
+        finally:
+            torch.serialization.set_crc32_options(True)
+    assert find_resumable(copy) == (str(path), [])
+    train(make(copy, resume=True))
+    assert_equal(end_of(copy), end_of(whole()))
+
+
+def test_the_best_by_a_metric_that_there_is_not(tmp_path):
+    said = r'^default_hooks\.checkpoint\.save_best=top1_acc: validation gives no such metric, but acc$'
+    with pytest.raises(ConfigError, match=said):
+        train(make(tmp_path, hook=dict(save_best='top1_acc', rule='greater')))
+    assert find_resumable(tmp_path) == (str(tmp_path / 'epoch_1.pth'), [])
+
+
 def test_resuming_with_bad_files_there(copy, whole, caplog):
     """From the one before; the rest of a write goes; the damaged file is written again; what is bad is said."""
     truncate(copy / 'epoch_4.pth')
@@ -430,8 +492,9 @@ def test_resuming_with_bad_files_there(copy, whole, caplog):
     runner.logger.warning = lines.append
     train(runner)
     assert [line for line in lines if 'passed over' in line] == [
-        f'Resuming: {copy}/epoch_4.pth is not whole: it is cut off; passed over'
+        f'Resuming: {copy}/epoch_4.pth cannot be read: it is cut off; passed over'
     ]
+    assert f'Resuming: from {copy}/epoch_3.pth' in lines
     assert_equal(end_of(copy), end_of(whole()))
     assert files_of(copy) == files_of(whole())
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import http.server
+import os
 import re
 import resource
 import shutil
@@ -73,6 +74,13 @@ def checkpoint(run):
         (['train_dataloder.batch_size=1'], r'the config has no train_dataloder; near it are train_dataloader'),
         (['env_cfg.cudnn_benchmrk=True'], r'env_cfg\.cudnn_benchmrk: there are only cudnn_benchmark'),
         (
+            ['optim_wrapper.paramwise_cfg.norm_decay_mul=0'],
+            r'paramwise_cfg\.norm_decay_mul: there are only .*decay_mult',
+        ),
+        (['optim_wrapper.clip_grad.max_nrm=1'], r'clip_grad\.max_nrm: there are only .*max_norm'),
+        (['compile.mod=3'], r'compile\.mod: there are only .*mode'),
+        (['train_dataloader.batch_size=0'], r'^train_dataloader: batch_size should be a positive integer'),
+        (
             ['train_dataloader.dataset.pipeline.9.type=x'],
             r'--cfg-options: KeyError: Index 9 exceeds the length of list',
         ),
@@ -84,6 +92,35 @@ def test_wrong_config(start, tmp_path, options, said):
         start(tmp_path, *options)
     assert '\n' not in str(caught.value)
     assert not list(tmp_path.glob('*.pth'))
+
+
+@pytest.mark.usefixtures('without_training')
+@pytest.mark.parametrize('option', ['default_hooks.checkpoint=None', 'default_hooks=None'])
+def test_no_validation_and_no_checkpoint(load_tool, option, tmp_path):
+    words = ['sknet_digits', '--work-dir', str(tmp_path), '--no-validate', '--cfg-options', *NARROW, option]
+    load_tool('train').main([*words, f'experiment_name={tmp_path.name}'])
+    assert not list(tmp_path.glob('*.pth'))
+
+
+def test_resume_of_what_cannot_be(load_tool, run, checkpoint, tmp_path):
+    main = load_tool('train').main
+    path = str(run / 'epoch_1.pth')
+    for other in (['--load-from', 'x.pth'], ['--leave-out', 'head.']):
+        with pytest.raises(ValueError, match=r'epoch_1\.pth takes all of it: --load-from and --leave-out do not go'):
+            main(['sknet_digits', '--resume', path, *other])
+    with pytest.raises(ValueError, match=rf'^--resume {run}: is a folder; .*--work-dir {run} --resume$'):
+        main(['sknet_digits', '--resume', str(run)])
+
+
+def test_another_packages_config():
+    path = find_config('mmpretrain::resnet/resnet18_8xb16_cifar10.py')
+    assert path.parts[-5:] == ('mmpretrain', '.mim', 'configs', 'resnet', 'resnet18_8xb16_cifar10.py')
+    with pytest.raises(
+        FileNotFoundError, match=r"^config 'mmpretrain::resnet/gone\.py': there is no resnet/gone\.py in"
+    ):
+        find_config('mmpretrain::resnet/gone.py')
+    with pytest.raises(FileNotFoundError, match=r"^config 'nowhere::x\.py' is neither a file nor"):
+        find_config('nowhere::x.py')
 
 
 def test_missing_data_root(load_tool, tmp_path):
@@ -343,9 +380,27 @@ def test_code_is_not_run(start, load_tool, serve, evil, tmp_path, monkeypatch):
         assert refused == set()
 
 
-def test_training_state_is_what_was_saved(run, checkpoint):
+class System:
+    def __reduce__(self):
+        return os.system, ('true',)
+
+
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'before torch 1.6'])
+def test_a_refused_pickle_says_what_it_asks_for(tmp_path, zipped):
+    path = tmp_path / 'x.pth'
+    torch.save({'x': System()}, path, _use_new_zipfile_serialization=zipped)
+    said = rf'^{path}: refused: it asks for {os.system.__module__}\.system, which could run code$'
+    with pytest.raises(CheckpointError, match=said):
+        load_from_local(str(path))
+    torch.save({'state_dict': {'x': torch.ones(1)}, 'y': Evil('1')}, path, _use_new_zipfile_serialization=zipped)
+    assert type(load_from_local(str(path))['y']).__name__ == 'builtins.eval'
+
+
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'before torch 1.6'])
+def test_training_state_is_what_was_saved(checkpoint, tmp_path, zipped):
     """All that mmengine saves is read without running any of it."""
-    loaded = load_from_local(str(run / 'epoch_1.pth'))
+    torch.save(checkpoint, tmp_path / 'x.pth', _use_new_zipfile_serialization=zipped)
+    loaded = load_from_local(str(tmp_path / 'x.pth'))
     assert loaded.keys() == checkpoint.keys()
 
     def assert_same(a, b, where=''):
