@@ -330,7 +330,7 @@ def _resolve_branches(
 ) -> list[tuple[int, int, int]]:
     """(kernel_size, dilation, groups) of every branch, checked."""
     if branches is None:
-        if not isinstance(kernel_sizes, Sequence):
+        if not isinstance(kernel_sizes, Sequence) or isinstance(kernel_sizes, str | bytes):
             raise ValueError(f'kernel_sizes={kernel_sizes!r} must be a sequence, one odd size per branch: (3, 5)')
         sizes, name = kernel_sizes, 'kernel_sizes'
     else:

@@ -125,12 +125,18 @@ def output_shape(args, batch, height, width):
 
 
 def refuses(args, inputs):
-    """Whether BatchNorm would have to take the variance of one value, which torch and the layer refuse."""
-    if not inputs['training'] or args['norm_layer'] is not nn.BatchNorm2d or inputs['batch'] != 1:
+    """Whether a norm would have to take the variance of one value, which torch and the layer refuse."""
+    if inputs['batch'] != 1:
         return False
-    shape = output_shape(args, 1, inputs['height'], inputs['width'])
-    of_maps = args['norm_position'] != 'none' and shape[2] * shape[3] == 1
-    return of_maps or (args['select'] != 'sum' and args['reduce_norm'])
+    _, channels, height, width = output_shape(args, 1, inputs['height'], inputs['width'])
+    on_maps = args['norm_position'] != 'none'
+    on_attention = args['select'] != 'sum' and args['reduce_norm']
+    if args['norm_layer'] is nn.BatchNorm2d:
+        return inputs['training'] and ((on_maps and height * width == 1) or on_attention)
+    if issubclass(args['norm_layer'], nn.GroupNorm):  # of one group, also in evaluation
+        dim = max(channels // args.get('reduction', 16), args.get('min_dim', 32))
+        return (on_maps and channels * height * width == 1) or (on_attention and dim == 1)
+    return False
 
 
 @fuzz(quick=60, share=2)

@@ -328,6 +328,7 @@ def test_group_norm_of_the_attention_sees_the_input():
         (dict(kernel_sizes=()), r'kernel_sizes=\(\) .*at least one branch'),
         (dict(branches=[]), r'branches=\[\] .*at least one branch'),
         (dict(kernel_sizes=3), 'kernel_sizes=3 .*sequence'),
+        (dict(kernel_sizes='35'), "kernel_sizes='35' must be a sequence"),
         (dict(kernel_sizes=(3, 4)), 'kernel_sizes .*4.* odd'),
         (dict(kernel_sizes=(3, 4), dilated=False), 'kernel_sizes .*4.* odd'),
         (dict(kernel_sizes=(3, 0)), 'kernel_sizes .*0.* positive'),
