@@ -334,7 +334,6 @@ def test_group_norm_of_the_attention_sees_the_input():
         (dict(kernel_sizes=(3, 0)), 'kernel_sizes .*0.* positive'),
         (dict(kernel_sizes=(-3, 3)), 'kernel_sizes .*-3.* positive'),
         (dict(kernel_sizes=(3, 5.0)), r'kernel_sizes .*5\.0'),
-        (dict(kernel_sizes='35'), "kernel_sizes .*'3'"),
         (dict(branches=[(3, 1, 32), (6, 1, 32)]), 'branches .*6.* odd'),
         (dict(branches=[(3, 1, 32), (5, 1)]), r'branches=.*\(5, 1\).*kernel_size, dilation, groups'),
         (dict(branches=[3, 5]), r'branches=\[3, 5\].*kernel_size, dilation, groups'),
