@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from _errors import fail
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS, DefaultScope
 from mmengine.runner import Runner
@@ -161,10 +162,7 @@ def run(main) -> None:
             raise
         if int(os.environ.get('RANK', 0)) > 0:
             wait_for_agent(5)  # what all processes have to say, the first one says
-        message = ' '.join(str(error).split())
-        print(f'{Path(sys.argv[0]).name}: error: {message}', file=sys.stderr)
-        print('(set SK_PLUGINS_TRACEBACK=1 for the traceback)', file=sys.stderr)
-        raise SystemExit(1) from None
+        fail(error)
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise

@@ -11,12 +11,12 @@ each class. Figures (PNG, SVG) and their numbers (CSV) go into --out.
 
 import argparse
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
 import timm
 import torch
+from _errors import run
 from export_onnx import build
 from tqdm import tqdm
 
@@ -123,11 +123,4 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (HubError, OSError, ValueError) as error:
-        if os.environ.get('SK_PLUGINS_TRACEBACK'):
-            raise
-        print(f'analyze_attention.py: error: {" ".join(str(error).split())}', file=sys.stderr)
-        print('(set SK_PLUGINS_TRACEBACK=1 for the traceback)', file=sys.stderr)
-        raise SystemExit(1) from None
+    run(main, HubError, OSError, ValueError)

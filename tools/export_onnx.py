@@ -21,6 +21,7 @@ from typing import Any
 
 import timm
 import torch
+from _errors import run
 from torch import Tensor, nn
 
 from sk_plugins import fuse
@@ -238,11 +239,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (HubError, OSError, ValueError) as error:
-        if os.environ.get('SK_PLUGINS_TRACEBACK'):
-            raise
-        print(f'export_onnx.py: error: {" ".join(str(error).split())}', file=sys.stderr)
-        print('(set SK_PLUGINS_TRACEBACK=1 for the traceback)', file=sys.stderr)
-        raise SystemExit(1) from None
+    run(main, HubError, OSError, ValueError)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from layer_pairs import SETTINGS, assert_same, make_input, make_pair, step, through
+from norm_calls import count_norms
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sk_plugins.ops import BACKENDS, custom_ops, dispatch
 
@@ -187,22 +187,6 @@ def test_a_norm_whose_forward_was_replaced_is_called(grad):
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(layer(x), plain(x), rtol=1e-9, atol=1e-11)
     assert len(calls) == 1
-
-
-class CountNorms(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 'batch_norm' in str(func)
-        return func(*args, **(kwargs or {}))
-
-
-def count_norms(layer, x):
-    with CountNorms() as mode:
-        layer(x)
-    return mode.count
 
 
 @torch.no_grad()
