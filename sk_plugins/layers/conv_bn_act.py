@@ -7,7 +7,7 @@ from timm.layers import create_aa
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from ..ops import convolve, convolves_at_once, folds
+from ..ops import convolve, convolves_at_once, folds, rearrange
 
 __all__ = ['ConvBNAct']
 
@@ -19,7 +19,8 @@ class ConvBNAct(nn.Module):
     a module of its own: timm's lives inside a BatchNorm subclass, and every tool that swaps BatchNorms
     (SyncBatchNorm conversion, folding, quantisation) then loses it in silence. In eager inference on a CPU a BatchNorm
     that nobody watches is multiplied into the weight where that takes less time (:func:`sk_plugins.ops.folds`), and a
-    ReLU is applied by the convolution itself (:func:`sk_plugins.ops.convolve`).
+    ReLU is applied by the convolution itself (:func:`sk_plugins.ops.convolve`); in training there some convolutions
+    are computed as something else (:func:`sk_plugins.ops.rearrange`).
 
     Args:
         in_channels: channels of the input.
@@ -86,7 +87,7 @@ class ConvBNAct(nn.Module):
     @torch.jit.unused
     def _convolve(self, x: Tensor) -> Tensor:
         if not self._may_skip_modules(x):
-            return self.act(self.drop(self.bn(self.conv(x))))
+            return self.act(self.drop(self.bn(call(self.conv, x))))
         if _is_bare_relu(self.act) and _is_bare_identity(self.drop):
             return convolve(self.conv, self.bn, x, relu=True)
         return self.act(self.drop(convolve(self.conv, self.bn, x)))
@@ -110,9 +111,16 @@ class ConvBNAct(nn.Module):
         )
 
     @torch.jit.unused
-    def add_relu(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """ReLU(self(x) + shortcut), in inference."""
-        return convolve(self.conv, self.bn, x, relu=True, shortcut=shortcut)
+    def add_relu(self, x: Tensor, shortcut: Tensor, overwrite: bool = False) -> Tensor:
+        """ReLU(self(x) + shortcut), in inference, in the shortcut's memory if that may be overwritten."""
+        return convolve(self.conv, self.bn, x, relu=True, shortcut=shortcut, overwrite=overwrite)
+
+
+def call(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x), rearranged where nobody looks for the convolution itself and that takes less time."""
+    if looks_for_modules(x) or not is_bare(conv):
+        return conv(x)
+    return rearrange(conv, x)
 
 
 def looks_for_modules(x: Tensor) -> bool:

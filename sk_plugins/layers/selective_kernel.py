@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._arguments import check_choice, check_dtype, check_flags, check_integer, check_layers, is_integer
 from ..ops import BACKENDS, convolve, folds, fuse, norm_relu_select, project, select, select_in_inference
-from .conv_bn_act import ConvBNAct, has_hooks, is_bare, is_watched, looks_for_modules
+from .conv_bn_act import ConvBNAct, call, has_hooks, is_bare, is_watched, looks_for_modules
 
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
 
@@ -302,7 +302,7 @@ class SelectiveKernel(nn.Module):
         if all(is_bare(conv) and folds(conv, norm, x) for (conv, norm), x in zip(pairs, inputs)):
             branches = [convolve(conv, norm, x, relu=True) for (conv, norm), x in zip(pairs, inputs)]
             return select_in_inference(branches, attend)
-        outputs = [conv(x) for (conv, _), x in zip(pairs, inputs)]
+        outputs = [call(conv, x) for (conv, _), x in zip(pairs, inputs)]
         return norm_relu_select(outputs, [norm for _, norm in pairs], attend, self.backend)
 
     def extra_repr(self) -> str:

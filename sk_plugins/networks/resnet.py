@@ -28,6 +28,7 @@ from .._arguments import (
     norm,
 )
 from ..layers import ConvBNAct, SelectiveKernel, SelectiveKernelAttention
+from ..layers.conv_bn_act import is_watched, looks_for_modules
 
 __all__ = ['UNITS', 'SKBasicBlock', 'SKBottleneck', 'SKResNet']
 
@@ -99,13 +100,14 @@ class SKBottleneck(nn.Module):
         if getattr(self.conv3.bn, 'weight', None) is not None:
             nn.init.zeros_(self.conv3.bn.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """``overwrite``: whether nobody else needs x, so that the output may take its memory."""
         shortcut = x
         x = self.conv1(x)
         x = self.conv2(x)
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles a nested test, not a combined one
             if _ends_plainly(self) and self.conv3.adds_at_once(x, self.act):
-                return self.conv3.add_relu(x, shortcut if self.downsample is None else self.downsample(shortcut))
+                return _end(self, self.conv3, x, shortcut, overwrite)
         x = self.conv3(x)
         if self.se is not None:
             x = self.se(x)
@@ -174,12 +176,13 @@ class SKBasicBlock(nn.Module):
         if getattr(self.conv2.bn, 'weight', None) is not None:
             nn.init.zeros_(self.conv2.bn.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """``overwrite``: whether nobody else needs x, so that the output may take its memory."""
         shortcut = x
         x = self.conv1(x)
         if not torch.jit.is_scripting():  # noqa: SIM102 - as above
             if _ends_plainly(self) and self.conv2.adds_at_once(x, self.act):
-                return self.conv2.add_relu(x, shortcut if self.downsample is None else self.downsample(shortcut))
+                return _end(self, self.conv2, x, shortcut, overwrite)
         x = self.conv2(x)
         if self.se is not None:
             x = self.se(x)
@@ -196,6 +199,42 @@ def _ends_plainly(unit: SKBottleneck | SKBasicBlock) -> bool:
     return unit.se is None and (
         unit.drop_path is None or (type(unit.drop_path) is DropPath and not unit.drop_path.training)
     )
+
+
+@torch.jit.unused
+def _end(unit: SKBottleneck | SKBasicBlock, last: ConvBNAct, x: Tensor, shortcut: Tensor, overwrite: bool) -> Tensor:
+    """ReLU(last(x) + shortcut), where the unit ends plainly."""
+    if unit.downsample is not None:
+        given, shortcut = shortcut, unit.downsample(shortcut)
+        own = shortcut.untyped_storage().data_ptr() != given.untyped_storage().data_ptr()
+        overwrite = own and not any(map(is_watched, unit.downsample.modules()))
+    return last.add_relu(x, shortcut, overwrite)
+
+
+class Stage(nn.Sequential):
+    """The units of a stage, one after the other: every unit but the first may overwrite its input, in inference.
+
+    A unit's output is as large as its input there, and memory that is at hand is faster to write than new memory.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            for unit in self:
+                x = unit(x)
+            return x
+        return self._forward(x)
+
+    @torch.jit.unused
+    def _forward(self, x: Tensor) -> Tensor:
+        may_overwrite = not (torch.compiler.is_compiling() or looks_for_modules(x) or torch.is_grad_enabled())
+        # Hooks may have kept what a unit gives to the next.
+        may_overwrite = may_overwrite and not any(map(is_watched, self.modules()))
+        made_here = False
+        for unit in self:
+            ours = type(unit) in (SKBottleneck, SKBasicBlock)
+            x = unit(x, overwrite=True) if may_overwrite and made_here and ours else unit(x)
+            made_here = ours
+        return x
 
 
 _BLOCKS = {
@@ -295,7 +334,9 @@ class SKResNet(ResNet):
             zero_init_last=zero_init_last,
             **kwargs,
         )
-        if len(layers) == 3:
+        for name in ('layer1', 'layer2', 'layer3', 'layer4')[:num_stages]:
+            setattr(self, name, Stage(*getattr(self, name)))
+        if num_stages == 3:
             self.layer4 = nn.Sequential()  # timm's ResNet calls four stages
         if small_stem:
             stem = self.conv1

@@ -1,4 +1,4 @@
-from .convolution import convolve, convolves_at_once, folds
+from .convolution import convolve, convolves_at_once, folds, rearrange
 from .dispatch import BACKENDS, norm_relu_select, project, select_in_inference
 from .selective_kernel import fuse, fuse_reference, select, select_reference
 
@@ -11,6 +11,7 @@ __all__ = [
     'fuse_reference',
     'norm_relu_select',
     'project',
+    'rearrange',
     'select',
     'select_in_inference',
     'select_reference',

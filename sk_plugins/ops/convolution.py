@@ -1,15 +1,25 @@
-"""Convolutions of inference on a CPU: the norm multiplied into the weight, sum and ReLU while a result is at hand.
+"""Convolutions on a CPU, by the way that takes the least time there.
 
-A convolution, a norm, a sum with the shortcut and a ReLU are four passes over the map. oneDNN, by which torch convolves
-on CPUs, applies the last two to its results before it writes them; torch has this as the operators that its compiler
-puts in the place of frozen convolutions, and here they are called.
+In inference: a convolution, a norm, a sum with the shortcut and a ReLU are four passes over the map. The norm can be
+multiplied into the weight, and oneDNN, by which torch convolves on CPUs, applies sum and ReLU to its results before it
+writes them; torch has this as the operators that its compiler puts in the place of frozen convolutions, and here they
+are called.
+
+In training: oneDNN reorders the weight of every convolution three times a step, and has no kernel of its own for the
+gradients of one that strides and dilates; :func:`rearrange` gives it less of either to do.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ['convolve', 'convolves_at_once', 'folds']
+__all__ = ['convolve', 'convolves_at_once', 'folds', 'rearrange']
+
+# In elements: from here on the order of a weight takes longer to change than the product gains by it.
+_LARGE_WEIGHT = 2**17
 
 
 def folds(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> bool:
@@ -28,11 +38,15 @@ def folds(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> bool:
 
 def convolves_at_once(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether oneDNN can take the sum and the ReLU after a convolution, and nobody is at work who counts on torch's."""
+    return not torch.is_grad_enabled() and x.dtype == torch.float32 and _is_plain(conv, x)
+
+
+def _is_plain(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a convolution is one of ordinary tensors on a CPU, which nobody but autograd looks at."""
     return (
         not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
         and x.device.type == 'cpu'
-        and x.dtype == conv.weight.dtype == torch.float32
+        and x.dtype == conv.weight.dtype
         and x.numel() > 0
         and conv.padding_mode == 'zeros'
         and not isinstance(conv.padding, str)
@@ -40,13 +54,85 @@ def convolves_at_once(conv: nn.Conv2d, x: Tensor) -> bool:
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled('cpu')
         and type(x) is Tensor
+        and type(conv.weight) in (Tensor, nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0  # FLOP counters, fake tensors
     )
 
 
-def convolve(conv: nn.Conv2d, norm: nn.Module, x: Tensor, relu: bool = False, shortcut: Tensor | None = None) -> Tensor:
+def rearrange(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x): as the matrix product that it is, or on the pixels that it meets, where that takes less time on a CPU.
+
+    - A 1x1 convolution of a channels-last map is a product of two matrices. Its weight is used as it lies, which tells
+      where the weight is large, and in training, where its gradient need not be reordered either.
+    - Where stride and dilation have a common factor g (the first unit of a stage, kernel 5 as a dilated 3x3), only
+      every g-th pixel is met: the same convolution, of stride and dilation smaller by g, of a g-th of rows and columns.
+
+    Args:
+        conv: a convolution that nobody watches, whose weight may be used without calling it.
+        x: (B, C, H, W).
+    """
+    training = torch.is_grad_enabled()
+    # A compiler has a backward pass in hand itself.
+    plain = x.device.type == 'cpu' and not training if torch.compiler.is_compiling() else _is_plain(conv, x)
+    if not plain or x.dtype not in (torch.float32, torch.float64) or x.ndim != 4:
+        return conv(x)
+    if _is_product(conv, x) and (training or conv.weight.numel() >= _LARGE_WEIGHT):
+        return _product(x, conv.weight, conv.bias)
+    step = math.gcd(*conv.stride, *conv.dilation)
+    if training and step > 1 and all(padding % step == 0 for padding in conv.padding):
+        stride, padding, dilation = ([n // step for n in sizes] for sizes in (conv.stride, conv.padding, conv.dilation))
+        return F.conv2d(_Subsample.apply(x, step), conv.weight, conv.bias, stride, padding, dilation, conv.groups)
+    return conv(x)
+
+
+def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a convolution is a product of matrices as they lie in memory."""
+    return (
+        x.ndim == 4
+        and x.shape[1] == conv.in_channels
+        and conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.groups == 1
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+class _Subsample(torch.autograd.Function):
+    """Every ``step``-th row and column, (B, C, H, W) to (B, C, ceil(H / step), ceil(W / step)), in x's memory format.
+
+    As slicing, whose own gradient forgets the memory format.
+    """
+
+    @staticmethod
+    def forward(ctx, x, step):
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        ctx.shape, ctx.step = x.shape, step
+        return x[:, :, ::step, ::step].contiguous(memory_format=ctx.memory_format)
+
+    @staticmethod
+    def backward(ctx, grad):
+        like_grad = {'dtype': grad.dtype, 'device': grad.device}
+        grad_x = torch.empty(ctx.shape, **like_grad, memory_format=ctx.memory_format).zero_()
+        grad_x[:, :, :: ctx.step, :: ctx.step] = grad
+        return grad_x, None
+
+
+def convolve(
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    x: Tensor,
+    relu: bool = False,
+    shortcut: Tensor | None = None,
+    overwrite: bool = False,
+) -> Tensor:
     """norm(conv(x)) by the norm's running statistics, + shortcut, ReLU of it: without passes for them where possible.
 
     Args:
@@ -55,6 +141,7 @@ def convolve(conv: nn.Conv2d, norm: nn.Module, x: Tensor, relu: bool = False, sh
         x: (B, C, H, W).
         relu: whether a ReLU is the last.
         shortcut: of the result's shape.
+        overwrite: whether the result may take the shortcut's memory, which is faster than new memory is to get.
     """
     weight, bias = conv.weight, conv.bias
     if type(norm) is not nn.Identity:
@@ -62,13 +149,31 @@ def convolve(conv: nn.Conv2d, norm: nn.Module, x: Tensor, relu: bool = False, sh
         mean = norm.running_mean if bias is None else norm.running_mean - bias
         weight, bias = weight * scale[:, None, None, None], norm.bias - mean * scale
     if (relu or shortcut is not None) and convolves_at_once(conv, x):
-        shape = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        if shortcut is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, 'relu', [], '')
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, shortcut, weight, bias, *shape, 'add', 1.0, 'relu' if relu else None, [], ''
-        )
-    y = conv._conv_forward(x, weight, bias)
+        pixels = x.numel() // x.shape[1]
+        if not (_is_product(conv, x) and weight.numel() > pixels * (conv.in_channels + conv.out_channels)):
+            return _convolve_at_once(conv, weight, bias, x, relu, shortcut, overwrite)
+        y = _product(x, weight, bias)
+    else:
+        y = conv._conv_forward(x, weight, bias)
     if shortcut is not None:
         y += shortcut
     return torch.relu_(y) if relu else y
+
+
+def _convolve_at_once(
+    conv: nn.Conv2d,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    relu: bool,
+    shortcut: Tensor | None,
+    overwrite: bool,
+) -> Tensor:
+    operators = torch.ops.mkldnn
+    shape = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    if shortcut is None:
+        return operators._convolution_pointwise(x, weight, bias, *shape, 'relu', [], '')
+    ending = ('add', 1.0, 'relu' if relu else None, [], '')
+    if overwrite and all(maps.is_contiguous(memory_format=torch.channels_last) for maps in (x, shortcut)):
+        return operators._convolution_pointwise_.binary(shortcut, x, weight, bias, *shape, *ending)
+    return operators._convolution_pointwise.binary(x, shortcut, weight, bias, *shape, *ending)

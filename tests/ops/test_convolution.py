@@ -8,8 +8,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import sk_plugins
-from sk_plugins.networks.resnet import SKBasicBlock, SKBottleneck
-from sk_plugins.ops import convolve, convolves_at_once
+from sk_plugins.layers import conv_bn_act
+from sk_plugins.networks.resnet import SKBasicBlock, SKBottleneck, Stage
+from sk_plugins.ops import convolve, convolves_at_once, rearrange
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs a torch with oneDNN')
 CONVOLUTIONS = [
@@ -122,3 +123,171 @@ def test_modules_that_are_watched_are_called(kind, name):
     unit.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     torch.testing.assert_close(unit(make_input(3, 32, 32, 32)), expected, rtol=1e-5, atol=1e-5)
     assert len(seen) == 1
+
+
+REARRANGED = [
+    (dict(kernel_size=1), (3, 32, 9, 9)),
+    (dict(kernel_size=1, bias=True), (1, 32, 1, 1)),
+    (dict(kernel_size=1, bias=True), (2, 32, 7, 12)),
+    (dict(kernel_size=3, padding=2, dilation=2, stride=2, groups=8), (3, 32, 9, 12)),
+    (dict(kernel_size=3, padding=4, dilation=4, stride=2, groups=32, bias=True), (2, 32, 8, 8)),
+    (dict(kernel_size=3, padding=2, dilation=2, stride=2), (2, 32, 1, 1)),
+    (dict(kernel_size=(3, 1), padding=(3, 0), dilation=(3, 3), stride=(3, 6)), (2, 32, 13, 14)),
+]
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'NHWC'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(('kwargs', 'shape'), REARRANGED, ids=str)
+def test_rearranged_convolutions(kwargs, shape, dtype, memory_format):
+    """Values and gradients are the convolution's, and so is the memory format."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(32, 48 if kwargs.get('groups') is None else 64, dtype=dtype, **kwargs)
+    conv = conv.to(memory_format=memory_format)
+    x = make_input(*shape).to(dtype).to(memory_format=memory_format).requires_grad_()
+    results = []
+    for call in (conv, lambda x: rearrange(conv, x)):
+        y = call(x)
+        weight = make_input(*y.shape, seed=2).to(dtype)
+        gradients = torch.autograd.grad((y * weight).sum(), (x, *conv.parameters()))
+        results.append((y, *gradients))
+    close = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=1e-11, atol=1e-11)
+    for expected, result in zip(*results):
+        torch.testing.assert_close(result, expected, **close)
+    for result in results[1][:2]:
+        assert result.is_contiguous(memory_format=memory_format)
+
+
+def convolutions_of(call):
+    return {name: count for name, count in operators(call).items() if name.startswith('aten::mkldnn_convolution')}
+
+
+def test_what_is_rearranged_in_training():
+    x = make_input(2, 32, 12, 12).to(memory_format=torch.channels_last).requires_grad_()
+    pointwise = nn.Conv2d(32, 32, 1, bias=False)
+    assert not convolutions_of(lambda: rearrange(pointwise, x).sum().backward())
+    assert convolutions_of(lambda: pointwise(x))
+    # The strided and dilated one meets a quarter of the pixels, and is convolved on them.
+    sparse = nn.Conv2d(32, 32, 3, stride=2, padding=2, dilation=2, groups=8, bias=False)
+    y = rearrange(sparse, x)
+    (subsampled, _), *_ = y.grad_fn.next_functions
+    assert subsampled.name() == '_SubsampleBackward'
+    # One without a common factor, and padding that none divides, stay as they are.
+    for kwargs in (dict(stride=2, padding=3, dilation=3), dict(stride=2, padding=1, dilation=2)):
+        y = rearrange(nn.Conv2d(32, 32, 3, **kwargs), x)
+        assert y.grad_fn.name() == 'ConvolutionBackward0'
+        assert y.grad_fn.next_functions[0][0].name() == 'torch::autograd::AccumulateGrad'
+
+
+def test_second_derivative_of_a_rearranged_convolution():
+    conv = nn.Conv2d(2, 2, 3, stride=2, padding=2, dilation=2, dtype=torch.float64)
+    x = make_input(1, 2, 5, 5).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: rearrange(conv, x), x)
+    assert torch.autograd.gradgradcheck(lambda x: rearrange(conv, x).square(), x)
+
+
+@torch.no_grad()
+def test_large_weights_are_products_in_inference():
+    x = make_input(2, 256, 4, 4).to(memory_format=torch.channels_last)
+    large, small = (nn.Conv2d(256, channels, 1, bias=False) for channels in (512, 511))
+    for conv in (large, small):
+        torch.testing.assert_close(rearrange(conv, x), conv(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(convolve(conv, nn.Identity(), x, relu=True), conv(x).relu(), rtol=1e-5, atol=1e-5)
+    assert not convolutions_of(lambda: rearrange(large, x))
+    assert convolutions_of(lambda: rearrange(small, x))
+    # Where the convolution takes the ReLU as well, it is a product if the weight is larger than both maps.
+    assert 'aten::addmm' in operators(lambda: convolve(large, nn.BatchNorm2d(512).eval(), x[:1], relu=True))
+    wide = make_input(2, 256, 32, 32).to(memory_format=torch.channels_last)
+    ran = operators(lambda: convolve(large, nn.Identity(), wide, relu=True))
+    assert any('mkldnn::_convolution_pointwise' in name for name in ran)
+
+
+def test_what_is_not_rearranged():
+    """Others' views of the convolution: FLOP counters, compilers' graphs, autocast, transforms, low precision."""
+    conv = nn.Conv2d(32, 32, 1)
+    x = make_input().to(memory_format=torch.channels_last)
+    with FlopCounterMode(display=False) as counter:
+        rearrange(conv, x)
+    assert set(counter.get_flop_counts()['Global']) == {torch.ops.aten.convolution}
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert rearrange(conv, x).dtype == torch.bfloat16
+        assert convolutions_of(lambda: rearrange(conv, x))
+    assert convolutions_of(lambda: rearrange(copy.deepcopy(conv).bfloat16(), x.bfloat16()))
+    batched = torch.func.vmap(lambda x: rearrange(conv, x))(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(batched, torch.stack([conv(x), conv(2 * x)]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rearrange(conv, x[0]), conv(x[0]))
+    with pytest.raises(RuntimeError, match=r'to have 32 channels, but got 16 channels'):
+        rearrange(conv, x[:, :16].contiguous(memory_format=torch.channels_last))
+
+
+def make_stage(kind, in_channels=16, units=3):
+    torch.manual_seed(0)
+    shape = dict(cardinality=4, base_width=16) if kind is SKBottleneck else {}
+    layers = []
+    for i in range(units):
+        channels = in_channels if i == 0 else 32
+        down = None
+        if channels != 32:
+            down = nn.Sequential(nn.Conv2d(channels, 32, 1, bias=False), nn.BatchNorm2d(32))
+        layers.append(kind(channels, 32 // kind.expansion, downsample=down, **shape))
+    return randomise(Stage(*layers)).eval()
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """Of every sum with a shortcut: whether the result lies where the shortcut did."""
+    found = []
+
+    def recording(conv, norm, x, relu=False, shortcut=None, overwrite=False):
+        y = convolve(conv, norm, x, relu, shortcut, overwrite)
+        if shortcut is not None:
+            found.append(y.data_ptr() == shortcut.data_ptr())
+        return y
+
+    monkeypatch.setattr(conv_bn_act, 'convolve', recording)
+    return found
+
+
+@pytest.mark.parametrize('folded', [False, True], ids=['as trained', 'folded'])
+@pytest.mark.parametrize('in_channels', [16, 32], ids=['downsample', 'no downsample'])
+@pytest.mark.parametrize('kind', [SKBottleneck, SKBasicBlock])
+def test_units_of_a_stage_overwrite_their_inputs(kind, in_channels, folded, sums):
+    stage = make_stage(kind, in_channels)
+    x = make_input(2, in_channels, 32, 32).to(memory_format=torch.channels_last)
+    before, expected = x.clone(), stage(x).detach()
+    stage = sk_plugins.fuse(stage) if folded else stage
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(stage(x), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, before)
+    assert sums == 2 * [in_channels == 16, True, True]
+
+
+@pytest.mark.parametrize('name', ['1', '0.act', '0.conv2', '1.conv1', '0.downsample'])
+@torch.no_grad()
+def test_no_input_is_overwritten_that_a_hook_may_keep(name, sums):
+    stage = make_stage(SKBottleneck)
+    x = make_input(2, 16, 32, 32).to(memory_format=torch.channels_last)
+    expected, kept, copies = stage(x), [], []
+    assert sums == [True, True, True]
+
+    def keep(module, inputs, output):
+        kept.extend((*inputs, output))
+        copies.extend(tensor.clone() for tensor in (*inputs, output))
+
+    stage.get_submodule(name).register_forward_hook(keep)
+    torch.testing.assert_close(stage(x), expected, rtol=1e-5, atol=1e-5)
+    assert not any(sums[4:])
+    if name != '0.act':  # which is in place itself
+        assert all(map(torch.equal, kept, copies))
+
+
+@torch.no_grad()
+def test_a_unit_by_itself_and_foreign_units_keep_their_inputs(sums):
+    stage = make_stage(SKBottleneck)
+    x = make_input(2, 32, 32, 32).to(memory_format=torch.channels_last)
+    before = x.clone()
+    stage[1](x)
+    Stage(nn.Identity(), stage[1], nn.Identity(), stage[2])(x)
+    assert torch.equal(x, before)
+    assert sums == [False, False, False]
