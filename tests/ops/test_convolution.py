@@ -159,7 +159,11 @@ def test_rearranged_convolutions(kwargs, shape, dtype, memory_format):
 
 
 def convolutions_of(call):
-    return {name: count for name, count in operators(call).items() if name.startswith('aten::mkldnn_convolution')}
+    return {
+        name: count
+        for name, count in operators(call).items()
+        if name in ('aten::convolution', 'mkldnn::_convolution_pointwise')
+    }
 
 
 def test_what_is_rearranged_in_training():
