@@ -398,6 +398,21 @@ def test_feature_info(output_stride, reductions):
     assert [feature.shape[1] for feature in features] == [64, 64, 128, 256, 512]
 
 
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode], ids=['no_grad', 'inference_mode'])
+@pytest.mark.parametrize('output_stride', [32, 8])
+@each_kind
+def test_features_outlive_the_units_that_overwrite(kwargs, output_stride, mode):
+    """In inference units write into each other's memory (Stage), but what a stage gives away stays as it is."""
+    kwargs = dict(kwargs, layers=[3] * len(kwargs['layers']), output_stride=output_stride)
+    network = randomise(SKResNet(**kwargs)).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    before, expected = x.clone(), network.forward_intermediates(x, intermediates_only=True)
+    with mode():
+        features = network.forward_intermediates(x, intermediates_only=True)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_sk_kwargs_reach_every_unit():
     sk_kwargs = dict(kernel_sizes=(3, 7), select='shared', reduction=4, min_dim=8, groups=4)
     network = SKResNet(**NARROW, block_args=dict(sk_kwargs=sk_kwargs))
