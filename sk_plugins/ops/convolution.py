@@ -112,10 +112,11 @@ class _Subsample(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, step):
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         ctx.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         ctx.shape, ctx.step = x.shape, step
-        return x[:, :, ::step, ::step].contiguous(memory_format=ctx.memory_format)
+        # Not contiguous(), which leaves a single pixel the strides of a slice, of which slow_conv2d makes an error.
+        return x[:, :, ::step, ::step].clone(memory_format=ctx.memory_format)
 
     @staticmethod
     def backward(ctx, grad):
