@@ -132,8 +132,7 @@ REARRANGED = [
     (dict(kernel_size=3, padding=2, dilation=2, stride=2, groups=8), (3, 32, 9, 12)),
     (dict(kernel_size=3, padding=4, dilation=4, stride=2, groups=32, bias=True), (2, 32, 8, 8)),
     (dict(kernel_size=3, padding=2, dilation=2, stride=2), (2, 32, 1, 1)),
-    (dict(kernel_size=3, padding=2, dilation=2, stride=2, groups=32), (1, 32, 1, 1)),
-    (dict(kernel_size=3, padding=2, dilation=2, stride=2, groups=2), (1, 32, 2, 1)),
+    (dict(kernel_size=3, padding=2, dilation=2, stride=2, groups=16), (1, 32, 1, 1)),
     (dict(kernel_size=(3, 1), padding=(3, 0), dilation=(3, 3), stride=(3, 6)), (2, 32, 13, 14)),
 ]
 
