@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._arguments import check_choice, check_dtype, check_flags, check_integer, check_layers, is_integer
 from ..ops import BACKENDS, convolve, folds, fuse, norm_relu_select, project, select, select_in_inference
-from .conv_bn_act import ConvBNAct, call, has_hooks, is_bare, is_watched, looks_for_modules
+from .conv_bn_act import ConvBNAct, call, is_bare, is_watched, looks_for_modules
 
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
 
@@ -287,7 +287,8 @@ class SelectiveKernel(nn.Module):
         norm = type(self.paths[0].bn)
         if norm is nn.Identity and torch.is_grad_enabled():
             return False
-        return all(_is_plain(path, norm) for path in self.paths) and (self.attn is None or not has_hooks(self.attn))
+        attn_is_ours = self.attn is None or (type(self.attn) is SelectiveKernelAttention and not is_watched(self.attn))
+        return attn_is_ours and all(_is_plain(path, norm) for path in self.paths)
 
     @torch.jit.unused
     def _dispatch(self, inputs: list[Tensor]) -> Tensor:

@@ -100,14 +100,19 @@ class SKBottleneck(nn.Module):
         if getattr(self.conv3.bn, 'weight', None) is not None:
             nn.init.zeros_(self.conv3.bn.weight)
 
-    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """``overwrite``: whether nobody else needs x, so that the output may take its memory."""
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(x)
+
+    def _forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """``overwrite``: whether nobody else needs the shortcut, x or what ``downsample`` makes of it, any more."""
         shortcut = x
         x = self.conv1(x)
         x = self.conv2(x)
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles a nested test, not a combined one
             if _ends_plainly(self) and self.conv3.adds_at_once(x, self.act):
-                return _end(self, self.conv3, x, shortcut, overwrite)
+                if self.downsample is not None:
+                    shortcut = self.downsample(shortcut)
+                return self.conv3.add_relu(x, shortcut, overwrite)
         x = self.conv3(x)
         if self.se is not None:
             x = self.se(x)
@@ -176,13 +181,18 @@ class SKBasicBlock(nn.Module):
         if getattr(self.conv2.bn, 'weight', None) is not None:
             nn.init.zeros_(self.conv2.bn.weight)
 
-    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """``overwrite``: whether nobody else needs x, so that the output may take its memory."""
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(x)
+
+    def _forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """``overwrite``: whether nobody else needs the shortcut, x or what ``downsample`` makes of it, any more."""
         shortcut = x
         x = self.conv1(x)
         if not torch.jit.is_scripting():  # noqa: SIM102 - as above
             if _ends_plainly(self) and self.conv2.adds_at_once(x, self.act):
-                return _end(self, self.conv2, x, shortcut, overwrite)
+                if self.downsample is not None:
+                    shortcut = self.downsample(shortcut)
+                return self.conv2.add_relu(x, shortcut, overwrite)
         x = self.conv2(x)
         if self.se is not None:
             x = self.se(x)
@@ -196,19 +206,14 @@ class SKBasicBlock(nn.Module):
 
 def _ends_plainly(unit: SKBottleneck | SKBasicBlock) -> bool:
     """Whether a unit's last convolution is followed by its residual sum."""
-    return unit.se is None and (
-        unit.drop_path is None or (type(unit.drop_path) is DropPath and not unit.drop_path.training)
+    drop_path = unit.drop_path
+    keeps_all = drop_path is None or (
+        type(drop_path) is DropPath and not drop_path.training and not is_watched(drop_path)
     )
+    return unit.se is None and keeps_all
 
 
-@torch.jit.unused
-def _end(unit: SKBottleneck | SKBasicBlock, last: ConvBNAct, x: Tensor, shortcut: Tensor, overwrite: bool) -> Tensor:
-    """ReLU(last(x) + shortcut), where the unit ends plainly."""
-    if unit.downsample is not None:
-        given, shortcut = shortcut, unit.downsample(shortcut)
-        own = shortcut.untyped_storage().data_ptr() != given.untyped_storage().data_ptr()
-        overwrite = own and not any(map(is_watched, unit.downsample.modules()))
-    return last.add_relu(x, shortcut, overwrite)
+_FORWARDS = (SKBottleneck.forward, SKBasicBlock.forward)
 
 
 class Stage(nn.Sequential):
@@ -226,15 +231,25 @@ class Stage(nn.Sequential):
 
     @torch.jit.unused
     def _forward(self, x: Tensor) -> Tensor:
-        may_overwrite = not (torch.compiler.is_compiling() or looks_for_modules(x) or torch.is_grad_enabled())
-        # Hooks may have kept what a unit gives to the next.
-        may_overwrite = may_overwrite and not any(map(is_watched, self.modules()))
+        in_sight = not (torch.compiler.is_compiling() or looks_for_modules(x) or torch.is_grad_enabled())
+        in_sight = in_sight and torch._C._len_torch_function_stack() == 0 and all(map(_keeps_nothing, self.modules()))
         made_here = False
         for unit in self:
-            ours = type(unit) in (SKBottleneck, SKBasicBlock)
-            x = unit(x, overwrite=True) if may_overwrite and made_here and ours else unit(x)
+            ours = in_sight and type(unit).forward in _FORWARDS
+            may_overwrite = ours and (made_here or _makes_shortcut(unit))
+            x = unit._forward(x, overwrite=True) if may_overwrite else unit(x)
             made_here = ours
         return x
+
+
+def _keeps_nothing(module: nn.Module) -> bool:
+    """Whether a module, as far as is known, holds on to nothing that goes in or out of it."""
+    return type(module).__module__.partition('.')[0] in ('torch', 'timm', 'sk_plugins') and not is_watched(module)
+
+
+def _makes_shortcut(unit: SKBottleneck | SKBasicBlock) -> bool:
+    """Whether the unit's shortcut is a map of its own."""
+    return unit.downsample is not None and any(type(module) is nn.Conv2d for module in unit.downsample.modules())
 
 
 _BLOCKS = {

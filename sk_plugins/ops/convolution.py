@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ['convolve', 'convolves_at_once', 'folds', 'rearrange']
+__all__ = ['as_matrix', 'convolve', 'convolves_at_once', 'folds', 'rearrange']
 
 # In elements: from here on the order of a weight takes longer to change than the product gains by it.
 _LARGE_WEIGHT = 2**17
@@ -91,7 +91,7 @@ def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether a convolution is a product of matrices as they lie in memory."""
     return (
         x.ndim == 4
-        and x.shape[1] == conv.in_channels
+        and x.shape[1] == conv.in_channels > 1  # a single channel is in every format
         and conv.kernel_size == (1, 1)
         and conv.stride == (1, 1)
         and conv.padding == (0, 0)
@@ -101,7 +101,15 @@ def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    y = F.linear(x.permute(0, 2, 3, 1), as_matrix(weight), bias).permute(0, 3, 1, 2)
+    # What torch takes for a view made without autograd may not be changed in place with it.
+    return y if torch.is_grad_enabled() or torch.compiler.is_compiling() else y.data
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """The weight of a 1x1 convolution, (out, in, 1, 1), as (out, in): its gradient gets the weight's own strides."""
+    channels_last = weight.stride(3) == weight.shape[1]
+    return weight.permute(0, 2, 3, 1).flatten(1) if channels_last else weight.flatten(1)
 
 
 class _Subsample(torch.autograd.Function):
@@ -112,16 +120,19 @@ class _Subsample(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, step):
-        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        ctx.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        ctx.channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         ctx.shape, ctx.step = x.shape, step
+        memory_format = torch.channels_last if ctx.channels_last else torch.contiguous_format
         # Not contiguous(), which leaves a single pixel the strides of a slice, of which slow_conv2d makes an error.
-        return x[:, :, ::step, ::step].clone(memory_format=ctx.memory_format)
+        return x[:, :, ::step, ::step].clone(memory_format=memory_format)
 
     @staticmethod
     def backward(ctx, grad):
-        like_grad = {'dtype': grad.dtype, 'device': grad.device}
-        grad_x = torch.empty(ctx.shape, **like_grad, memory_format=ctx.memory_format).zero_()
+        batch, channels, height, width = ctx.shape
+        if ctx.channels_last:
+            grad_x = grad.new_zeros(batch, height, width, channels).permute(0, 3, 1, 2)
+        else:
+            grad_x = grad.new_zeros(ctx.shape)
         grad_x[:, :, :: ctx.step, :: ctx.step] = grad
         return grad_x, None
 

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from randomised import randomise
+from timm.layers import DropPath
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -113,10 +114,10 @@ def test_units_leave_no_pass_for_sum_and_relu(kind, convolutions, folded):
 
 
 @pytest.mark.parametrize('kind', [SKBottleneck, SKBasicBlock])
-@pytest.mark.parametrize('name', ['act', 'conv3', 'conv3.conv', 'conv1'])
+@pytest.mark.parametrize('name', ['act', 'conv3', 'conv3.conv', 'conv1', 'drop_path'])
 @torch.no_grad()
 def test_modules_that_are_watched_are_called(kind, name):
-    unit = make_unit(kind)
+    unit = make_unit(kind, drop_path=DropPath(0.2))
     name = name.replace('conv3', 'conv2') if kind is SKBasicBlock else name
     expected = unit(make_input(3, 32, 32, 32))
     seen = []
@@ -129,6 +130,9 @@ REARRANGED = [
     (dict(kernel_size=1), (3, 32, 9, 9)),
     (dict(kernel_size=1, bias=True), (1, 32, 1, 1)),
     (dict(kernel_size=1, bias=True), (2, 32, 7, 12)),
+    (dict(kernel_size=1, stride=2), (2, 32, 7, 12)),
+    (dict(kernel_size=1, padding=1), (2, 32, 7, 12)),
+    (dict(kernel_size=1, groups=4), (2, 32, 7, 12)),
     (dict(kernel_size=3, padding=2, dilation=2, stride=2, groups=8), (3, 32, 9, 12)),
     (dict(kernel_size=3, padding=4, dilation=4, stride=2, groups=32, bias=True), (2, 32, 8, 8)),
     (dict(kernel_size=3, padding=2, dilation=2, stride=2), (2, 32, 1, 1)),
@@ -268,23 +272,115 @@ def test_units_of_a_stage_overwrite_their_inputs(kind, in_channels, folded, sums
     assert sums == 2 * [in_channels == 16, True, True]
 
 
-@pytest.mark.parametrize('name', ['1', '0.act', '0.conv2', '1.conv1', '0.downsample'])
+@pytest.mark.parametrize('name', ['1', '0.act', '0.conv2', '1.conv1', '0.downsample', '0.conv3.bn'])
 @torch.no_grad()
 def test_no_input_is_overwritten_that_a_hook_may_keep(name, sums):
     stage = make_stage(SKBottleneck)
     x = make_input(2, 16, 32, 32).to(memory_format=torch.channels_last)
     expected, kept, copies = stage(x), [], []
     assert sums == [True, True, True]
+    sums.clear()
 
     def keep(module, inputs, output):
-        kept.extend((*inputs, output))
-        copies.extend(tensor.clone() for tensor in (*inputs, output))
+        kept.append(output)
+        copies.append(output.clone())
 
     stage.get_submodule(name).register_forward_hook(keep)
     torch.testing.assert_close(stage(x), expected, rtol=1e-5, atol=1e-5)
-    assert not any(sums[4:])
-    if name != '0.act':  # which is in place itself
-        assert all(map(torch.equal, kept, copies))
+    assert sums
+    assert not any(sums)
+    if name != '0.conv3.bn':  # to which the unit itself adds, in place, as timm's
+        assert torch.equal(kept[0], copies[0])
+
+
+class Keeping(nn.Module):
+    """A user's module, which returns what it was given the first time."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.kept = module, None
+
+    def forward(self, x):
+        if self.kept is None:
+            self.kept = self.module(x)
+        return self.kept
+
+
+@pytest.mark.parametrize('name', ['downsample', 'conv1', 'act'])
+@torch.no_grad()
+def test_what_a_foreign_module_keeps_is_not_overwritten(name, sums):
+    stage = make_stage(SKBottleneck)
+    x = make_input(2, 16, 32, 32).to(memory_format=torch.channels_last)
+    expected = stage(x)
+    sums.clear()
+    setattr(stage[0], name, Keeping(getattr(stage[0], name)))
+    for _ in range(3):
+        torch.testing.assert_close(stage(x), expected, rtol=1e-5, atol=1e-5)
+    assert not any(sums)
+
+
+@torch.no_grad()
+def test_a_downsample_without_a_convolution_keeps_the_input(sums):
+    stage = make_stage(SKBottleneck, in_channels=32)
+    stage[0].downsample = nn.Identity()
+    x = make_input(2, 32, 32, 32).to(memory_format=torch.channels_last)
+    before = x.clone()
+    stage(x)
+    assert torch.equal(x, before)
+    assert sums == [False, True, True]
+
+
+@torch.no_grad()
+def test_a_patched_unit_is_called():
+    stage = make_stage(SKBottleneck)
+    x = make_input(2, 16, 32, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SKBottleneck, 'forward', lambda self, x: x + 1)
+        torch.testing.assert_close(stage(x), x + 3)
+
+
+@pytest.mark.parametrize('folded', [False, True], ids=['as trained', 'folded'])
+@pytest.mark.parametrize('kind', [SKBottleneck, SKBasicBlock])
+@torch.no_grad()
+def test_transforms_of_a_stage_in_inference(kind, folded):
+    stage = make_stage(kind)
+    stage = sk_plugins.fuse(stage) if folded else stage
+    x = make_input(2, 16, 32, 32).to(memory_format=torch.channels_last)
+    expected = stage(x)
+    close = dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.func.vmap(stage)(torch.stack([x, x]))[1], expected, **close)
+    torch.testing.assert_close(torch.func.functionalize(stage)(x), expected, **close)
+    torch.testing.assert_close(torch.func.jvp(stage, (x,), (x,))[0], expected, **close)
+
+
+@torch.no_grad()
+def test_features_of_inference_may_be_changed_in_training():
+    """As a frozen backbone's are by the head that is trained on them."""
+    conv = nn.Conv2d(256, 512, 1)
+    x = make_input(1, 256, 3, 3).to(memory_format=torch.channels_last)
+    features = [rearrange(conv, x), convolve(conv, nn.Identity(), x, relu=True)]
+    with torch.enable_grad():
+        for feature in features:
+            feature += torch.ones(512, 1, 1, requires_grad=True)
+            assert feature.requires_grad
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'NHWC'])
+def test_gradients_have_the_weights_strides(memory_format):
+    conv = nn.Conv2d(32, 16, 1).to(memory_format=memory_format)
+    rearrange(conv, make_input().to(memory_format=torch.channels_last)).sum().backward()
+    assert conv.weight.grad.stride() == conv.weight.stride()
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'NHWC'])
+def test_gradients_of_many_at_once(memory_format):
+    """As vectorised Jacobians ask for them."""
+    conv = nn.Conv2d(4, 2, 3, stride=2, padding=2, dilation=2, dtype=torch.float64)
+    x = make_input(2, 4, 5, 5).double().to(memory_format=memory_format)
+    expected, jacobian = (
+        torch.autograd.functional.jacobian(f, x, vectorize=True) for f in (conv, lambda x: rearrange(conv, x))
+    )
+    torch.testing.assert_close(jacobian, expected)
 
 
 @torch.no_grad()

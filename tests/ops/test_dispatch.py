@@ -1,7 +1,7 @@
 """Every way from the convolutions to the selected map gives the plain one's numbers, and 'auto' picks the right one."""
 
 import logging
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from norm_calls import count_norms
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from sk_plugins.layers import SelectiveKernelAttention
 from sk_plugins.ops import BACKENDS, custom_ops, dispatch
 
 each_setting = pytest.mark.parametrize('kwargs', SETTINGS.values(), ids=SETTINGS.keys())
@@ -190,6 +191,24 @@ def test_a_norm_whose_forward_was_replaced_is_called(grad):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('grad', [True, False], ids=['grad', 'no_grad'])
+@pytest.mark.parametrize('kind', ['patched', 'subclass'])
+def test_attention_of_ones_own_is_called(kind, grad):
+    def first(self, branches):
+        weights = branches[0].new_zeros(branches[0].shape[0], len(branches), branches[0].shape[1], 1, 1)
+        weights[:, 0] = 1
+        return weights
+
+    layer, _ = make_pair()
+    x = make_input()
+    if kind == 'patched':
+        layer.attn.forward = MethodType(first, layer.attn)
+    else:
+        layer.attn.__class__ = type('First', (SelectiveKernelAttention,), {'forward': first})
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(layer.eval()(x), layer.paths[0](x), rtol=1e-9, atol=1e-11)
+
+
 def test_watched_convolutions_see_their_own_output():
     layer, _ = make_pair()
     layer.eval()
