@@ -12,6 +12,7 @@ the interquartile range in per cent of the median. The weights and the images ar
 """
 
 import argparse
+import ast
 import contextlib
 import datetime
 import difflib
@@ -122,7 +123,7 @@ class Variant:
 def parse_arguments(text: str) -> dict[str, Any]:
     """'num_classes=10,sk_kwargs.reduction=32' as {'num_classes': 10, 'sk_kwargs': {'reduction': 32}}.
 
-    Values are JSON (8, 0.5, false, [3,5]) or Python's True, False and None, and text where they are neither.
+    Values are JSON (8, 0.5, false, [3,5]) or Python (False, None, (3,5)), and text where they are neither.
 
     Raises:
         ValueError: something that is not key=value, or a key that is both a value and a prefix.
@@ -138,11 +139,15 @@ def parse_arguments(text: str) -> dict[str, Any]:
             inner = inner.setdefault(name, {})
             if not isinstance(inner, dict):
                 raise ValueError(f'model argument {item!r}: {name} already has a value of its own')
-        try:
-            inner[last] = json.loads(value)
-        except json.JSONDecodeError:
-            inner[last] = {'True': True, 'False': False, 'None': None}.get(value, value)
+        inner[last] = _parse_value(value)
     return arguments
+
+
+def _parse_value(text: str) -> Any:
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return parse(text)
+    return text
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def test_model_arguments(tool):
         'sk_kwargs': {'split_input': True, 'reduction': 8},
         'output_stride': None,
     }
+    assert tool.parse_arguments('kernel_sizes=(3,5,7),a=1e,b=3)') == {'kernel_sizes': (3, 5, 7), 'a': '1e', 'b': '3)'}
     assert tool.parse_arguments('') == {}
 
 
