@@ -225,6 +225,11 @@ def test_what_is_not_rearranged():
     batched = torch.func.vmap(lambda x: rearrange(conv, x))(torch.stack([x, 2 * x]))
     torch.testing.assert_close(batched, torch.stack([conv(x), conv(2 * x)]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(rearrange(conv, x[0]), conv(x[0]))
+    for wrong in (x.double(), x.bfloat16()):
+        with pytest.raises(RuntimeError, match='type'):
+            rearrange(conv, wrong)
+        with torch.no_grad(), pytest.raises(RuntimeError, match='type'):
+            convolve(conv, nn.Identity(), wrong, relu=True)
     with pytest.raises(RuntimeError, match=r'to have 32 channels, but got 16 channels'):
         rearrange(conv, x[:, :16].contiguous(memory_format=torch.channels_last))
 
@@ -270,6 +275,18 @@ def test_units_of_a_stage_overwrite_their_inputs(kind, in_channels, folded, sums
             torch.testing.assert_close(stage(x), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(x, before)
     assert sums == 2 * [in_channels == 16, True, True]
+
+
+@torch.no_grad()
+def test_units_overwrite_channels_last_maps_only(sums):
+    stage = make_stage(SKBottleneck)
+    x = make_input(2, 16, 32, 32)
+    expected = stage(x.to(memory_format=torch.channels_last))
+    sums.clear()
+    result = stage(x)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert result.is_contiguous()
+    assert sums == [False, False, False]
 
 
 @pytest.mark.parametrize('name', ['1', '0.act', '0.conv2', '1.conv1', '0.downsample', '0.conv3.bn'])
