@@ -18,7 +18,9 @@ from torch.autograd import forward_ad
 
 __all__ = ['as_matrix', 'convolve', 'convolves_at_once', 'folds', 'rearrange']
 
-# In elements: from here on the order of a weight takes longer to change than the product gains by it.
+# In elements. Below the first nothing is rearranged: there is little to gain, and small networks' runs of before are
+# repeated to the last digit. From the second on, the order of a weight takes longer to change than a convolution gains.
+_LEAST_WEIGHT = 2**13
 _LARGE_WEIGHT = 2**17
 
 
@@ -77,6 +79,8 @@ def rearrange(conv: nn.Conv2d, x: Tensor) -> Tensor:
     # A compiler has a backward pass in hand itself.
     plain = x.device.type == 'cpu' and not training if torch.compiler.is_compiling() else _is_plain(conv, x)
     if not plain or x.dtype not in (torch.float32, torch.float64) or x.ndim != 4:
+        return conv(x)
+    if conv.weight.numel() < _LEAST_WEIGHT:
         return conv(x)
     if _is_product(conv, x) and (training or conv.weight.numel() >= _LARGE_WEIGHT):
         return _product(x, conv.weight, conv.bias)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sk_plugins
 from sk_plugins.layers import conv_bn_act
 from sk_plugins.networks.resnet import SKBasicBlock, SKBottleneck, Stage
-from sk_plugins.ops import convolve, convolves_at_once, rearrange
+from sk_plugins.ops import convolution, convolve, convolves_at_once, rearrange
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs a torch with oneDNN')
 CONVOLUTIONS = [
@@ -126,6 +126,12 @@ def test_modules_that_are_watched_are_called(kind, name):
     assert len(seen) == 1
 
 
+@pytest.fixture
+def whatever_size(monkeypatch):
+    """Small weights are rearranged as large ones are."""
+    monkeypatch.setattr(convolution, '_LEAST_WEIGHT', 0)
+
+
 REARRANGED = [
     (dict(kernel_size=1), (3, 32, 9, 9)),
     (dict(kernel_size=1, bias=True), (1, 32, 1, 1)),
@@ -141,6 +147,7 @@ REARRANGED = [
 ]
 
 
+@pytest.mark.usefixtures('whatever_size')
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'NHWC'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(('kwargs', 'shape'), REARRANGED, ids=str)
@@ -171,6 +178,7 @@ def convolutions_of(call):
     }
 
 
+@pytest.mark.usefixtures('whatever_size')
 def test_what_is_rearranged_in_training():
     x = make_input(2, 32, 12, 12).to(memory_format=torch.channels_last).requires_grad_()
     pointwise = nn.Conv2d(32, 32, 1, bias=False)
@@ -188,11 +196,19 @@ def test_what_is_rearranged_in_training():
         assert y.grad_fn.next_functions[0][0].name() == 'torch::autograd::AccumulateGrad'
 
 
+@pytest.mark.usefixtures('whatever_size')
 def test_second_derivative_of_a_rearranged_convolution():
     conv = nn.Conv2d(2, 2, 3, stride=2, padding=2, dilation=2, dtype=torch.float64)
     x = make_input(1, 2, 5, 5).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: rearrange(conv, x), x)
     assert torch.autograd.gradgradcheck(lambda x: rearrange(conv, x).square(), x)
+
+
+def test_small_weights_are_not_rearranged():
+    x = make_input(2, 64, 4, 4).to(memory_format=torch.channels_last)
+    least, small = (nn.Conv2d(64, channels, 1, bias=False) for channels in (128, 127))
+    assert not convolutions_of(lambda: rearrange(least, x))
+    assert convolutions_of(lambda: rearrange(small, x))
 
 
 @torch.no_grad()
@@ -211,6 +227,7 @@ def test_large_weights_are_products_in_inference():
     assert any('mkldnn::_convolution_pointwise' in name for name in ran)
 
 
+@pytest.mark.usefixtures('whatever_size')
 def test_what_is_not_rearranged():
     """Others' views of the convolution: FLOP counters, compilers' graphs, autocast, transforms, low precision."""
     conv = nn.Conv2d(32, 32, 1)
@@ -382,6 +399,7 @@ def test_features_of_inference_may_be_changed_in_training():
             assert feature.requires_grad
 
 
+@pytest.mark.usefixtures('whatever_size')
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'NHWC'])
 def test_gradients_have_the_weights_strides(memory_format):
     conv = nn.Conv2d(32, 16, 1).to(memory_format=memory_format)
@@ -389,6 +407,7 @@ def test_gradients_have_the_weights_strides(memory_format):
     assert conv.weight.grad.stride() == conv.weight.stride()
 
 
+@pytest.mark.usefixtures('whatever_size')
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'NHWC'])
 def test_gradients_of_many_at_once(memory_format):
     """As vectorised Jacobians ask for them."""
