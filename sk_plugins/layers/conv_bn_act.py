@@ -147,12 +147,7 @@ def _is_bare_identity(module: nn.Module) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether somebody's code runs when this module is called: hooks, or a ``forward`` put in its place."""
-    return has_hooks(module) or 'forward' in vars(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether the module has hooks, or all modules have."""
+    """Whether somebody's code runs when this module is called: hooks (all modules' too) or another ``forward``."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -160,4 +155,5 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or global_hooks._global_forward_hooks
         or global_hooks._global_forward_pre_hooks
+        or 'forward' in vars(module)
     )

@@ -78,9 +78,8 @@ def rearrange(conv: nn.Conv2d, x: Tensor) -> Tensor:
     training = torch.is_grad_enabled()
     # A compiler has a backward pass in hand itself.
     plain = x.device.type == 'cpu' and not training if torch.compiler.is_compiling() else _is_plain(conv, x)
-    if not plain or x.dtype not in (torch.float32, torch.float64) or x.ndim != 4:
-        return conv(x)
-    if conv.weight.numel() < _LEAST_WEIGHT:
+    full = x.dtype in (torch.float32, torch.float64)
+    if not (plain and full and x.ndim == 4 and conv.weight.numel() >= _LEAST_WEIGHT):
         return conv(x)
     if _is_product(conv, x) and (training or conv.weight.numel() >= _LARGE_WEIGHT):
         return _product(x, conv.weight, conv.bias)
