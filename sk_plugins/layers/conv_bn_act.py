@@ -123,6 +123,18 @@ def call(conv: nn.Module, x: Tensor) -> Tensor:
     return rearrange(conv, x)
 
 
+def shorten(downsample: nn.Module, x: Tensor) -> Tensor:
+    """downsample(x), where timm's ends in a convolution and a norm: the norm is multiplied in if that is faster."""
+    if type(downsample) is not nn.Sequential or len(downsample) < 2 or is_watched(downsample) or looks_for_modules(x):
+        return downsample(x)
+    *pooling, conv, norm = downsample
+    if not (is_bare(conv) and is_bare_norm(norm) and folds(conv, norm, x)):
+        return downsample(x)
+    for layer in pooling:
+        x = layer(x)
+    return convolve(conv, norm, x)
+
+
 def looks_for_modules(x: Tensor) -> bool:
     """Whether a tracer or an exporter is at work, whose graph shall show the modules called."""
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()

@@ -28,7 +28,7 @@ from .._arguments import (
     norm,
 )
 from ..layers import ConvBNAct, SelectiveKernel, SelectiveKernelAttention
-from ..layers.conv_bn_act import is_watched, looks_for_modules
+from ..layers.conv_bn_act import is_watched, looks_for_modules, shorten
 
 __all__ = ['UNITS', 'SKBasicBlock', 'SKBottleneck', 'SKResNet']
 
@@ -111,7 +111,7 @@ class SKBottleneck(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles a nested test, not a combined one
             if _ends_plainly(self) and self.conv3.adds_at_once(x, self.act):
                 if self.downsample is not None:
-                    shortcut = self.downsample(shortcut)
+                    shortcut = shorten(self.downsample, shortcut)
                 return self.conv3.add_relu(x, shortcut, overwrite)
         x = self.conv3(x)
         if self.se is not None:
@@ -191,7 +191,7 @@ class SKBasicBlock(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102 - as above
             if _ends_plainly(self) and self.conv2.adds_at_once(x, self.act):
                 if self.downsample is not None:
-                    shortcut = self.downsample(shortcut)
+                    shortcut = shorten(self.downsample, shortcut)
                 return self.conv2.add_relu(x, shortcut, overwrite)
         x = self.conv2(x)
         if self.se is not None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from norm_calls import count_norms
 from randomised import randomise
+from timm.models.resnet import downsample_avg, downsample_conv
 from torch import nn
 
 from sk_plugins.layers import ConvBNAct
+from sk_plugins.layers.conv_bn_act import shorten
 
 
 def make(**kwargs):
@@ -61,3 +63,59 @@ def test_the_norm_is_called_where_it_must_be(change):
 @torch.no_grad()
 def test_a_weight_larger_than_the_map_is_left_alone():
     assert count_norms(make(), make_input(1)) == 1
+
+
+SHORTCUTS = [
+    lambda: downsample_conv(8, 12, kernel_size=1, stride=2),
+    lambda: downsample_conv(8, 12, kernel_size=3, dilation=2),
+    lambda: downsample_avg(8, 12, kernel_size=1, stride=2),
+    lambda: downsample_avg(8, 12, kernel_size=1),
+]
+
+
+class Shortened(nn.Module):
+    def __init__(self, downsample):
+        super().__init__()
+        self.downsample = downsample
+
+    def forward(self, x):
+        return shorten(self.downsample, x)
+
+
+@pytest.mark.parametrize('make_downsample', SHORTCUTS, ids=['strided', 'dilated', 'pooled and strided', 'pooled'])
+def test_shortcuts_fold_the_norm_on_the_fly(make_downsample):
+    torch.manual_seed(0)
+    layer, x = Shortened(randomise(make_downsample().double()).eval()), make_input()
+    expected = layer.downsample(x)
+    assert count_norms(layer, x) == 1  # autograd is on
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-11)
+        assert count_norms(layer, x) == 0
+        assert count_norms(layer, make_input(1)) == 1
+        assert count_norms(layer.train(), x) == 1
+
+
+def test_shortcuts_are_shown_to_exporters():
+    layer = Shortened(downsample_conv(8, 12, kernel_size=1).double()).eval()
+    with torch.no_grad():
+        called = str(torch.export.export(layer, (make_input(),)).graph)
+    assert 'conv2d' in called
+    assert 'batch_norm' in called
+
+
+@pytest.mark.parametrize('name', ['', '0', '1', '2'])
+@torch.no_grad()
+def test_shortcuts_that_are_watched_are_called(name):
+    layer, x, seen = Shortened(downsample_avg(8, 12, kernel_size=1, stride=2).double()).eval(), make_input(), []
+    expected = layer(x)
+    layer.downsample.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(module))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-11)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize('downsample', [nn.Identity(), nn.Sequential(), nn.Sequential(nn.Conv2d(8, 12, 1)), nn.ReLU()])
+@torch.no_grad()
+def test_other_shortcuts_are_called(downsample):
+    x = make_input()
+    downsample = downsample.double()
+    assert torch.equal(shorten(downsample, x), downsample(x))
