@@ -553,13 +553,16 @@ def test_compile(name, mode):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['NCHW', 'NHWC'])
 @pytest.mark.parametrize('mode', ['train', 'eval', 'folded'])
-def test_inductor(mode):
+def test_inductor(mode, memory_format):
     torch.compiler.reset()
     model = make_model('sknet50', mode == 'folded', channels=(16, 32, 64), layers=(1, 1, 1)).train(mode == 'train')
+    model = model.to(memory_format=memory_format)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True)
     with torch.set_grad_enabled(mode == 'train'):
         for x in make_inputs():
+            x = x.to(memory_format=memory_format)
             torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-4)
 
 

@@ -17,10 +17,10 @@ class ConvBNAct(nn.Module):
 
     It holds the parameters of timm's ``ConvNormAct`` under the same names. Unlike there, the activation is
     a module of its own: timm's lives inside a BatchNorm subclass, and every tool that swaps BatchNorms
-    (SyncBatchNorm conversion, folding, quantisation) then loses it in silence. In eager inference on a CPU a BatchNorm
-    that nobody watches is multiplied into the weight where that takes less time (:func:`sk_plugins.ops.folds`), and a
-    ReLU is applied by the convolution itself (:func:`sk_plugins.ops.convolve`); in training there some convolutions
-    are computed as something else (:func:`sk_plugins.ops.rearrange`).
+    (SyncBatchNorm conversion, folding, quantisation) then loses it in silence. In inference on a CPU, eager or
+    compiled, a BatchNorm that nobody watches is multiplied into the weight where that takes less time
+    (:func:`sk_plugins.ops.folds`), and a ReLU is applied by the convolution itself (:func:`sk_plugins.ops.convolve`);
+    in training there some convolutions are computed as something else (:func:`sk_plugins.ops.rearrange`).
 
     Args:
         in_channels: channels of the input.
@@ -94,11 +94,13 @@ class ConvBNAct(nn.Module):
 
     def _may_skip_modules(self, x: Tensor) -> bool:
         """Whether the convolution and the norm can be computed, and had better be, without calling them."""
-        if torch.compiler.is_compiling() or looks_for_modules(x) or not is_bare(self.conv):
+        if looks_for_modules(x) or not is_bare(self.conv):
             return False
         if _is_bare_identity(self.bn):
             return convolves_at_once(self.conv, x)
-        return is_bare_norm(self.bn) and folds(self.conv, self.bn, x)
+        # A compiler leaves no pass to the norm either, where it makes one of the sum or the activation.
+        pays = not torch.compiler.is_compiling() or convolves_at_once(self.conv, x)
+        return pays and is_bare_norm(self.bn) and folds(self.conv, self.bn, x)
 
     @torch.jit.unused
     def adds_at_once(self, x: Tensor, act: nn.Module) -> bool:

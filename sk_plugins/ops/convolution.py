@@ -3,7 +3,7 @@
 In inference: a convolution, a norm, a sum with the shortcut and a ReLU are four passes over the map. The norm can be
 multiplied into the weight, and oneDNN, by which torch convolves on CPUs, applies sum and ReLU to its results before it
 writes them; torch has this as the operators that its compiler puts in the place of frozen convolutions, and here they
-are called.
+are called, in eager mode and in the graphs that a compiler is given.
 
 In training: oneDNN reorders the weight of every convolution three times a step, and has no kernel of its own for the
 gradients of one that strides and dilates; :func:`rearrange` gives it less of either to do.
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ['as_matrix', 'convolve', 'convolves_at_once', 'folds', 'rearrange']
+__all__ = ['as_matrix', 'convolve', 'convolve_add_relu_', 'convolves_at_once', 'folds', 'rearrange']
 
 # In elements. Below the first nothing is rearranged: there is little to gain, and small networks' runs of before are
 # repeated to the last digit. From the second on, the order of a weight takes longer to change than a convolution gains.
@@ -29,13 +29,12 @@ def folds(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> bool:
 
     So it is in inference on a CPU, where a pass over the map takes longer than one over the weight.
     """
-    return (
-        not torch.is_grad_enabled()
-        and x.device.type == 'cpu'
-        and not norm.training
-        and norm.running_mean is not None
-        and 2 * conv.weight.numel() <= x[:, :1].numel() * conv.out_channels // (conv.stride[0] * conv.stride[1])
-    )
+    if torch.is_grad_enabled() or x.device.type != 'cpu' or norm.training or norm.running_mean is None:
+        return False
+    if torch.compiler.is_compiling():
+        # To ask for a map's size would make a graph of its own for every range of batches and images.
+        return conv.weight.numel() < _LARGE_WEIGHT
+    return 2 * conv.weight.numel() <= x[:, :1].numel() * conv.out_channels // (conv.stride[0] * conv.stride[1])
 
 
 def convolves_at_once(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -44,23 +43,39 @@ def convolves_at_once(conv: nn.Conv2d, x: Tensor) -> bool:
 
 
 def _is_plain(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a convolution is one of ordinary tensors on a CPU, which nobody but autograd looks at."""
+    """Whether a convolution is one of ordinary tensors on a CPU, which nobody but autograd or a compiler looks at."""
     return (
-        not torch.compiler.is_compiling()
-        and x.device.type == 'cpu'
+        x.device.type == 'cpu'
         and x.dtype == conv.weight.dtype
-        and x.numel() > 0
         and conv.padding_mode == 'zeros'
         and not isinstance(conv.padding, str)
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled('cpu')
         and type(x) is Tensor
         and type(conv.weight) in (Tensor, nn.Parameter)
+        and _onednn_serves()
+        and (_is_channels_last(x) if torch.compiler.is_compiling() else _is_real(x))
+    )
+
+
+@torch.compiler.assume_constant_result
+def _onednn_serves() -> bool:
+    """Whether torch has and uses oneDNN, and neither vmap nor forward mode is at work."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0  # FLOP counters, fake tensors
     )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether a map is laid out as oneDNN's results are; a graph of other maps would reorder them to and fro."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _is_real(x: Tensor) -> bool:
+    """Whether there are numbers in a map to compute with, and no dispatch mode (FLOP counter, fake tensors) on top."""
+    return x.numel() > 0 and torch._C._len_torch_dispatch_stack() == 0
 
 
 def rearrange(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -77,7 +92,7 @@ def rearrange(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """
     training = torch.is_grad_enabled()
     # A compiler has a backward pass in hand itself.
-    plain = x.device.type == 'cpu' and not training if torch.compiler.is_compiling() else _is_plain(conv, x)
+    plain = _is_plain(conv, x) and not (training and torch.compiler.is_compiling())
     full = x.dtype in (torch.float32, torch.float64)
     if not (plain and full and x.ndim == 4 and conv.weight.numel() >= _LEAST_WEIGHT):
         return conv(x)
@@ -93,14 +108,20 @@ def rearrange(conv: nn.Conv2d, x: Tensor) -> Tensor:
 def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether a convolution is a product of matrices as they lie in memory."""
     return (
-        x.ndim == 4
+        _is_channels_last(x)
         and x.shape[1] == conv.in_channels > 1  # a single channel is in every format
         and conv.kernel_size == (1, 1)
         and conv.stride == (1, 1)
         and conv.padding == (0, 0)
         and conv.groups == 1
-        and x.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def _outweighs(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a convolution's weight is larger than its maps, input and output together."""
+    if torch.compiler.is_compiling():  # as in folds
+        return conv.weight.numel() >= _LARGE_WEIGHT
+    return conv.weight.numel() > x.numel() // x.shape[1] * (conv.in_channels + conv.out_channels)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -164,8 +185,7 @@ def convolve(
         mean = norm.running_mean if bias is None else norm.running_mean - bias
         weight, bias = weight * scale[:, None, None, None], norm.bias - mean * scale
     if (relu or shortcut is not None) and convolves_at_once(conv, x):
-        pixels = x.numel() // x.shape[1]
-        if not (_is_product(conv, x) and weight.numel() > pixels * (conv.in_channels + conv.out_channels)):
+        if not (_is_product(conv, x) and _outweighs(conv, x)):
             return _convolve_at_once(conv, weight, bias, x, relu, shortcut, overwrite)
         y = _product(x, weight, bias)
     else:
@@ -188,7 +208,34 @@ def _convolve_at_once(
     shape = (conv.padding, conv.stride, conv.dilation, conv.groups)
     if shortcut is None:
         return operators._convolution_pointwise(x, weight, bias, *shape, 'relu', [], '')
+    if torch.compiler.is_compiling():
+        # The compiler leaves the copy out where nobody else needs the shortcut.
+        y = shortcut.clone(memory_format=torch.channels_last)
+        convolve_add_relu_(y, x, weight, bias, *shape, relu)
+        return y
     ending = ('add', 1.0, 'relu' if relu else None, [], '')
     if overwrite and all(maps.is_contiguous(memory_format=torch.channels_last) for maps in (x, shortcut)):
         return operators._convolution_pointwise_.binary(shortcut, x, weight, bias, *shape, *ending)
     return operators._convolution_pointwise.binary(x, shortcut, weight, bias, *shape, *ending)
+
+
+@torch.library.custom_op(
+    'sk_plugins::convolve_add_relu_',
+    mutates_args=('y',),
+    device_types='cpu',
+    schema='(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, '
+    'SymInt[] padding, SymInt[] stride, SymInt[] dilation, SymInt groups, bool relu) -> ()',
+)
+def convolve_add_relu_(y, x, weight, bias, padding, stride, dilation, groups, relu):
+    """y += conv(x) and, where asked for, its ReLU, in one pass; y and x of float32 and channels last.
+
+    oneDNN's operator has no fake implementation, and so cannot be traced itself.
+    """
+    torch.ops.mkldnn._convolution_pointwise_.binary(
+        y, x, weight, bias, padding, stride, dilation, groups, 'add', 1.0, 'relu' if relu else None, [], ''
+    )
+
+
+@convolve_add_relu_.register_fake
+def _(y, x, weight, bias, padding, stride, dilation, groups, relu):
+    pass

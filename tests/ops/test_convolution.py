@@ -1,11 +1,15 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from randomised import randomise
 from timm.layers import DropPath
 from torch import nn
+from torch._dynamo import mark_dynamic
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
+from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import sk_plugins
@@ -124,6 +128,95 @@ def test_modules_that_are_watched_are_called(kind, name):
     unit.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     torch.testing.assert_close(unit(make_input(3, 32, 32, 32)), expected, rtol=1e-5, atol=1e-5)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize('relu', [False, True])
+@pytest.mark.parametrize('kwargs', CONVOLUTIONS, ids=str)
+@torch.no_grad()
+def test_sum_in_place(kwargs, relu):
+    conv, _ = make(norm=False, **kwargs)
+    x = make_input().to(memory_format=torch.channels_last)
+    shortcut = make_input(*conv(x).shape, seed=2).to(memory_format=torch.channels_last)
+    expected = conv(x) + shortcut
+    arguments = (x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, relu)
+    opcheck(torch.ops.sk_plugins.convolve_add_relu_.default, (shortcut.clone(), *arguments))
+    convolution.convolve_add_relu_(shortcut, *arguments)
+    torch.testing.assert_close(shortcut, expected.relu() if relu else expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def compiler():
+    torch.compiler.reset()
+    return CompileCounterWithBackend('aot_eager')
+
+
+def at_once(compiler):
+    """How many convolutions of a compiler's graphs take their ReLU, and how many a sum as well."""
+    called = Counter(str(node.target) for graph in compiler.graphs for node in graph.graph.nodes)
+    sums = 'sk_plugins.convolve_add_relu_.default'
+    return called['mkldnn._convolution_pointwise.default'] + called['mkldnn._convolution_pointwise'], called[sums]
+
+
+@pytest.mark.parametrize('folded', [False, True], ids=['as trained', 'folded'])
+@pytest.mark.parametrize(('kind', 'relus'), [(SKBottleneck, 3), (SKBasicBlock, 2)])
+def test_compiled_units_leave_no_pass_for_sum_and_relu(kind, relus, folded, compiler):
+    unit = make_unit(kind)
+    unit = sk_plugins.fuse(unit) if folded else unit
+    compiled = torch.compile(unit, backend=compiler, fullgraph=True)
+    for shape in ((3, 32, 24, 40), (2, 32, 17, 24), (17, 32, 8, 8)):
+        x = make_input(*shape).to(memory_format=torch.channels_last)
+        before = x.clone()
+        mark_dynamic(x, (0, 2, 3))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), unit(x), rtol=1e-5, atol=1e-5)
+        assert torch.equal(x, before)  # the shortcut
+    assert compiler.frame_count == 1
+    assert at_once(compiler) == (relus, 1)
+
+
+def test_compiled_units_stand_aside(compiler):
+    unit = make_unit(SKBottleneck)
+    x = make_input(3, 32, 32, 32).to(memory_format=torch.channels_last)
+    expected, frames = unit(x).detach(), 0
+
+    def check(call, x, rtol=1e-5):
+        nonlocal frames
+        result = torch.compile(call, backend=compiler, fullgraph=True)(x)
+        torch.testing.assert_close(result.float(), expected, rtol=rtol, atol=rtol)
+        frames += 1
+        assert (compiler.frame_count, at_once(compiler)) == (frames, (0, 0))
+
+    check(unit, x)  # autograd is on
+    with torch.no_grad():
+        check(unit, x.contiguous())
+        check(copy.deepcopy(unit).double(), x.double())
+        check(lambda x: torch.func.vmap(unit.forward)(x[None])[0], x)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            check(unit, x, rtol=0.1)
+        with torch.backends.mkldnn.flags(enabled=False):
+            check(unit, x)
+        torch.compiler.reset()
+        result = torch.compile(unit, backend=compiler)(x)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+        assert at_once(compiler) == (3, 1)
+        unit.conv3.conv.register_forward_hook(lambda module, inputs, output: None)
+        torch.testing.assert_close(torch.compile(unit, backend=compiler)(x), expected, rtol=1e-5, atol=1e-5)
+        assert at_once(compiler) == (6, 1)
+
+
+@torch.no_grad()
+def test_compiled_large_weights_are_products(compiler):
+    """Whatever the size of the map: to ask for it would make a graph for every range of sizes."""
+    conv, norm = nn.Conv2d(256, 512, 1), randomise(nn.BatchNorm2d(512)).eval()
+    compiled = torch.compile(lambda x: convolve(conv, norm, x, relu=True), backend=compiler, fullgraph=True)
+    for size in (4, 32):
+        x = make_input(2, 256, size, size).to(memory_format=torch.channels_last)
+        mark_dynamic(x, (0, 2, 3))
+        torch.testing.assert_close(compiled(x), norm(conv(x)).relu(), rtol=1e-4, atol=1e-4)
+        assert not convolution.folds(conv, norm, make_input(1, 256, 2, 2))
+    assert compiler.frame_count == 1
+    assert at_once(compiler) == (0, 0)
+    assert 'linear' in str(compiler.graphs[0].code)
 
 
 @pytest.fixture
