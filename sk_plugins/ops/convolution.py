@@ -124,10 +124,26 @@ def _outweighs(conv: nn.Conv2d, x: Tensor) -> bool:
     return conv.weight.numel() > x.numel() // x.shape[1] * (conv.in_channels + conv.out_channels)
 
 
+def _has_small_groups(conv: nn.Conv2d) -> bool:
+    """Whether oneDNN computes so few channels at a time that a ReLU of its own takes longer than a pass of torch's."""
+    return 1 < conv.out_channels // conv.groups <= 4
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = F.linear(x.permute(0, 2, 3, 1), as_matrix(weight), bias).permute(0, 3, 1, 2)
     # What torch takes for a view made without autograd may not be changed in place with it.
     return y if torch.is_grad_enabled() or torch.compiler.is_compiling() else y.data
+
+
+def _add_product_(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """y += conv(x) and its ReLU, for a convolution that is a product, of a channels-last y."""
+    rows = y.permute(0, 2, 3, 1).view(-1, y.shape[1])  # not flatten, which may copy
+    rows.addmm_(x.permute(0, 2, 3, 1).flatten(0, 2), as_matrix(weight).t())
+    if bias is not None:
+        rows += bias
+    if relu:
+        rows.relu_()
+    return y
 
 
 def as_matrix(weight: Tensor) -> Tensor:
@@ -185,9 +201,14 @@ def convolve(
         mean = norm.running_mean if bias is None else norm.running_mean - bias
         weight, bias = weight * scale[:, None, None, None], norm.bias - mean * scale
     if (relu or shortcut is not None) and convolves_at_once(conv, x):
-        if not (_is_product(conv, x) and _outweighs(conv, x)):
+        if _is_product(conv, x) and _outweighs(conv, x):
+            if overwrite and _is_channels_last(shortcut):
+                return _add_product_(shortcut, x, weight, bias, relu)
+            y = _product(x, weight, bias)
+        elif shortcut is None and _has_small_groups(conv):
+            y = conv._conv_forward(x, weight, bias)
+        else:
             return _convolve_at_once(conv, weight, bias, x, relu, shortcut, overwrite)
-        y = _product(x, weight, bias)
     else:
         y = conv._conv_forward(x, weight, bias)
     if shortcut is not None:

@@ -97,9 +97,20 @@ def test_stands_aside():
 def make_unit(kind, **kwargs):
     torch.manual_seed(0)
     if kind is SKBottleneck:
-        kwargs = dict(cardinality=4, base_width=16, **kwargs)
+        kwargs = dict(cardinality=4, base_width=64, **kwargs)
     unit = kind(32, 32 // kind.expansion, sk_kwargs=dict(min_dim=8), **kwargs)
     return randomise(unit).eval()
+
+
+@pytest.mark.parametrize(('groups', 'passes'), [(1, False), (4, False), (8, True), (16, True), (32, False)])
+@torch.no_grad()
+def test_a_pass_for_the_relu_of_small_groups(groups, passes):
+    """Of two to four channels, for which oneDNN's own takes longer."""
+    conv, norm = make(kernel_size=3, padding=1, groups=groups)
+    x = make_input(3, 32, 32, 32).to(memory_format=torch.channels_last)
+    assert ('aten::relu_' in operators(lambda: convolve(conv, norm, x, relu=True))) is passes
+    # With a sum there is another pass to save.
+    assert 'aten::relu_' not in operators(lambda: convolve(conv, norm, x, relu=True, shortcut=x))
 
 
 @pytest.mark.parametrize('folded', [False, True], ids=['as trained', 'folded'])
@@ -315,6 +326,19 @@ def test_large_weights_are_products_in_inference():
     assert convolutions_of(lambda: rearrange(small, x))
     # Where the convolution takes the ReLU as well, it is a product if the weight is larger than both maps.
     assert 'aten::addmm' in operators(lambda: convolve(large, nn.BatchNorm2d(512).eval(), x[:1], relu=True))
+    # So is the sum with a shortcut that may be overwritten, and none that is not laid out as the product.
+    for bias in (True, False):
+        large, norm = nn.Conv2d(256, 512, 1, bias=bias), nn.Identity()
+        for size in ((4, 4), (1, 5), (1, 1)):
+            x = make_input(1, 256, *size).to(memory_format=torch.channels_last)
+            shortcut = make_input(1, 512, *size, seed=2)
+            for relu in (True, False):
+                expected = large(x) + shortcut
+                expected = expected.relu() if relu else expected
+                for other, stays in ((shortcut.to(memory_format=torch.channels_last).clone(), True), (shortcut, None)):
+                    result = convolve(large, norm, x, relu, other, overwrite=True)
+                    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+                    assert not stays or result.data_ptr() == other.data_ptr()
     wide = make_input(2, 256, 32, 32).to(memory_format=torch.channels_last)
     ran = operators(lambda: convolve(large, nn.Identity(), wide, relu=True))
     assert any('mkldnn::_convolution_pointwise' in name for name in ran)
