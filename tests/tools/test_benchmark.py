@@ -2,6 +2,8 @@
 
 import copy
 import json
+import platform
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +37,38 @@ def clock(tool, monkeypatch):
 
     monkeypatch.setattr(tool, 'cpu_timer', timer)
     return clock
+
+
+# What the process is like
+
+
+FAULTS = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import benchmark, torch
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        [torch.ones(2**22) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+handed_back = faults()
+assert not benchmark.describe_machine('cpu')['keeps_freed_memory']
+benchmark.keep_freed_memory()
+assert benchmark.describe_machine('cpu')['keeps_freed_memory']
+faults()
+print(handed_back, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other C libraries have no such switch')
+def test_freed_memory_is_kept(tool):
+    command = [sys.executable, '-c', FAULTS, str(Path(tool.__file__).parent)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    handed_back, kept = map(int, output.split())
+    assert handed_back > 10_000  # pages of 4 KiB: 16 tensors of 16 MiB, most of them anew
+    assert kept < 100
 
 
 # The models' names
