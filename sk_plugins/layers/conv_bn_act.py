@@ -169,5 +169,5 @@ def is_watched(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or global_hooks._global_forward_hooks
         or global_hooks._global_forward_pre_hooks
-        or 'forward' in vars(module)
+        or 'forward' in module.__dict__  # not vars(), which torch 2.7 cannot compile
     )
