@@ -31,6 +31,8 @@ def folds(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> bool:
     """
     if torch.is_grad_enabled() or x.device.type != 'cpu' or norm.training or norm.running_mean is None:
         return False
+    if not conv.weight.dtype == norm.weight.dtype == norm.running_var.dtype:
+        return False  # a norm of float32 after convolutions of low precision
     if torch.compiler.is_compiling():
         # To ask for a map's size would make a graph of its own for every range of batches and images.
         return conv.weight.numel() < _LARGE_WEIGHT
@@ -52,6 +54,7 @@ def _is_plain(conv: nn.Conv2d, x: Tensor) -> bool:
         and not torch.is_autocast_enabled('cpu')
         and type(x) is Tensor
         and type(conv.weight) in (Tensor, nn.Parameter)
+        and forward_ad._current_level < 0
         and _onednn_serves()
         and (_is_channels_last(x) if torch.compiler.is_compiling() else _is_real(x))
     )
@@ -59,18 +62,18 @@ def _is_plain(conv: nn.Conv2d, x: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _onednn_serves() -> bool:
-    """Whether torch has and uses oneDNN, and neither vmap nor forward mode is at work."""
+    """Whether torch has and uses oneDNN, for ordinary tensors: a compiler asks once, when it makes a graph."""
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
     )
 
 
 def _is_channels_last(x: Tensor) -> bool:
     """Whether a map is laid out as oneDNN's results are; a graph of other maps would reorder them to and fro."""
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    # A single channel is in every format, and oneDNN takes it for a contiguous one.
+    return x.ndim == 4 and x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _is_real(x: Tensor) -> bool:
@@ -109,7 +112,7 @@ def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether a convolution is a product of matrices as they lie in memory."""
     return (
         _is_channels_last(x)
-        and x.shape[1] == conv.in_channels > 1  # a single channel is in every format
+        and x.shape[1] == conv.in_channels
         and conv.kernel_size == (1, 1)
         and conv.stride == (1, 1)
         and conv.padding == (0, 0)
@@ -192,7 +195,7 @@ def convolve(
         norm: a BatchNorm with running statistics, or ``nn.Identity``.
         x: (B, C, H, W).
         relu: whether a ReLU is the last.
-        shortcut: of the result's shape.
+        shortcut: of the convolution's shape, or one that broadcasts to it.
         overwrite: whether the result may take the shortcut's memory, which is faster than new memory is to get.
     """
     weight, bias = conv.weight, conv.bias
@@ -200,7 +203,8 @@ def convolve(
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         mean = norm.running_mean if bias is None else norm.running_mean - bias
         weight, bias = weight * scale[:, None, None, None], norm.bias - mean * scale
-    if (relu or shortcut is not None) and convolves_at_once(conv, x):
+    ends_at_once = relu if shortcut is None else _is_of_its_shape(shortcut, conv, x)
+    if ends_at_once and convolves_at_once(conv, x):
         if _is_product(conv, x) and _outweighs(conv, x):
             if overwrite and _is_channels_last(shortcut):
                 return _add_product_(shortcut, x, weight, bias, relu)
@@ -214,6 +218,15 @@ def convolve(
     if shortcut is not None:
         y += shortcut
     return torch.relu_(y) if relu else y
+
+
+def _is_of_its_shape(shortcut: Tensor, conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a shortcut is of the convolution's shape and type: oneDNN does not look."""
+    if shortcut.dtype != x.dtype or shortcut.ndim != 4 or x.ndim != 4:
+        return False
+    geometry = zip(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    size = [(n + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for n, k, stride, pad, dilation in geometry]
+    return tuple(shortcut.shape) == (x.shape[0], conv.out_channels, *size)
 
 
 def _convolve_at_once(
@@ -235,7 +248,7 @@ def _convolve_at_once(
         convolve_add_relu_(y, x, weight, bias, *shape, relu)
         return y
     ending = ('add', 1.0, 'relu' if relu else None, [], '')
-    if overwrite and all(maps.is_contiguous(memory_format=torch.channels_last) for maps in (x, shortcut)):
+    if overwrite and _is_channels_last(x) and _is_channels_last(shortcut):
         return operators._convolution_pointwise_.binary(shortcut, x, weight, bias, *shape, *ending)
     return operators._convolution_pointwise.binary(x, shortcut, weight, bias, *shape, *ending)
 

@@ -65,6 +65,20 @@ def test_a_weight_larger_than_the_map_is_left_alone():
     assert count_norms(make(), make_input(1)) == 1
 
 
+@torch.no_grad()
+def test_a_norm_of_float32_after_a_convolution_of_bfloat16():
+    layer = make(kernel_size=3).bfloat16()
+    layer.bn.float()
+    x = make_input().bfloat16()
+    with torch.enable_grad():
+        expected = layer(x)
+    result = layer(x)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result, expected)
+    downsample = nn.Sequential(layer.conv, layer.bn)
+    torch.testing.assert_close(shorten(downsample, x), downsample(x))
+
+
 SHORTCUTS = [
     lambda: downsample_conv(8, 12, kernel_size=1, stride=2),
     lambda: downsample_conv(8, 12, kernel_size=3, dilation=2),

@@ -13,7 +13,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import sk_plugins
-from sk_plugins.layers import conv_bn_act
+from sk_plugins.layers import ConvBNAct, SelectiveKernel, conv_bn_act
 from sk_plugins.networks.resnet import SKBasicBlock, SKBottleneck, Stage
 from sk_plugins.ops import convolution, convolve, convolves_at_once, rearrange
 
@@ -113,6 +113,70 @@ def test_a_pass_for_the_relu_of_small_groups(groups, passes):
     assert 'aten::relu_' not in operators(lambda: convolve(conv, norm, x, relu=True, shortcut=x))
 
 
+@pytest.fixture
+def compiler():
+    torch.compiler.reset()
+    return CompileCounterWithBackend('aot_eager')
+
+
+def at_once(compiler):
+    """How many convolutions of a compiler's graphs take their ReLU, and how many a sum as well."""
+    called = Counter(str(node.target) for graph in compiler.graphs for node in graph.graph.nodes)
+    sums = 'sk_plugins.convolve_add_relu_.default'
+    return called['mkldnn._convolution_pointwise.default'] + called['mkldnn._convolution_pointwise'], called[sums]
+
+
+@pytest.mark.parametrize('make_downsample', [lambda: None, lambda: nn.AdaptiveAvgPool2d(1)], ids=['none', 'pooled'])
+@pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
+@torch.no_grad()
+def test_shortcuts_that_broadcast(compiled, make_downsample, compiler):
+    unit = make_unit(SKBottleneck)
+    unit.downsample = make_downsample()
+    call = torch.compile(unit, backend=compiler, fullgraph=True) if compiled else unit
+    x = make_input(3, 32, 8, 8).to(memory_format=torch.channels_last)
+    with torch.enable_grad():
+        expected = unit(x)
+    torch.testing.assert_close(call(x), expected, rtol=1e-5, atol=1e-5)
+    y = Stage(unit, make_unit(SKBottleneck))(x)
+    assert y.shape == x.shape
+
+
+@pytest.mark.parametrize('kwargs', [dict(stride=2), dict(inplanes=16)], ids=str)
+@pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
+@torch.no_grad()
+def test_shortcuts_of_another_shape_are_errors(compiled, kwargs, compiler):
+    kwargs = dict(inplanes=32, planes=8, cardinality=4, sk_kwargs=dict(min_dim=8)) | kwargs
+    unit = SKBottleneck(**kwargs).eval()
+    call = torch.compile(unit, backend=compiler) if compiled else unit
+    with pytest.raises(RuntimeError, match=r'size|broadcast|shape'):
+        call(make_input(3, kwargs['inplanes'], 12, 12).to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_compiled_maps_of_a_single_channel(backend):
+    """Which are in every memory format at once."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    layers = [SelectiveKernel(1, 32, groups=1), ConvBNAct(32, 1), ConvBNAct(1, 512), ConvBNAct(512, 512)]
+    layers = randomise(nn.Sequential(*layers)).eval()
+    for x in (make_input(2, 1, 12, 12), make_input(2, 1, 12, 12).to(memory_format=torch.channels_last)):
+        expected = layers(x)
+        torch.testing.assert_close(torch.compile(layers, backend=backend)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_compiled_unit_in_forward_mode(compiler):
+    unit = make_unit(SKBottleneck)
+    x = make_input(3, 32, 8, 8).to(memory_format=torch.channels_last)
+    compiled = torch.compile(unit, backend=compiler)
+    compiled(x)
+    assert at_once(compiler) == (3, 1)
+    with forward_ad.dual_level():
+        tangents = [forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.clone()))).tangent for f in (unit, compiled)]
+    torch.testing.assert_close(*tangents, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('folded', [False, True], ids=['as trained', 'folded'])
 @pytest.mark.parametrize(('kind', 'convolutions'), [(SKBottleneck, 4), (SKBasicBlock, 3)])
 def test_units_leave_no_pass_for_sum_and_relu(kind, convolutions, folded):
@@ -153,19 +217,6 @@ def test_sum_in_place(kwargs, relu):
     opcheck(torch.ops.sk_plugins.convolve_add_relu_.default, (shortcut.clone(), *arguments))
     convolution.convolve_add_relu_(shortcut, *arguments)
     torch.testing.assert_close(shortcut, expected.relu() if relu else expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture
-def compiler():
-    torch.compiler.reset()
-    return CompileCounterWithBackend('aot_eager')
-
-
-def at_once(compiler):
-    """How many convolutions of a compiler's graphs take their ReLU, and how many a sum as well."""
-    called = Counter(str(node.target) for graph in compiler.graphs for node in graph.graph.nodes)
-    sums = 'sk_plugins.convolve_add_relu_.default'
-    return called['mkldnn._convolution_pointwise.default'] + called['mkldnn._convolution_pointwise'], called[sums]
 
 
 @pytest.mark.parametrize('folded', [False, True], ids=['as trained', 'folded'])
