@@ -67,7 +67,7 @@ def test_freed_memory_is_kept(tool):
     command = [sys.executable, '-c', FAULTS, str(Path(tool.__file__).parent)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     handed_back, kept = map(int, output.split())
-    assert handed_back > 10_000  # pages of 4 KiB: 16 tensors of 16 MiB, most of them anew
+    assert handed_back > 1000  # for 256 MiB: tens of thousands of pages of 4 KiB, fewer of larger ones
     assert kept < 100
 
 
