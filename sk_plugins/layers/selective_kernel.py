@@ -1,32 +1,31 @@
 """The SK convolution: Split, Fuse and Select in one module (Li et al., CVPR 2019, arXiv:1903.06586, Sec. 3.1)."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._arguments import check_choice, check_dtype, check_flags, check_integer, check_layers, is_integer
-from ..ops import BACKENDS, convolve, folds, fuse, norm_relu_select, project, select, select_in_inference
-from .conv_bn_act import ConvBNAct, call, is_bare, is_watched, looks_for_modules
+from ..ops import BACKENDS, Fusable, convolve, fuse, has_parts, norm_relu_select, register, select
+from .conv_bn_act import ConvBNAct
 
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
 
 SELECT_MODES = ('channel', 'shared', 'sum')
 NORM_POSITIONS = ('branch', 'output', 'none')
 LARGEST_KERNEL = 1023
+MOST_BRANCHES = 4  # of those that an engine takes
 
 
-def _check_batch_size(s: Tensor) -> None:
-    # A graph that torch.fx traces keeps torch's own error: the check would stay in it after .eval().
-    if not isinstance(s, torch.fx.Proxy) and s.shape[0] == 1:
-        raise ValueError(
-            'SelectiveKernel in training mode got a batch of 1, where the BatchNorm of its attention (Eq. 3) has one '
-            'value per channel and no variance: use a batch of 2 or more, SyncBatchNorm over several processes, '
-            "norm_layer='groupnorm1', or keep BatchNorm in eval mode (norm_eval=True in OpenMMLab)"
-        )
+_BATCH_OF_ONE = (
+    'SelectiveKernel in training mode got a batch of 1, where the BatchNorm of its attention (Eq. 3) has one '
+    'value per channel and no variance: use a batch of 2 or more, SyncBatchNorm over several processes, '
+    "norm_layer='groupnorm1', or keep BatchNorm in eval mode (norm_eval=True in OpenMMLab)"
+)
 
 
+@register
 class SelectiveKernelAttention(nn.Module):
     """Fuse: from M branch outputs, each (B, C, H, W), to their attention, (B, M, C, 1, 1), which sums to 1 over M.
 
@@ -86,27 +85,14 @@ class SelectiveKernelAttention(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, branches: list[Tensor]) -> Tensor:
-        return self.attend(fuse(branches))
-
-    def attend(self, s: Tensor) -> Tensor:
-        """From the pooled sum s, (B, C, 1, 1), to the attention."""
-        if torch.jit.is_scripting():  # noqa: SIM108 - TorchScript would compile both sides of an expression
-            logits = self.fc_select(self.act(self.bn(self.fc_reduce(s))))
-        else:
-            logits = self._logits(s)
+        s = fuse(branches)
+        z = self.act(self.bn(self.fc_reduce(s)))
+        logits = self.fc_select(z)
         return self.softmax(logits.unflatten(1, (self.num_branches, -1)))
 
-    @torch.jit.unused
-    def _logits(self, s: Tensor) -> Tensor:
-        # A synchronised norm, torch's or ours, sees the other processes' images too.
-        if self.bn.training and isinstance(self.bn, _BatchNorm) and not hasattr(self.bn, 'process_group'):
-            _check_batch_size(s)
-        if looks_for_modules(s) or not (is_bare(self.fc_reduce) and is_bare(self.fc_select)):
-            return self.fc_select(self.act(self.bn(self.fc_reduce(s))))
-        return project(self.fc_select, self.act(self.bn(project(self.fc_reduce, s))))
 
-
-class SelectiveKernel(nn.Module):
+@register
+class SelectiveKernel(Fusable):
     """Selective Kernel convolution SK[M, G, r]: (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride).
 
     **Split**: M branches of different kernels, each conv -> BN -> ReLU, give U_m. **Fuse**: their sum, pooled, goes
@@ -135,9 +121,9 @@ class SelectiveKernel(nn.Module):
         conv_bias: a bias in the branches' convolutions.
         norm_position: 'branch' (norm and activation in every branch, the paper's), 'output' (bare convolutions,
             norm and activation once, after the selection) or 'none' (bare convolutions, and nothing after it).
-        backend: how branches of BatchNorm and ReLU, with nothing else and no hooks around them, go from their
-            convolutions to the output, with the same results: 'auto', or 'plain', 'recompute' (in training, keep M
-            maps a unit for the backward pass in place of 2 M) or 'triton'; see :mod:`sk_plugins.ops.dispatch`.
+        backend: how the output is computed, with the same results: 'auto', the fastest that may be; 'plain', module
+            after module; 'recompute', keeping M maps a unit for the backward pass in place of 2 M; 'triton', the
+            kernels wherever they are right, in compiled graphs too. See :mod:`sk_plugins.ops`.
         act_layer: activation class.
         norm_layer: norm class, called with the number of channels.
         aa_layer: anti-aliasing layer that strides in the convolutions' place.
@@ -150,6 +136,8 @@ class SelectiveKernel(nn.Module):
             ``split_input`` with channels that M does not divide, an unknown ``select``, a size that is no integer or
             out of range, a flag that is no bool. In training, for a batch of one under BatchNorm.
     """
+
+    fuses_on_cpu = True
 
     def __init__(
         self,
@@ -232,6 +220,7 @@ class SelectiveKernel(nn.Module):
                 apply_act=norm_position == 'branch',
                 aa_layer=aa_layer,
                 drop_layer=drop_layer,
+                backend='plain' if backend == 'recompute' else backend,
                 **layers,
             )
             for kernel_size, branch_dilation, branch_groups in branches
@@ -255,13 +244,7 @@ class SelectiveKernel(nn.Module):
             self.act = act_layer(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs = [x] * len(self.paths)
-        if self.split_input:
-            chunks = torch.chunk(x, len(self.paths), dim=1)
-            inputs = [chunks[i] for i in range(len(self.paths))]
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles a nested test, not a combined one
-            if self._can_dispatch(x):
-                return self._dispatch(inputs)
+        inputs = self.split(x)
         branches = []
         for i, path in enumerate(self.paths):
             branches.append(path(inputs[i]))
@@ -275,52 +258,34 @@ class SelectiveKernel(nn.Module):
             x = self.act(self.bn(x))
         return x
 
-    @torch.jit.unused
-    def _can_dispatch(self, x: Tensor) -> bool:
-        """Whether every branch is BatchNorm and ReLU that nobody watches, and no tracer looks for the modules."""
-        exported_as_ops = self.backend == 'triton' and torch.compiler.is_exporting()
-        if self.backend == 'plain' or (looks_for_modules(x) and not exported_as_ops):
-            return False
-        if torch.compiler.is_compiling() and self.backend != 'triton' and (torch.is_grad_enabled() or x.is_cuda):
-            return False
-        # Where BatchNorms were folded away, in inference, there are none.
-        norm = type(self.paths[0].bn)
-        if norm is nn.Identity and torch.is_grad_enabled():
-            return False
-        attn_is_ours = self.attn is None or (type(self.attn) is SelectiveKernelAttention and not is_watched(self.attn))
-        return attn_is_ours and all(_is_plain(path, norm) for path in self.paths)
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Every branch's input, (B, C', H, W) or (B, C' / M, H, W)."""
+        if self.split_input:
+            chunks = torch.chunk(x, len(self.paths), dim=1)
+            return [chunks[i] for i in range(len(self.paths))]
+        return [x] * len(self.paths)
 
-    @torch.jit.unused
-    def _dispatch(self, inputs: list[Tensor]) -> Tensor:
-        attend = None if self.attn is None else self.attn.attend
-        pairs = [(path.conv, path.bn) for path in self.paths]
-        if type(pairs[0][1]) is nn.Identity:
-            branches = [
-                convolve(*pair, x, relu=True) if is_bare(pair[0]) else torch.relu_(pair[0](x))
-                for pair, x in zip(pairs, inputs)
-            ]
-            return select_in_inference(branches, attend)
-        if all(is_bare(conv) and folds(conv, norm, x) for (conv, norm), x in zip(pairs, inputs)):
-            branches = [convolve(conv, norm, x, relu=True) for (conv, norm), x in zip(pairs, inputs)]
-            return select_in_inference(branches, attend)
-        outputs = [call(conv, x) for (conv, _), x in zip(pairs, inputs)]
-        return norm_relu_select(outputs, [norm for _, norm in pairs], attend, self.backend)
+    def parts(self) -> tuple | None:
+        paths = [path.parts() if type(path) is ConvBNAct else None for path in self.paths]
+        if not all(path is not None and path[2] for path in paths) or len(paths) > MOST_BRANCHES or self.bn is not None:
+            return None
+        convs, norms, _ = zip(*paths)
+        if self.attn is None:
+            return convs, list(norms), None
+        kinds = dict(fc_reduce=nn.Conv2d, bn=nn.BatchNorm2d, act=nn.ReLU, fc_select=nn.Conv2d, softmax=nn.Softmax)
+        if not has_parts(self.attn, **kinds) or self.attn.fc_reduce.bias is not None:
+            return None
+        return convs, list(norms), (self.attn.fc_reduce, self.attn.bn, self.attn.fc_select)
+
+    def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
+        convs, norms, attention = parts
+        if attention is not None and x.shape[0] == 1 and norms[0].training:
+            raise ValueError(_BATCH_OF_ONE)
+        inputs = self.split(x) if self.split_input else [x] * len(convs)
+        return norm_relu_select(engine, list(map(convolve, convs, inputs)), norms, attention)
 
     def extra_repr(self) -> str:
         return f'select={self.select!r}, split_input={self.split_input}'
-
-
-def _is_plain(path: ConvBNAct, norm: type[nn.Module]) -> bool:
-    """Conv, BatchNorm or none, and ReLU with nothing around them."""
-    return (
-        type(path) is ConvBNAct
-        and type(path.bn) is norm
-        and (norm is nn.Identity or (norm is nn.BatchNorm2d and path.bn.affine))
-        and type(path.act) is nn.ReLU
-        and type(path.drop) is nn.Identity
-        and type(path.aa) is nn.Identity
-        and not any(is_watched(module) for module in (path, path.bn, path.act, path.drop, path.aa))
-    )
 
 
 def _resolve_branches(

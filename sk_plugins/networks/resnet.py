@@ -6,6 +6,7 @@ come from there. This file adds the units, the paper's initialisation and a stem
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from .._arguments import (
     norm,
 )
 from ..layers import ConvBNAct, SelectiveKernel, SelectiveKernelAttention
-from ..layers.conv_bn_act import is_watched, looks_for_modules, shorten
+from ..ops import Fusable, convolve, norm_act, register
 
 __all__ = ['UNITS', 'SKBasicBlock', 'SKBottleneck', 'SKResNet']
 
@@ -36,7 +37,8 @@ UNITS = ('sk', 'plain', 'se')
 MOST_UNITS = 1000
 
 
-class SKBottleneck(nn.Module):
+@register
+class SKBottleneck(Fusable):
     """SK unit: 1x1 -> SK convolution -> 1x1, residual, ReLU after the sum.
 
     (B, inplanes, H, W) to (B, 4 * planes, H / stride, W / stride). The arguments are those of timm's ``Bottleneck``,
@@ -101,18 +103,9 @@ class SKBottleneck(nn.Module):
             nn.init.zeros_(self.conv3.bn.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._forward(x)
-
-    def _forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """``overwrite``: whether nobody else needs the shortcut, x or what ``downsample`` makes of it, any more."""
         shortcut = x
         x = self.conv1(x)
         x = self.conv2(x)
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles a nested test, not a combined one
-            if _ends_plainly(self) and self.conv3.adds_at_once(x, self.act):
-                if self.downsample is not None:
-                    shortcut = shorten(self.downsample, shortcut)
-                return self.conv3.add_relu(x, shortcut, overwrite)
         x = self.conv3(x)
         if self.se is not None:
             x = self.se(x)
@@ -123,8 +116,20 @@ class SKBottleneck(nn.Module):
         x += shortcut
         return self.act(x)
 
+    def parts(self) -> tuple | None:
+        first = self.conv1.parts() if type(self.conv1) is ConvBNAct else None
+        rest = _parts(self, self.conv2, self.conv3)
+        return None if first is None or not first[2] or rest is None else (self.conv1, first, *rest)
 
-class SKBasicBlock(nn.Module):
+    def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
+        conv1, first, sk, of_sk, *end = parts
+        y = conv1.fuse_forward(engine, x, first)
+        y = sk.fuse_forward(engine, y, of_sk)
+        return _fuse_end(engine, y, x, *end)
+
+
+@register
+class SKBasicBlock(Fusable):
     """SK convolution -> 3x3, residual, ReLU after the sum: the unit of timm's ``skresnet18`` and ``skresnet34``.
 
     (B, inplanes, H, W) to (B, planes, H / stride, W / stride). Arguments as in :class:`SKBottleneck`, but that there
@@ -182,17 +187,8 @@ class SKBasicBlock(nn.Module):
             nn.init.zeros_(self.conv2.bn.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._forward(x)
-
-    def _forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """``overwrite``: whether nobody else needs the shortcut, x or what ``downsample`` makes of it, any more."""
         shortcut = x
         x = self.conv1(x)
-        if not torch.jit.is_scripting():  # noqa: SIM102 - as above
-            if _ends_plainly(self) and self.conv2.adds_at_once(x, self.act):
-                if self.downsample is not None:
-                    shortcut = shorten(self.downsample, shortcut)
-                return self.conv2.add_relu(x, shortcut, overwrite)
         x = self.conv2(x)
         if self.se is not None:
             x = self.se(x)
@@ -203,53 +199,46 @@ class SKBasicBlock(nn.Module):
         x += shortcut
         return self.act(x)
 
+    def parts(self) -> tuple | None:
+        return _parts(self, self.conv1, self.conv2)
 
-def _ends_plainly(unit: SKBottleneck | SKBasicBlock) -> bool:
-    """Whether a unit's last convolution is followed by its residual sum."""
-    drop_path = unit.drop_path
-    keeps_all = drop_path is None or (
-        type(drop_path) is DropPath and not drop_path.training and not is_watched(drop_path)
-    )
-    return unit.se is None and keeps_all
-
-
-_FORWARDS = (SKBottleneck.forward, SKBasicBlock.forward)
+    def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
+        sk, of_sk, *end = parts
+        y = sk.fuse_forward(engine, x, of_sk)
+        return _fuse_end(engine, y, x, *end)
 
 
-class Stage(nn.Sequential):
-    """The units of a stage, one after the other: every unit but the first may overwrite its input, in inference.
+register(DropPath)
 
-    A unit's output is as large as its input there, and memory that is at hand is faster to write than new memory.
+
+def _parts(unit: SKBottleneck | SKBasicBlock, sk: nn.Module, last: nn.Module) -> tuple | None:
+    """A unit's SK convolution and its parts, the last convolution and norm, and the modules of the shortcut.
+
+    None where a unit, from its SK convolution on, is not what an engine computes.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            for unit in self:
-                x = unit(x)
-            return x
-        return self._forward(x)
-
-    @torch.jit.unused
-    def _forward(self, x: Tensor) -> Tensor:
-        in_sight = not (torch.compiler.is_compiling() or looks_for_modules(x) or torch.is_grad_enabled())
-        in_sight = in_sight and torch._C._len_torch_function_stack() == 0 and all(map(_keeps_nothing, self.modules()))
-        made_here = False
-        for unit in self:
-            ours = in_sight and type(unit).forward in _FORWARDS
-            may_overwrite = ours and (made_here or _makes_shortcut(unit))
-            x = unit._forward(x, overwrite=True) if may_overwrite else unit(x)
-            made_here = ours
-        return x
+    of_sk = sk.parts() if type(sk) is SelectiveKernel and sk.backend in ('auto', 'triton') else None
+    of_last = last.parts() if type(last) is ConvBNAct else None
+    keeps_all = unit.drop_path is None or not unit.drop_path.training
+    plain = unit.se is None and type(unit.act) is nn.ReLU and keeps_all
+    if of_sk is None or of_last is None or of_last[2] or not plain:
+        return None
+    shortcut = () if unit.downsample is None else tuple(unit.downsample.children())
+    if shortcut and [type(module) for module in shortcut[-2:]] != [nn.Conv2d, nn.BatchNorm2d]:
+        return None
+    return sk, of_sk, *of_last[:2], shortcut
 
 
-def _keeps_nothing(module: nn.Module) -> bool:
-    """Whether a module, as far as is known, holds on to nothing that goes in or out of it."""
-    return type(module).__module__.partition('.')[0] in ('torch', 'timm', 'sk_plugins') and not is_watched(module)
-
-
-def _makes_shortcut(unit: SKBottleneck | SKBasicBlock) -> bool:
-    """Whether the unit's shortcut is a map of its own."""
-    return unit.downsample is not None and any(type(module) is nn.Conv2d for module in unit.downsample.modules())
+def _fuse_end(
+    engine: ModuleType, y: Tensor, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, shortcut: tuple[nn.Module, ...]
+) -> Tensor:
+    """ReLU(norm(conv(y)) + shortcut(x)), with the shortcut's norm, which is its last, in the same passes."""
+    y = convolve(conv, y)
+    if not shortcut:
+        return norm_act(engine, (y,), (norm,), shortcut=x)
+    *pooling, last, last_norm = shortcut
+    for layer in pooling:
+        x = layer(x)
+    return norm_act(engine, (y, convolve(last, x)), (norm, last_norm))
 
 
 _BLOCKS = {
@@ -349,8 +338,6 @@ class SKResNet(ResNet):
             zero_init_last=zero_init_last,
             **kwargs,
         )
-        for name in ('layer1', 'layer2', 'layer3', 'layer4')[:num_stages]:
-            setattr(self, name, Stage(*getattr(self, name)))
         if num_stages == 3:
             self.layer4 = nn.Sequential()  # timm's ResNet calls four stages
         if small_stem:

@@ -1,0 +1,208 @@
+"""The one gate: which modules an engine may compute in one go, and by which engine.
+
+A :class:`Fusable` module says in ``forward`` what it computes, and in ``fuse_forward`` the same by an engine. The gate
+is asked when the module is called, once for a whole unit. It says yes only where every module inside is of a known
+class and has no hooks, and nothing is at work that looks for modules or replaces them. Elsewhere ``forward`` runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, repeat
+from operator import attrgetter, contains, itemgetter
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from . import cpu, gpu, operators, private, trial
+
+__all__ = ['BACKENDS', 'Fusable', 'has_hooks', 'has_parts', 'register', 'stubbed_launches', 'ways']
+
+BACKENDS = ('auto', 'plain', 'recompute', 'triton')
+
+# These read a module's __dict__ and run in C: what is asked at every call must cost no Python calls.
+_HOOKS = itemgetter('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+_CHILDREN, _PARAMETERS, _BUFFERS = itemgetter('_modules'), itemgetter('_parameters'), itemgetter('_buffers')
+_TRAINING, _BACKEND = itemgetter('training'), itemgetter('backend')
+_NORM = itemgetter('training', 'momentum', 'eps', 'track_running_stats', 'affine')
+_CALLS = attrgetter('forward', '__call__')
+_known = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Softmax, nn.Sequential, nn.AvgPool2d, nn.ModuleList]
+_known_calls = list(map(_CALLS, _known))
+_stubbed = False
+
+
+def register(cls: type) -> type:
+    """Let modules of this class stand in what an engine computes, as long as its methods are what they are now."""
+    _known.append(cls)
+    _known_calls.append(_CALLS(cls))
+    return cls
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody's code runs when this module is called: hooks, another ``forward``, or a compiled one."""
+    state = module.__dict__
+    return any(_HOOKS(state)) or 'forward' in state or '_compiled_call_impl' in state
+
+
+def has_parts(module: nn.Module, **kinds: type | tuple[type, ...]) -> bool:
+    """Whether a module's children have these names and exactly these classes."""
+    children = module._modules
+    return children.keys() == kinds.keys() and all(
+        type(children[name]) in (kind if isinstance(kind, tuple) else (kind,)) for name, kind in kinds.items()
+    )
+
+
+class Fusable(nn.Module):
+    """A module that an engine may compute in one go, in place of ``forward``.
+
+    A subclass has ``forward(x)``, ``parts()`` and ``fuse_forward(engine, x, parts)``.
+
+    Attributes:
+        backend: one of ``BACKENDS``.
+        fuses_on_cpu: whether the CPU's engine, which serves training alone, knows how.
+    """
+
+    fuses_on_cpu = False
+    _plan = None
+    _way = 'plain'
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backend = 'auto'
+
+    def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if torch.compiler.is_compiling():
+            if self._goes_by_operators():
+                return self.fuse_forward(operators, x, self.parts())
+            return super().__call__(x, *args, **kwargs)
+        engine = None if args or kwargs else _choose(self, x)
+        if engine is None:
+            self.__dict__['_way'] = 'plain'
+            return super().__call__(x, *args, **kwargs)
+        self.__dict__['_way'] = engine.NAME
+        return self.fuse_forward(engine, x, self._plan.parts)
+
+    def parts(self) -> tuple | None:
+        """The modules that ``fuse_forward`` computes with, looked up once; None where they are not what it computes."""
+        raise NotImplementedError
+
+    def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
+        """``forward`` by an engine's passes."""
+        raise NotImplementedError
+
+    def _goes_by_operators(self) -> bool:
+        # A compiler fuses the plain modules itself, so that its graph has operators only where they are asked for.
+        if not self.fuses_on_cpu or self.backend != 'triton' or any(has_hooks(m) for m in self.modules()):
+            return False
+        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        return all(type(m) in _known for m in self.modules()) and _agree(norms) and self.parts() is not None
+
+
+def _agree(norms: list[nn.BatchNorm2d]) -> bool:
+    """Whether norms are affine, keep running statistics, and have the same settings."""
+    return len({_NORM(norm.__dict__) for norm in norms}) == 1 and all(
+        norm.affine and norm.track_running_stats and norm.momentum is not None and norm.running_mean is not None
+        for norm in norms
+    )
+
+
+class _Plan:
+    """What was found of a module and of all modules in it, for as long as that is so."""
+
+    def __init__(self, module: Fusable) -> None:
+        modules = list(module.modules())
+        self.module = module
+        self.modules = modules
+        self.states = [m.__dict__ for m in modules]
+        self.norms = [m.__dict__ for m in modules if isinstance(m, nn.BatchNorm2d)]
+        self.fusables = [m.__dict__ for m in modules if isinstance(m, Fusable)]
+        self.signature = self._look()
+        fits = (
+            all(type(m) in _known for m in modules)
+            and all(type(p) in (nn.Parameter, Tensor, type(None)) for m in modules for p in m._parameters.values())
+            and all(m._parameters.get('weight') is not None for m in modules if type(m) is nn.Conv2d)
+            and all(m.padding_mode == 'zeros' for m in modules if type(m) is nn.Conv2d)
+            and _agree([m for m in modules if isinstance(m, nn.BatchNorm2d)])
+        )
+        self.parts = module.parts() if fits else None
+
+    def _look(self) -> tuple[list, ...]:
+        """What would change the answer. Modules are compared as objects, which tells of replaced ones."""
+        return (
+            list(chain.from_iterable(map(dict.values, map(_CHILDREN, self.states)))),
+            list(map(type, self.modules)),
+            list(map(_TRAINING, self.states)),
+            list(map(type, chain.from_iterable(map(dict.values, map(_PARAMETERS, self.states))))),
+            list(map(type, chain.from_iterable(map(dict.values, map(_BUFFERS, self.norms))))),
+            list(map(_NORM, self.norms)),
+            list(map(_BACKEND, self.fusables)),
+        )
+
+    def holds(self, module: Fusable) -> bool:
+        """Whether nothing has changed since."""
+        return self.module is module and self._look() == self.signature
+
+    def has_hooks(self) -> bool:
+        """:func:`has_hooks` of every module."""
+        states = self.states
+        return (
+            any(chain.from_iterable(map(_HOOKS, states)))
+            or any(map(contains, states, repeat('forward')))
+            or any(map(contains, states, repeat('_compiled_call_impl')))
+        )
+
+    def __reduce__(self):
+        """A copied or pickled module looks for itself."""
+        return type(None), ()
+
+
+def _choose(module: Fusable, x: Tensor) -> ModuleType | None:
+    """The engine for this call of a module; None for its ``forward``."""
+    backend = module.backend
+    if backend == 'plain' or (type(x) is not Tensor and type(x) is not nn.Parameter):
+        return None
+    on_gpu = x.is_cuda or _stubbed or gpu.INTERPRETS
+    if not on_gpu and not (module.fuses_on_cpu and torch.is_grad_enabled()):
+        return None
+    if x.ndim != 4 or x.layout != torch.strided or x.numel() == 0 or not private.is_ordinary():
+        return None
+    plan = module._plan
+    if plan is None or not plan.holds(module):
+        plan = module.__dict__['_plan'] = _Plan(module)
+    if plan.parts is None or plan.has_hooks() or list(map(_CALLS, _known)) != _known_calls:
+        return None
+    if on_gpu and backend != 'recompute' and (_stubbed or trial.accepts(x, backend == 'triton')):
+        if gpu.kernels is None:
+            gpu.load()
+        return gpu
+    return cpu if module.fuses_on_cpu and torch.is_grad_enabled() else None
+
+
+def ways(model: nn.Module) -> dict[str, int]:
+    """How many SK convolutions of a model went which way when it last ran in eager mode: {'triton': 16}, say."""
+    counts: dict[str, int] = {}
+    way_of: dict[nn.Module, str] = {}
+    for module in model.modules():  # a unit comes before its parts
+        if isinstance(module, Fusable):
+            way = way_of.get(module) or module._way
+            if way != 'plain':
+                way_of.update(dict.fromkeys(module.modules(), way))
+            if module.fuses_on_cpu:
+                counts[way] = counts.get(way, 0) + 1
+    return counts
+
+
+@contextmanager
+def stubbed_launches() -> Iterator[None]:
+    """Within it, the GPU's engine runs on CPU tensors and starts no kernel: outputs are allocated, nothing is computed.
+
+    It is for measuring what the host has to do.
+    """
+    global _stubbed
+    gpu.load()
+    launch = gpu.kernels.launch
+    _stubbed, gpu.kernels.launch = True, lambda *args, **meta: None
+    try:
+        yield
+    finally:
+        _stubbed, gpu.kernels.launch = False, launch

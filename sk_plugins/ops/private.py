@@ -1,0 +1,61 @@
+"""torch's private names, each with what stands in for it in a release that lacks it.
+
+No public function tells whether a transform of ``torch.func``, a dispatch mode or a hook of every module is at work.
+Where torch no longer has a name that tells, :func:`is_ordinary` is False, and the plain modules run: slower, and right.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+__all__ = ['MODULE_CALL', 'add_one', 'is_ordinary']
+
+MODULE_CALL = nn.Module.__call__
+_HOOKS = (
+    '_global_forward_hooks',
+    '_global_forward_pre_hooks',
+    '_global_backward_hooks',
+    '_global_backward_pre_hooks',
+)
+
+
+def _answers():
+    """What tells of dispatch modes, function modes, transforms and forward mode, and the hooks of every module."""
+    from torch import _C
+    from torch.autograd import forward_ad
+
+    counts = _C._len_torch_dispatch_stack, _C._len_torch_function_stack, _C._are_functorch_transforms_active
+    forward_ad._current_level  # noqa: B018 - raises where it is not there
+    return *counts, _C._is_tracing, forward_ad, [getattr(_module, name) for name in _HOOKS]
+
+
+try:
+    _dispatch_modes, _function_modes, _transforms, _is_tracing, _forward_ad, _global_hooks = _answers()
+except (ImportError, AttributeError):
+    _dispatch_modes = None
+
+
+def is_ordinary() -> bool:
+    """Whether torch runs what it is given and nothing else: no tracer, mode, transform, dual level or global hook."""
+    return not (
+        _dispatch_modes is None
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms()
+        or _forward_ad._current_level >= 0
+        or any(_global_hooks)
+        or _is_tracing()
+        or nn.Module.__call__ is not MODULE_CALL
+    )
+
+
+def add_one(counts: list[Tensor]) -> None:
+    """Add one to every tensor, in one launch where torch has it."""
+    if _foreach_add_ is not None:
+        _foreach_add_(counts, 1)
+    else:
+        for count in counts:
+            count.add_(1)
+
+
+_foreach_add_ = getattr(torch, '_foreach_add_', None)

@@ -1,0 +1,123 @@
+"""The arithmetic of Fuse and Select (Li et al., CVPR 2019, Sec. 3.1) in plain torch.
+
+``fuse`` and ``select`` are what the layers call. They keep the M branch outputs as a list, so that no
+(B, M, C, H, W) tensor is ever built and the maps are read as few times as can be.
+``fuse_reference`` and ``select_reference`` say the same thing in the paper's own words, for tests.
+:func:`norm_relu_select` is what an engine computes, and every engine is compared with it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ['Attention', 'Branches', 'fuse', 'fuse_reference', 'norm_relu_select', 'select', 'select_reference']
+
+
+def fuse(branches: list[Tensor]) -> Tensor:
+    """Global average of the branches' sum (Eq. 1 and 2), without building the sum.
+
+    Args:
+        branches: the M branch outputs U_m, each (B, C, H, W).
+
+    Returns:
+        s, (B, C, 1, 1): by linearity the sum of the branches' means.
+    """
+    pooled = branches[0].mean((2, 3), keepdim=True)
+    for branch in branches[1:]:
+        pooled = pooled + branch.mean((2, 3), keepdim=True)
+    return pooled
+
+
+def select(branches: list[Tensor], attention: Tensor) -> Tensor:
+    """Attention-weighted sum of the branches (Eq. 6), one pass over the maps per branch but the first.
+
+    Args:
+        branches: the M branch outputs U_m, each (B, C, H, W).
+        attention: (B, M, C, 1, 1), or (B, M, 1, 1, 1) where all channels share it; sums to 1 over M.
+
+    Returns:
+        V, (B, C, H, W), of the branches' dtype.
+    """
+    attention = attention.to(branches[0].dtype)
+    if len(branches) == 1:
+        return branches[0] * attention[:, 0]
+    if len(branches) == 2:
+        # The weights sum to 1, so one interpolation does what two products and a sum would.
+        return torch.lerp(branches[1], branches[0], attention[:, 0])
+    selected = branches[0] * attention[:, 0]
+    for m, branch in enumerate(branches[1:], 1):
+        selected = torch.addcmul(selected, branch, attention[:, m])
+    return selected
+
+
+def fuse_reference(branches: list[Tensor]) -> Tensor:
+    """Eq. 1 and 2 as written: pool the sum of the branches. Shapes as in :func:`fuse`."""
+    return torch.stack(branches).sum(0).mean((2, 3), keepdim=True)
+
+
+def select_reference(branches: list[Tensor], attention: Tensor) -> Tensor:
+    """Eq. 6 as written: weigh a stack of the branches and sum. Shapes as in :func:`select`."""
+    return (torch.stack(branches, dim=1) * attention).sum(1)
+
+
+class Attention(NamedTuple):
+    """The tensors of z = ReLU(BN(W s)) (Eq. 3) and of the logits A z (Eq. 5).
+
+    Attributes:
+        reduce: W, (d, C, 1, 1).
+        weight: BatchNorm's scale, (d,).
+        bias: BatchNorm's shift, (d,).
+        select: A, (M * C, d, 1, 1), or (M, d, 1, 1) where all channels share the attention.
+        select_bias: (M * C,) or (M,), or None.
+        mean: running mean, (d,); None where the batch's own statistics are to be used.
+        var: running variance, (d,); None likewise.
+    """
+
+    reduce: Tensor
+    weight: Tensor
+    bias: Tensor
+    select: Tensor
+    select_bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+
+
+class Branches(NamedTuple):
+    """What leads from the branches' convolutions to V.
+
+    Attributes:
+        ys: the convolutions' outputs, M times (B, C, H, W).
+        weights: BatchNorm's scales, M times (C,).
+        biases: BatchNorm's shifts, M times (C,).
+        means: running means, M times (C,); empty where the batch's own statistics are to be used.
+        variances: running variances, M times (C,); empty likewise.
+        attention: None where V is the branches' plain sum.
+    """
+
+    ys: list[Tensor]
+    weights: list[Tensor]
+    biases: list[Tensor]
+    means: list[Tensor]
+    variances: list[Tensor]
+    attention: Attention | None
+
+
+def norm_relu_select(branches: Branches, eps: float) -> Tensor:
+    """BatchNorm and ReLU of every branch, Fuse, and Select (Eq. 1 to 6): V, (B, C, H, W)."""
+    ys, weights, biases, means, variances, attention = branches
+    us = []
+    for m, y in enumerate(ys):
+        mean, var = (means[m], variances[m]) if means else (None, None)
+        us.append(F.relu(F.batch_norm(y, mean, var, weights[m], biases[m], not means, 0.0, eps)))
+    if attention is None:
+        total = us[0]
+        for u in us[1:]:
+            total = total + u
+        return total
+    reduce, weight, bias, select_weight, select_bias, mean, var = attention
+    z = F.conv2d(fuse(us), reduce)
+    z = F.relu(F.batch_norm(z, mean, var, weight, bias, mean is None, 0.0, eps))
+    logits = F.conv2d(z, select_weight, select_bias)
+    return select(us, logits.unflatten(1, (len(ys), -1)).softmax(1))

@@ -1,0 +1,259 @@
+"""A trial of the GPU's engine on a device that it meets for the first time: it must be right there, and faster.
+
+Kernels that nobody has run on a card may be slower there than torch's own, or wrong. So before they are used they are
+timed against plain torch, the host included, forward and backward, on a small map and on a large one, and compared
+with it. The verdict is kept on disk, for the device, the dtype and the versions of everything that has a part in it.
+
+``SK_PLUGINS_ENGINE`` set to ``plain`` or ``triton`` puts the verdict in the environment's hands.
+"""
+
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import gpu
+from .functions import BranchSpec, NormAct, NormReluSelect, NormSpec
+from .reference import Attention, Branches, norm_relu_select
+
+__all__ = ['accepts', 'cache_file', 'forget']
+
+logger = logging.getLogger('sk_plugins')
+
+# (B, C, H, W): a unit's map in the last stage for a batch of four small images, and in the first for a batch of 64.
+SMALL, LARGE = (4, 128, 16, 16), (64, 128, 56, 56)
+REPEATS = 7
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def accepts(x: Tensor, wanted: bool = False) -> bool:
+    """Whether the kernels are to compute a unit whose input is ``x``.
+
+    Args:
+        x: (B, C, H, W), on a GPU, or on a CPU where Triton's interpreter stands in for one.
+        wanted: whether they are asked for by name (``backend='triton'``): then they need be right, not faster.
+    """
+    said = os.environ.get('SK_PLUGINS_ENGINE', '')
+    if said == 'plain':
+        return False
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if not x.is_cuda:  # the interpreter, which is slow by nature
+        return gpu.why_not(x) is None
+    if x.get_device() != torch.cuda.current_device():
+        _say_once(f'tensors on {x.device}, which is not the current device: torch.cuda.set_device makes it so')
+        return False
+    verdict = _verdict(x.device, dtype)
+    if verdict['wrong'] is not None:
+        return False
+    if wanted or said == 'triton':
+        return True
+    size = 'small' if x.numel() < _between(SMALL, LARGE) else 'large'
+    return verdict['ratios'][f'{size} {"training" if torch.is_grad_enabled() else "inference"}'] < 1
+
+
+def _between(*shapes: tuple[int, ...]) -> float:
+    """The geometric mean of the shapes' sizes."""
+    return statistics.geometric_mean(functools.reduce(int.__mul__, shape) for shape in shapes)
+
+
+def cache_file() -> Path:
+    """Where verdicts are kept: ``$SK_PLUGINS_CACHE``, else ``sk-plugins`` in the user's cache folder."""
+    folder = os.environ.get('SK_PLUGINS_CACHE')
+    if not folder:
+        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'sk-plugins'
+    return Path(folder) / 'engines.json'
+
+
+def forget() -> None:
+    """Drop the verdicts of this process and those on disk: the next unit is a new trial."""
+    _verdict.cache_clear()
+    cache_file().unlink(missing_ok=True)
+
+
+@functools.cache
+def _verdict(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    reason = gpu.why_not(torch.empty(0, dtype=dtype))
+    if reason is not None:
+        _say_once(reason)
+        return {'wrong': reason, 'ratios': {}}
+    key = _key(device, dtype)
+    kept = _read()
+    if key in kept:
+        return kept[key]
+    start = time.perf_counter()
+    # In a thread of its own, where none of the caller's modes hold: inference, autocast, hooks on saved tensors.
+    with ThreadPoolExecutor(1) as executor:
+        verdict = executor.submit(_try, device, dtype).result()
+    seconds = time.perf_counter() - start
+    if verdict['wrong'] is None:
+        ratios = ', '.join(f'{name} {value:.2f}' for name, value in verdict['ratios'].items())
+        logger.info('Triton kernels on %s in %s, time by that of plain torch: %s (%.1f s)', key, dtype, ratios, seconds)
+    else:
+        logger.warning('The Triton kernels are not used on %s in %s: %s', key, dtype, verdict['wrong'])
+    _write(key, verdict)
+    return verdict
+
+
+def _key(device: torch.device, dtype: torch.dtype) -> str:
+    versions = ', '.join(f'{name} {_version(name)}' for name in ('torch', 'triton', 'sk-plugins'))
+    return f'{torch.cuda.get_device_name(device)}, {str(dtype).removeprefix("torch.")}, {versions}'
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return 'unknown'
+
+
+def _read() -> dict[str, Any]:
+    try:
+        return json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(key: str, verdict: dict[str, Any]) -> None:
+    """Whole or not at all: other processes read and write the same file."""
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile('w', dir=path.parent, suffix='.part', delete=False) as file:
+            json.dump({**_read(), key: verdict}, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning('The verdict on the Triton kernels cannot be kept in %s: %s', path, error)
+
+
+def _say_once(reason: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        logger.warning('sk_plugins runs plain torch, which is slower: %s', reason)
+
+
+_said: set[str] = set()
+
+
+class _Work:
+    """One unit's worth of an engine's work, and the same in plain torch, on the same tensors."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*size: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+            return (torch.randn(size, generator=generator) * scale + shift).to(device)
+
+        channels, dim = shape[1], max(shape[1] // 16, 32)
+        maps = [draw(*shape).to(dtype).to(memory_format=torch.channels_last) for _ in range(3)]
+        self.maps = [y.requires_grad_() for y in maps]
+        self.scales = [draw(channels, scale=0.2, shift=1.0).requires_grad_() for _ in range(3)]
+        self.shifts = [draw(channels, scale=0.2).requires_grad_() for _ in range(3)]
+        self.attention = [
+            draw(dim, channels, 1, 1, scale=channels**-0.5), draw(dim, scale=0.2, shift=1.0),
+            draw(dim, scale=0.2), draw(2 * channels, dim, 1, 1, scale=dim**-0.5),
+        ]  # fmt: skip
+        for tensor in self.attention:
+            tensor.requires_grad_()
+        self.leaves = [*self.maps, *self.scales, *self.shifts, *self.attention]
+        self.running = [(torch.zeros(n, device=device), torch.ones(n, device=device)) for n in (*[channels] * 3, dim)]
+        self.grad = draw(*shape).to(dtype).to(memory_format=torch.channels_last)
+
+    def branches(self, batch: bool) -> Branches:
+        used = [] if batch else self.running[:2]
+        attention = Attention(*self.attention, None, *((None, None) if batch else self.running[3]))
+        means, variances = ([m for m, _ in used], [v for _, v in used])
+        return Branches(self.maps[:2], self.scales[:2], self.shifts[:2], means, variances, attention)
+
+    def engine(self, batch: bool) -> Tensor:
+        """V + the end of a unit, by the kernels."""
+        running = [*self.running[:2], self.running[3]] if batch else []
+        spec = BranchSpec(gpu, 2, True, batch, 0.1, 1e-5, running)
+        end = NormSpec(gpu, True, batch, 0.1, 1e-5, self.running[2:3] if batch else [])
+        statistics = (None, None) if batch else self.running[2]
+        if torch.is_grad_enabled():
+            v = NormReluSelect.apply(spec, *spec.flatten(self.branches(batch)))
+            return NormAct.apply(end, v, self.maps[2], self.scales[2], self.shifts[2], *statistics)
+        v = gpu.forward(spec, self.branches(batch))[0]
+        return gpu.norm_act(end, v, self.maps[2], self.scales[2], self.shifts[2], *statistics)[0]
+
+    def plain(self, batch: bool) -> Tensor:
+        """The same in plain torch."""
+        v = norm_relu_select(self.branches(batch), 1e-5)
+        statistics = (None, None) if batch else self.running[2]
+        y = nn.functional.batch_norm(self.maps[2], *statistics, self.scales[2], self.shifts[2], batch, 0.1, 1e-5)
+        y += v
+        return y.relu_()
+
+    def gradients(self, function: Callable[[bool], Tensor]) -> list[Tensor]:
+        output = function(True)
+        return [output.detach(), *torch.autograd.grad(output, self.leaves, self.grad)]
+
+
+def _try(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The verdict: why the kernels are not to be used, or their time by that of plain torch, by size and kind."""
+    try:
+        gpu.load()
+        _compile(device, dtype)
+        error = _error(device, dtype)
+        if not error < TOLERANCES[dtype]:  # not so a NaN
+            return {'wrong': f'they differ from plain torch by {error:.1e}', 'ratios': {}}
+        ratios = {}
+        for name, shape in (('small', SMALL), ('large', LARGE)):
+            work = _Work(shape, device, dtype)
+            ratios[f'{name} training'] = _ratio(lambda f, work=work: work.gradients(f), work, device)
+            with torch.no_grad():
+                ratios[f'{name} inference'] = _ratio(lambda f: f(False), work, device)
+        return {'wrong': None, 'ratios': ratios}
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways, and plain torch serves all the same
+        return {'wrong': f'a kernel failed ({type(error).__name__}: {error})', 'ratios': {}}
+
+
+def _compile(device: torch.device, dtype: torch.dtype) -> None:
+    """Have all kernels compiled at once: most of it is outside Python."""
+
+    def run(batch: bool, grad: bool) -> None:
+        with torch.set_grad_enabled(grad):
+            work = _Work(SMALL, device, dtype)
+            work.gradients(work.engine) if grad else work.engine(batch)
+
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(run, (True, False), (True, False)))
+
+
+def _error(device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative difference of outputs and gradients from plain torch's in float32 on the CPU."""
+    work = _Work((3, 40, 9, 9), device, dtype)
+    expected = _Work((3, 40, 9, 9), torch.device('cpu'), torch.float32)
+    with torch.no_grad():
+        for ours, theirs in zip([*work.maps, work.grad], [*expected.maps, expected.grad]):
+            theirs.copy_(ours)  # with what the low precision leaves
+    pairs = zip(work.gradients(work.engine), expected.gradients(expected.plain))
+    return max(float((a.float().cpu() - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs)
+
+
+def _ratio(run: Callable[[Callable[[bool], Tensor]], object], work: _Work, device: torch.device) -> float:
+    """Median of the engine's time by plain torch's, in turns, the host included."""
+
+    def seconds(function: Callable[[bool], Tensor]) -> float:
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run(function)
+        run(function)
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    seconds(work.engine), seconds(work.plain)
+    return statistics.median(seconds(work.engine) / seconds(work.plain) for _ in range(REPEATS))
