@@ -18,7 +18,8 @@ __all__ = ['NAME', 'apply']
 NAME = 'operators'
 _BRANCHES = (
     'Tensor[] ys, Tensor[] weights, Tensor[] biases, Tensor[] means, Tensor[] variances, Tensor? reduce, '
-    'Tensor? weight, Tensor? bias, Tensor? select, Tensor? select_bias, Tensor? mean, Tensor? var, bool batch, float eps'
+    'Tensor? weight, Tensor? bias, Tensor? select, Tensor? select_bias, Tensor? mean, Tensor? var, '
+    'bool batch, float eps'
 )
 
 
