@@ -326,6 +326,20 @@ def test_torchscript_at_full_depth():
 
 
 @each_model
+@torch.no_grad()
+def test_children_stand_in_the_order_they_are_called_in(name):
+    """So that a slice of them is a network, as of every ResNet."""
+    model, x = make_model(name), make_input(size=32)
+    expected = model.forward_features(x)
+    for num_classes in (10, 0, 5):
+        model.reset_classifier(num_classes)
+        children = dict(model.named_children())
+        assert list(children)[-2:] == ['global_pool', 'fc']
+        assert torch.equal(nn.Sequential(*list(children.values())[:-2])(x), expected)
+        assert torch.equal(nn.Sequential(*children.values())(x), model(x))
+
+
+@each_model
 def test_features_only(name):
     model = timm.create_model(name, features_only=True, device='meta').eval()
     channels, reductions, _ = feature_shapes(name)

@@ -352,7 +352,10 @@ class SKResNet(ResNet):
         for name in ('layer1', 'layer2', 'layer3', 'layer4')[:num_stages]:
             setattr(self, name, Stage(*getattr(self, name)))
         if num_stages == 3:
+            pool, fc = self.global_pool, self.fc
+            del self.global_pool, self.fc
             self.layer4 = nn.Sequential()  # timm's ResNet calls four stages
+            self.global_pool, self.fc = pool, fc  # children stand in the order they are called in
         if small_stem:
             stem = self.conv1
             if not isinstance(stem, nn.Conv2d):
