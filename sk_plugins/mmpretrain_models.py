@@ -7,6 +7,7 @@ hooks, its entries in mmpretrain's model index, checkpoints by ``hf-hub:OWNER/NA
 """
 
 import inspect
+import math
 import pickle
 import re
 from collections import OrderedDict
@@ -91,6 +92,7 @@ class _Backbone:
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.norm_cfg = norm_cfg
         self.init_cfg = init_cfg
         self.set_grad_checkpointing(with_cp)
         if channels_last:
@@ -141,6 +143,38 @@ class _Backbone:
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+    @property
+    def with_cp(self) -> bool:
+        """Whether gradient checkpointing is on."""
+        return self.grad_checkpointing
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Which layer a parameter is in, for learning rates by depth, as mmpretrain's ResNet says it.
+
+        The stem is layer 0. The first and the fourth stage are a layer each, and so are every 2 units of the second
+        and every 3 of the third, or every 4 of both where the second has 8 units or more. What is not under
+        ``prefix``, such as a head, comes after them.
+
+        Args:
+            param_name: the parameter's name in the model.
+            prefix: the backbone's in the model, such as ``'backbone.'``.
+
+        Returns:
+            The layer, and the number of layers, the head's included.
+        """
+        units = [len(getattr(self, name)) for name in self.stages]
+        per_layer = (units[0], 2, 3, units[3]) if units[1] < 8 else (units[0], 4, 4, units[3])
+        layers = [math.ceil(n / step) if n else 0 for n, step in zip(units, per_layer)]
+        head = 1 + sum(layers)
+        if not param_name.startswith(prefix):
+            return head, head + 1
+        stage, _, rest = param_name.removeprefix(prefix).partition('.')
+        if stage not in self.stages:
+            return 0, head + 1
+        i = self.stages.index(stage)
+        unit = int(rest.partition('.')[0])
+        return 1 + sum(layers[:i]) + unit // per_layer[i], head + 1
 
     def _freeze(self) -> None:
         names = (*self.stem, *self.stages[: self.frozen_stages]) if self.frozen_stages >= 0 else ()
@@ -247,6 +281,9 @@ class _ResNetBackbone(_Backbone, networks.SKResNet, BaseBackbone):
             num_stages=num_stages,
         )
         self.depth = depth
+        self.num_stages = num_stages
+        self.stage_blocks = tuple(args['layers'])
+        self.feat_dim = self.num_features
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         # timm counts the stem as the first of its feature maps.
@@ -434,6 +471,7 @@ class SKShuffleNetV2(_Backbone, networks.SKShuffleNetV2, BaseBackbone):
         )
         self.widen_factor = widen_factor
         self.unit = unit
+        self.stage_blocks = [len(getattr(self, name)) for name in self.stages[:3]]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         # timm's feature maps begin with the stem and its pooling, and leave out the last convolution.

@@ -26,7 +26,7 @@ from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import DefaultScope
 from mmengine.runner import CheckpointLoader, load_checkpoint
-from mmpretrain.registry import MODELS
+from mmpretrain.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from PIL import Image
 from randomised import randomise
 from safetensors.torch import save, save_file
@@ -363,6 +363,98 @@ class TestZoo:
                 model = SKResNet(18, split_input=split_input)
             assert count(model) == stem + sum(unit(*widths, share) for widths in units)
         assert count(model) == 11_958_056 - 513_000 + 4_718_592
+
+
+# The layer of each unit, stage by stage, counted by hand; the stem is layer 0, and the head comes last.
+RESNET_50 = [[1] * 3, [2, 2, 3, 3], [4, 4, 4, 5, 5, 5], [6] * 3]
+RESNET_101 = [[1] * 3, [2, 2, 3, 3], [4 + i // 3 for i in range(23)], [12] * 3]
+SHUFFLENET = [[1] * 4, [2] * 4 + [3] * 4, [4] * 4, [5] * 3]  # the fifth convolution has three modules
+LAYERS = {
+    'SKNet-26': (dict(type='SKNet', depth=26), [[1, 1], [2, 2], [3, 3], [4, 4]]),
+    'SKNet-29': (dict(type='SKNet', depth=29), [[1, 1, 1], [2, 2, 3], [4, 4, 4]]),
+    'SKNet-50': (dict(type='SKNet', depth=50), RESNET_50),
+    'SKNet-101': (dict(type='SKNet', depth=101), RESNET_101),
+    'SKResNeXt-26': (dict(type='SKResNeXt', depth=26), [[1, 1], [2, 2], [3, 3], [4, 4]]),
+    'SKResNeXt-50': (dict(type='SKResNeXt', depth=50), RESNET_50),
+    'SKResNeXt-101': (dict(type='SKResNeXt', depth=101, groups=64), RESNET_101),
+    'SKResNeXt-152': (
+        dict(type='SKResNeXt', depth=152),
+        [[1] * 3, [2] * 4 + [3] * 4, [4 + i // 4 for i in range(36)], [13] * 3],
+    ),
+    'SKResNet-18': (dict(type='SKResNet', depth=18), [[1, 1], [2, 2], [3, 3], [4, 4]]),
+    'SKResNet-34': (dict(type='SKResNet', depth=34), RESNET_50),
+    'SKResNet-50': (dict(type='SKResNet', depth=50), RESNET_50),
+    'SKResNet-50d': (dict(type='SKResNet', depth='50d'), RESNET_50),
+    **{
+        f'SKShuffleNetV2-{unit}-{factor}': (dict(type='SKShuffleNetV2', widen_factor=factor, unit=unit), SHUFFLENET)
+        for unit, factor in (('sk', 0.5), ('sk', 1.0), ('se', 1.5), ('plain', 2.0))
+    },
+}
+
+
+class TestLayerDepth:
+    """Learning rates by depth, which mmpretrain's optimizer-wrapper constructor asks the backbone for."""
+
+    @pytest.mark.parametrize(('cfg', 'layers'), LAYERS.values(), ids=LAYERS.keys())
+    def test_learning_rates(self, cfg, layers):
+        with torch.device('meta'):
+            model = MODELS.build(dict(type='ImageClassifier', backbone=cfg, head=dict(type='ClsHead')))
+            model.head = nn.Linear(8, 10)
+        constructor = dict(
+            type='LearningRateDecayOptimWrapperConstructor',
+            optim_wrapper_cfg=dict(optimizer=dict(type='SGD', lr=0.1, weight_decay=1e-4)),
+            paramwise_cfg=dict(layer_decay_rate=0.5),
+        )
+        groups = OPTIM_WRAPPER_CONSTRUCTORS.build(constructor)(model).optimizer.param_groups
+        last = layers[-1][-1]
+        expected = {}
+        for name, _ in model.named_parameters():
+            owner, stage, unit, *_ = [*name.split('.'), '']
+            stages = model.backbone.stages
+            expected[name] = last + 1 if owner == 'head' else 0
+            if stage in stages:
+                expected[name] = layers[stages.index(stage)][int(unit)]
+        assert {group['param_name']: group['layer_id'] for group in groups} == expected
+        assert set(expected.values()) == set(range(last + 2))
+        for group in groups:
+            assert group['lr'] == pytest.approx(0.1 * 0.5 ** (last + 1 - group['layer_id']))
+
+    @pytest.mark.parametrize(
+        ('cfg', 'depth'),
+        [
+            (dict(type='SKNet', depth=50), 50),
+            (dict(type='SKNet', depth=101), 101),
+            (dict(type='SKResNeXt', depth=152), 152),
+            (dict(type='SKResNet', depth=34), 34),
+        ],
+        ids=str,
+    )
+    def test_is_mmpretrains(self, cfg, depth):
+        with torch.device('meta'):
+            ours = MODELS.build(cfg)
+        theirs = MODELS.build(dict(type='ResNet', depth=depth))
+        names = [f'backbone.{name}' for name, _ in ours.named_parameters()]
+        for name in (*names, 'neck.0.weight', 'head.fc.bias'):
+            assert ours.get_layer_depth(name, 'backbone.') == theirs.get_layer_depth(name, 'backbone.'), name
+        assert ours.stage_blocks == theirs.stage_blocks
+        assert ours.num_stages == theirs.num_stages
+        assert ours.feat_dim == theirs.feat_dim
+
+    def test_of_a_classifier(self):
+        with torch.device('meta'):
+            model = MODELS.build(dict(type='ImageClassifier', backbone=dict(type='SKNet', depth=50)))
+        assert model.get_layer_depth('backbone.layer2.0.conv1.conv.weight') == (2, 8)
+        assert model.get_layer_depth('head.fc.weight') == (7, 8)
+        assert model.backbone.get_layer_depth('layer2.2.conv1.conv.weight') == (3, 8)
+        assert model.backbone.get_layer_depth('model.body.bn1.weight', 'model.body.') == (0, 8)
+
+    def test_attributes_of_mmpretrains_shufflenet(self):
+        with torch.device('meta'):
+            ours, theirs = (MODELS.build(dict(type=kind)) for kind in ('SKShuffleNetV2', 'ShuffleNetV2'))
+        assert ours.stage_blocks == theirs.stage_blocks
+        assert ours.with_cp is theirs.with_cp is False
+        ours.set_grad_checkpointing()
+        assert ours.with_cp
 
 
 class TestEveryBackbone:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import inspect
+import itertools
 import math
 import os
 import re
@@ -322,6 +323,20 @@ def test_torchscript_at_full_depth():
     model = timm.create_model('sknet50', **NARROW, scriptable=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.script(model)(make_input()), model(make_input()), rtol=0, atol=1e-5)
+
+
+@each_model
+@torch.no_grad()
+def test_children_stand_in_the_order_they_are_called_in(name):
+    """So that a slice of them is a network, as of every ResNet."""
+    model, x = make_model(name), make_input(size=32)
+    expected = model.forward_features(x)
+    for num_classes in (10, 0, 5):
+        model.reset_classifier(num_classes)
+        children = dict(model.named_children())
+        assert list(children)[-2:] == ['global_pool', 'fc']
+        assert torch.equal(nn.Sequential(*list(children.values())[:-2])(x), expected)
+        assert torch.equal(nn.Sequential(*children.values())(x), model(x))
 
 
 @each_model
@@ -942,18 +957,26 @@ def test_exportable(name):
         torch.testing.assert_close(exported(x), model(x), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['sknet26', 'seresnext29_16x32d', 'skshufflenetv2_x0_5'])
+@pytest.mark.parametrize(
+    ('exporter', 'name'),
+    [
+        *itertools.product(['dynamo'], ['sknet26', 'seresnext29_16x32d', 'skshufflenetv2_x0_5']),
+        *itertools.product(['TorchScript'], [name for name in KINDS if name != 'resnext29_16x32d']),
+    ],
+)
+@pytest.mark.filterwarnings('ignore:.*legacy TorchScript-based ONNX export:DeprecationWarning')
+@pytest.mark.filterwarnings('ignore:The feature will be removed:DeprecationWarning:torch')
 @torch.no_grad()
-def test_onnx(tmp_path, name):
+def test_onnx(tmp_path, exporter, name):
     onnx = pytest.importorskip('onnx')
     runtime = pytest.importorskip('onnxruntime')
-    pytest.importorskip('onnxscript')
-    model = make_model(name, exportable=True, layers=shallow(name))
+    model = make_model(name, exportable=exporter == 'dynamo', layers=shallow(name))
+    kwargs = dict(dynamo=False, dynamic_axes={'image': {0: 'batch'}})
+    if exporter == 'dynamo':
+        pytest.importorskip('onnxscript')
+        kwargs = dict(dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch', min=1)},))
     path = tmp_path / f'{name}.onnx'
-    torch.onnx.export(
-        model, (make_input(),), path, input_names=['image'], output_names=['logits'], dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim('batch', min=1)},),
-    )  # fmt: skip
+    torch.onnx.export(model, (make_input(),), path, input_names=['image'], output_names=['logits'], **kwargs)
     onnx.checker.check_model(path)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1

@@ -339,7 +339,10 @@ class SKResNet(ResNet):
             **kwargs,
         )
         if num_stages == 3:
+            pool, fc = self.global_pool, self.fc
+            del self.global_pool, self.fc
             self.layer4 = nn.Sequential()  # timm's ResNet calls four stages
+            self.global_pool, self.fc = pool, fc  # children stand in the order they are called in
         if small_stem:
             stem = self.conv1
             if not isinstance(stem, nn.Conv2d):

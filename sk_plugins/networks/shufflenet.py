@@ -100,9 +100,16 @@ class ShuffleUnit(nn.Module):
         return _interleave(x1, x2)
 
 
+@torch.fx.wrap  # a symbolic tracer knows no strides
 def _interleave(x1: Tensor, x2: Tensor) -> Tensor:
-    """Channels of two maps in turn, in the maps' memory format."""
-    return torch.channel_shuffle(torch.cat((x1, x2), dim=1), 2)
+    """Channels of two maps in turn, (B, C, H, W) each to (B, 2 * C, H, W), in the second's memory format.
+
+    ``torch.channel_shuffle`` is unknown to some exporters, and takes a second copy, slow in channels_last.
+    """
+    if x2.stride(1) == 1:
+        x1, x2 = x1.permute(0, 2, 3, 1), x2.permute(0, 2, 3, 1)
+        return torch.stack((x1, x2), dim=4).flatten(3).permute(0, 3, 1, 2)
+    return torch.stack((x1, x2), dim=2).flatten(1, 2)
 
 
 class SKShuffleNetV2(nn.Module):

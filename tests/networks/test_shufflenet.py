@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sk_plugins.layers import SelectiveKernel
 from sk_plugins.networks import SKShuffleNetV2
-from sk_plugins.networks.shufflenet import ShuffleUnit
+from sk_plugins.networks.shufflenet import ShuffleUnit, _interleave
 
 STAGES = ('stage2', 'stage3', 'stage4')
 WIDTHS = {
@@ -384,15 +384,30 @@ def test_fusing_batch_norms_leaves_outputs_unchanged(unit):
 
 
 @each_unit
-@torch.no_grad()
-def test_channels_last(unit):
-    network = randomise(SKShuffleNetV2(**NARROW, unit=unit)).double()
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+def test_channels_last(unit, training):
+    network = randomise(SKShuffleNetV2(**NARROW, unit=unit)).double().train(training)
     x = make_input().double()
     expected = network(x)
     last = x.contiguous(memory_format=torch.channels_last)
-    features = network.to(memory_format=torch.channels_last).forward_features(last)
-    assert features.is_contiguous(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)
+    for feature in network.forward_intermediates(last, intermediates_only=True):
+        assert feature.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(network(last), expected)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('shape', [(2, 12, 5, 7), (1, 2, 3, 3), (3, 8, 1, 1), (0, 4, 2, 2)], ids=str)
+def test_interleaving_keeps_values_and_memory_format(shape, memory_format):
+    x = torch.randn(shape).contiguous(memory_format=memory_format)
+    x1, x2 = (half.contiguous(memory_format=memory_format).requires_grad_() for half in x.chunk(2, dim=1))
+    output = _interleave(x1, x2)
+    assert torch.equal(output, torch.channel_shuffle(x, 2))
+    assert output.is_contiguous(memory_format=memory_format)
+    weight = torch.randn(shape)
+    gradients = torch.autograd.grad(output, (x1, x2), weight)
+    assert torch.equal(gradients[0], weight[:, 0::2])
+    assert torch.equal(gradients[1], weight[:, 1::2])
 
 
 def test_batch_of_one_in_training():
