@@ -28,8 +28,8 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from _benchmark.machine import describe_machine
 from _common import run as run_tool
-from benchmark import describe_machine
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
