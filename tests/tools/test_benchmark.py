@@ -262,7 +262,7 @@ def test_the_command_writes_what_it_measured(tool, clock, tmp_path, capsys):
     assert infer_plain['ways'] is None
     assert f'| `{TINY}` | 600.0 | 16.7 % | 3.3 | 1.200 (spread 16.7 %) |\n' in printed
     assert f'| `{TINY_PLAIN}` | 500.0 | 0.0 % | 4.0 | 1 |\n' in printed
-    calls = f'| {train["python_calls"]:,} | {train["ratios"]["python_calls"]["median"]:.3f} |'
+    calls = f'| {train["python_calls"]:,} ({train["ratios"]["python_calls"]["median"]:.2f}) |'
     assert calls in printed
     assert '## Inference' in printed
     assert '## Training step' in printed

@@ -94,7 +94,7 @@ def count_kernels(events: Iterable[FunctionEvent]) -> tuple[int, float]:
         event
         for event in events
         if event.device_type == DeviceType.CUDA
-        and not event.is_user_annotation
+        and not getattr(event, 'is_user_annotation', False)
         and not event.name.startswith(('Memcpy', 'Memset'))
     ]
     return len(found), sum(event.device_time for event in found) / 1e6

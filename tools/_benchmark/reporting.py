@@ -178,8 +178,11 @@ def _models_tables(rows: list[Row], baseline: str) -> list[str]:
         ('kernel_seconds', 'kernels, ms', '{:.2f}', 1000),
         ('graph_seconds', 'CUDA graph, ms', '{:.2f}', 1000),
     ):
-        host[name] = _column(rows, quantity, form, factor)
-        host[f'{name.partition(",")[0]}, `{baseline}` = 1'] = _ratios(rows, quantity, baseline)
+        ratios = (row['ratios'].get(quantity) for row in rows)
+        host[name] = [
+            f'{value} ({ratio["median"]:.2f})' if ratio else value
+            for value, ratio in zip(_column(rows, quantity, form, factor), ratios)
+        ]
     graphs = host['CUDA graph, ms']
     host['CUDA graph, ms'] = [cell or 'not possible' * bool(row.get('graph_error')) for cell, row in zip(graphs, rows)]
     notes = [
@@ -188,10 +191,9 @@ def _models_tables(rows: list[Row], baseline: str) -> list[str]:
         for row in rows
         if row.get(key)
     ]
-    return [
-        *filter(None, (_models_table(rows, times), _models_table(rows, host))),
-        *(['\n'.join(notes)] if notes else []),
-    ]
+    table = _models_table(rows, host)
+    caption = f"The host's part, in brackets `{baseline}` = 1:" if table else ''
+    return [part for part in (_models_table(rows, times), caption, table, '\n'.join(notes)) if part]
 
 
 def _models_table(rows: list[Row], columns: dict[str, list[str]]) -> str:
