@@ -318,7 +318,7 @@ def test_a_set(tool, clock, tiny_set, tmp_path, capsys, monkeypatch):
     )
     titles = [line for line in printed.splitlines() if line.startswith('## ')]
     assert titles == ['## Inference', '## Inference, batch 1, 48 x 48', '## Training step']
-    assert f'\n- `{TINY}:stub`, not available: sk_plugins.ops has no stubbed_launches here.\n' in printed
+    assert f'\n- Not available (sk_plugins.ops has no stubbed_launches here): `{TINY}:stub`.\n' in printed
     panels = bars(report)
     assert {title: [(bar.label, bar.ratio.median, bar.goal) for bar in panel] for title, panel in panels.items()} == {
         'plain = 1': [

@@ -104,7 +104,7 @@ def test_report_of_a_gpu(report):
         '| training step | **0.500** (spread 0.0 %, goal 0.45: missed) |\n'
         "| host's time | **1.200** (spread 0.0 %, goal 1.20: met) |\n"
         '| launches | **2.000** |\n'
-        '| graph | not measured yet |\n\n'
+        '| graph | not available |\n\n'
         'Batch 128, 224 x 224, bfloat16 autocast, channels_last; medians of 3 interleaved repeats, ratios taken within '
         'each repeat; spread: interquartile range by median; bytes saved: tensors that autograd keeps of one image, by '
         'storage, parameters and buffers left out; Python calls and operator calls: of a forward pass, in training '
@@ -125,7 +125,7 @@ def test_report_of_a_gpu(report):
         '| not possible |\n'
         '| `theirs` |  | 1.00 | 1,000 (1.00) | 450 (1.00) | 20.00 (1.00) | 600 (1.00) | 70.00 (1.00) '
         '| 78.90 (1.00) |\n\n'
-        '- `ours`, CUDA graph not possible: operation not permitted.\n\n'
+        '- CUDA graph not possible (operation not permitted): `ours`.\n\n'
         '## Training step, batch 4, 64 x 64\n\n'
         '| model | ms per step | spread | images/s | time, `theirs` = 1 |\n'
         '| --- | ---: | ---: | ---: | ---: |\n'

@@ -76,8 +76,11 @@ def make_report(
         found = ratio(by_name.get((run, model)), by_name.get((run, against)), quantity)
         return None if found is None else {**asdict(found), 'spread_percent': found.spread}
 
-    def why_not(run: Run, *models: str) -> str | None:
-        reasons = (by_name[run, model].unavailable for model in models if (run, model) in by_name)
+    def why_not(run: Run, quantity: str, *models: str) -> str | None:
+        found = [by_name[run, model] for model in models if (run, model) in by_name]
+        reasons = [result.unavailable for result in found]
+        if quantity == 'graph_seconds':
+            reasons += [result.graph_error for result in found]
         return next(filter(None, reasons), None)
 
     rows = []
@@ -99,7 +102,7 @@ def make_report(
             against, goal = cell
             found = compare(figure.run, figure.quantity, figure.model, against)
             met = None if found is None or goal is None else found['median'] <= goal
-            unavailable = why_not(figure.run, figure.model, against)
+            unavailable = why_not(figure.run, figure.quantity, figure.model, against)
             cells.append({'against': against, 'goal': goal, 'ratio': found, 'met': met, 'unavailable': unavailable})
         figures.append({**asdict(figure), 'against': cells})
     return {
@@ -185,15 +188,19 @@ def _models_tables(rows: list[Row], baseline: str) -> list[str]:
         ]
     graphs = host['CUDA graph, ms']
     host['CUDA graph, ms'] = [cell or 'not possible' * bool(row.get('graph_error')) for cell, row in zip(graphs, rows)]
-    notes = [
-        f'- `{row["model"]}`, {name}: {row[key]}.'
-        for key, name in (('unavailable', NOT_AVAILABLE), ('graph_error', 'CUDA graph not possible'))
-        for row in rows
-        if row.get(key)
-    ]
+    notes = _reasons(rows, 'unavailable', 'Not available') + _reasons(rows, 'graph_error', 'CUDA graph not possible')
     table = _models_table(rows, host)
     caption = f"The host's part, in brackets `{baseline}` = 1:" if table else ''
     return [part for part in (_models_table(rows, times), caption, table, '\n'.join(notes)) if part]
+
+
+def _reasons(rows: list[Row], key: str, name: str) -> list[str]:
+    """'- Not available (why): `model`, `model`.' for every reason that rows have."""
+    models: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get(key):
+            models.setdefault(row[key], []).append(f'`{row["model"]}`')
+    return [f'- {name} ({reason}): {", ".join(labels)}.' for reason, labels in models.items()]
 
 
 def _models_table(rows: list[Row], columns: dict[str, list[str]]) -> str:
