@@ -2,6 +2,7 @@
 # make test:  install, run the tests.
 # make det:   the environment for detection, with mmdetection and mmcv's compiled ops.
 # make bench: install, time SKNet-50 against timm's and ResNeXt-50 on this CPU, into results/.
+# make bench-host: the same for what Python and the operators cost, the GPU path's too.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ WORK_DIR := work_dirs/sknet_digits
 JOBS ?= auto
 PYTEST := -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 
-.PHONY: train test test-slow test-kill test-reliability fuzz test-openmmlab det test-det test-scenes lint table bench bench-gpu bench-det clean
+.PHONY: train test test-slow test-kill test-reliability fuzz test-openmmlab det test-det test-scenes lint table bench bench-host bench-gpu bench-det clean
 
 train: $(VENV)/.installed
 	$(BIN)/python tools/train.py configs/sknet_digits.py --work-dir $(WORK_DIR)
@@ -65,6 +66,10 @@ table: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python tools/benchmark.py --set standard \
 		--json results/benchmark_cpu.json --markdown results/benchmark_cpu.md --plot results/benchmark_cpu.png
+
+bench-host: $(VENV)/.installed
+	$(BIN)/python tools/benchmark.py --set host \
+		--json results/benchmark_host.json --markdown results/benchmark_host.md --plot results/benchmark_host.png
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python tools/benchmark.py --set gpu \

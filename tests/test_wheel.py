@@ -84,3 +84,14 @@ def test_training_from_the_wheel(site, tmp_path):
     )
     run_outside(site, tmp_path, code)
     assert (tmp_path / 'work_dirs' / 'sknet_digits' / 'epoch_1.pth').is_file()
+
+
+def test_benchmark_from_the_wheel(site, tmp_path):
+    """Its parts lie in a package beside it."""
+    code = (
+        'import runpy; sys.argv = ["sk_plugins", "benchmark", "--set", "host", "--blank"]; '
+        'runpy.run_module("sk_plugins", run_name="__main__"); print(sys.modules["_benchmark"].__file__)'
+    )
+    *report, file = run_outside(site, tmp_path, code).splitlines()
+    assert report[0] == "# SKNet-50's cost on the host"
+    assert Path(file).is_relative_to(site)

@@ -15,8 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import benchmark
 import torch
+from _benchmark.machine import describe_machine, keep_freed_memory
+from _benchmark.measuring import measure
+from _benchmark.reporting import make_report, markdown
+from _benchmark.settings import MEMORY_FORMATS, Run, Settings
+from _errors import run
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
@@ -62,12 +66,13 @@ def annotate(index: int, height: int, width: int) -> Any:
 
 @dataclass(frozen=True)
 class Variant:
-    """The config's detector on a backbone, as ``benchmark.measure`` takes it."""
+    """The config's detector on a backbone, as ``measure`` takes it."""
 
     label: str
     backbone: dict[str, Any] = field(hash=False)
     fuse: ClassVar[bool] = False
     compile: ClassVar[bool] = False
+    stub: ClassVar[bool] = False
 
     def build(self) -> nn.Module:
         from mmdet.registry import MODELS
@@ -93,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='default: cpu')
     parser.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32', help='bfloat16 is autocast')
-    parser.add_argument('--memory-format', choices=benchmark.MEMORY_FORMATS, default='channels_last')
+    parser.add_argument('--memory-format', choices=MEMORY_FORMATS, default='channels_last')
     parser.add_argument('--batch-size', type=int, default=2, metavar='N', help="default: 2, the recipe's per GPU")
     parser.add_argument('--size', type=int, default=320, metavar='PIXELS', help='side of the images (default: 320)')
     parser.add_argument('--repeats', type=int, default=15, metavar='N', help='default: 15')
@@ -106,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = vars(parse_args(argv))
     outputs = {name: args.pop(name) for name in ('json', 'markdown')}
-    settings = benchmark.Settings(**args)
+    settings = Settings(**args)
     settings.check()
     if settings.batch_size < 2:
         raise ValueError('--batch-size 1: a training step needs two images or more, for the BatchNorms')
@@ -115,11 +120,11 @@ def main(argv: list[str] | None = None) -> None:
     for path in outputs.values():
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    machine = benchmark.describe_machine(settings.device)
+    machine = describe_machine(settings.device)
     machine['threads'] = settings.threads or machine['threads']
-    results = benchmark.measure(variants(), 'train', settings)
-    report = benchmark.make_report("RetinaNet's training step by its backbone", settings, results, BASELINE, machine)
-    text = benchmark.markdown(report)
+    results = measure(variants(), Run('train'), settings)
+    report = make_report("RetinaNet's training step by its backbone", settings, results, BASELINE, machine)
+    text = markdown(report)
     if outputs['json'] is not None:
         outputs['json'].write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
     if outputs['markdown'] is not None:
@@ -128,4 +133,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    benchmark.run(main)
+    keep_freed_memory()
+    run(main, OSError, ValueError)

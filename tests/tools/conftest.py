@@ -15,6 +15,7 @@ import sk_plugins
 from sk_plugins._resources import ROOT
 
 TOOLS = ROOT / 'tools'
+sys.path.append(str(TOOLS))  # for their packages, such as _benchmark; last, since Python has a `test` of its own
 
 # A few small steps, and statistics that keep up with them: scores that differ from image to image.
 SHORT_DIGITS = (

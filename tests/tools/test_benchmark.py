@@ -1,6 +1,5 @@
-"""tools/benchmark.py: timing with a clock of our own, saved bytes counted by hand, and what is written."""
+"""tools/benchmark.py: its command line, its sets of figures, and what it writes."""
 
-import copy
 import json
 import platform
 import subprocess
@@ -10,8 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from _benchmark import measuring
+from _benchmark.drawing import bars, draw
+from _benchmark.models import Variant, parse_arguments
+from _benchmark.reporting import figures_table, make_report, markdown, summarise
+from _benchmark.sets import SETS, Figure, Set
+from _benchmark.settings import Run, Settings
 
 RESULTS = Path(__file__).resolve().parents[2] / 'results'
 TINY = 'sknet26[layers=[1,1,1,1],cardinality=4,base_width=8,num_classes=10]'
@@ -26,7 +29,7 @@ def tool(load_tool):
 
 
 @pytest.fixture
-def clock(tool, monkeypatch):
+def clock(monkeypatch):
     """A CPU timer that runs a step once and then says what ``clock.seconds`` has next, by default 0.25 s a step."""
     clock = SimpleNamespace(seconds=[], steps=[])
 
@@ -35,17 +38,15 @@ def clock(tool, monkeypatch):
         clock.steps.append((step, iterations))
         return clock.seconds.pop(0) if clock.seconds else 0.25 * iterations
 
-    monkeypatch.setattr(tool, 'cpu_timer', timer)
+    monkeypatch.setattr(measuring, 'cpu_timer', timer)
     return clock
-
-
-# What the process is like
 
 
 FAULTS = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-import benchmark, torch
+import torch
+from _benchmark import machine
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -54,9 +55,9 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 handed_back = faults()
-assert not benchmark.describe_machine('cpu')['keeps_freed_memory']
-benchmark.keep_freed_memory()
-assert benchmark.describe_machine('cpu')['keeps_freed_memory']
+assert not machine.describe_machine('cpu')['keeps_freed_memory']
+machine.keep_freed_memory()
+assert machine.describe_machine('cpu')['keeps_freed_memory']
 faults()
 print(handed_back, faults())
 """
@@ -80,25 +81,26 @@ def test_freed_memory_is_kept(tool):
         ('sknet50', ('sknet50', 'timm', '', False, False)),
         ('sknet50:fuse', ('sknet50', 'timm', '', True, False)),
         ('sknet50:fuse:compile', ('sknet50', 'timm', '', True, True)),
+        ('sknet50:stub', ('sknet50', 'timm', '', False, False, True)),
         ('resnet50.a1_in1k:compile', ('resnet50.a1_in1k', 'timm', '', False, True)),
         ('torchvision:resnet50', ('resnet50', 'torchvision', '', False, False)),
         ('sknet50[sk_kwargs.reduction=32]:fuse', ('sknet50', 'timm', 'sk_kwargs.reduction=32', True, False)),
     ],
 )
-def test_variant(tool, text, expected):
-    variant = tool.Variant.parse(text)
-    assert variant == tool.Variant(*expected)
+def test_variant(text, expected):
+    variant = Variant.parse(text)
+    assert variant == Variant(*expected)
     assert variant.label == text
 
 
-def test_flags_go_for_every_model(tool):
-    assert tool.Variant.parse('sknet50', fuse=True).label == 'sknet50:fuse'
-    assert tool.Variant.parse('sknet50:fuse', compile=True).label == 'sknet50:fuse:compile'
+def test_flags_go_for_every_model():
+    assert Variant.parse('sknet50', fuse=True).label == 'sknet50:fuse'
+    assert Variant.parse('sknet50:fuse', compile=True).label == 'sknet50:fuse:compile'
 
 
-def test_model_arguments(tool):
+def test_model_arguments():
     text = 'num_classes=10,drop_rate=0.5,layers=[1,2,3],act_layer=silu,zero_init_last=False,sk_kwargs.split_input=true'
-    assert tool.parse_arguments(text + ',sk_kwargs.reduction=8,output_stride=None') == {
+    assert parse_arguments(text + ',sk_kwargs.reduction=8,output_stride=None') == {
         'num_classes': 10,
         'drop_rate': 0.5,
         'layers': [1, 2, 3],
@@ -107,15 +109,18 @@ def test_model_arguments(tool):
         'sk_kwargs': {'split_input': True, 'reduction': 8},
         'output_stride': None,
     }
-    assert tool.parse_arguments('kernel_sizes=(3,5,7),a=1e,b=3)') == {'kernel_sizes': (3, 5, 7), 'a': '1e', 'b': '3)'}
-    assert tool.parse_arguments('') == {}
+    assert parse_arguments('kernel_sizes=(3,5,7),a=1e,b=3)') == {'kernel_sizes': (3, 5, 7), 'a': '1e', 'b': '3)'}
+    assert parse_arguments('') == {}
 
 
-def test_model_arguments_reach_the_model(tool):
-    model = tool.Variant.parse('sknet26[num_classes=7,sk_kwargs.select=sum]').build()
+def test_model_arguments_reach_the_model():
+    model = Variant.parse('sknet26[num_classes=7,sk_kwargs.select=sum]').build()
     assert model.fc.out_features == 7
     assert all(module.attn is None for module in model.modules() if hasattr(module, 'paths'))
-    assert tool.Variant.parse('torchvision:resnet18[num_classes=7]').build().fc.out_features == 7
+    assert Variant.parse('torchvision:resnet18[num_classes=7]').build().fc.out_features == 7
+
+
+# The command line
 
 
 @pytest.mark.parametrize(
@@ -123,7 +128,9 @@ def test_model_arguments_reach_the_model(tool):
     [
         (['sknet51'], r"model='sknet51' is unknown to timm: did you mean .*sknet50"),
         (['torchvision:sknet50'], r"model='torchvision:sknet50' is unknown to torchvision"),
-        (['sknet50:fast'], r"model='sknet50:fast' has ':fast': there are :fuse and :compile"),
+        (['sknet50:fast'], r"model='sknet50:fast' has ':fast': there are :fuse, :compile and :stub"),
+        (['sknet50:stub:compile'], r"model='sknet50:stub:compile': :stub is for eager models"),
+        (['sknet50:stub', '--compile'], r"model='sknet50:stub': :stub is for eager models"),
         (['sknet50[reduction]'], r"model argument 'reduction' is not of the form key=value"),
         (['sknet50[a=1,a.b=2]'], r"model argument 'a.b=2': a already has a value"),
         (['sk net'], r"model='sk net' is not of the form"),
@@ -159,6 +166,12 @@ def test_a_gpu_that_is_not_there(tool, arguments):
         tool.main(arguments)
 
 
+def test_stubs_are_for_a_cpu(tool, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    with pytest.raises(ValueError, match=r"model='sknet26:stub': :stub stands for a GPU on a CPU, got --device cuda"):
+        tool.main(['sknet26:stub', '--device', 'cuda'])
+
+
 def test_a_model_that_does_not_run_is_named(tool, clock):
     with pytest.raises(ValueError, match=r"model='resnet18\[in_chans=1\]' in inference: .*channels"):
         tool.main(['resnet18[in_chans=1]', *SMALL])
@@ -170,7 +183,8 @@ def test_the_command_needs_no_openmmlab_and_errs_in_one_line(tool, command):
     code = (
         'import runpy, sys\n'
         "sys.modules.update(dict.fromkeys(['mmengine', 'mmcv', 'mmpretrain', 'matplotlib']))\n"
-        "sys.argv = ['tools/benchmark.py', 'sknet51']\n"
+        "sys.argv = ['benchmark.py', 'sknet51']\n"
+        f'sys.path.insert(0, {str(Path(tool.__file__).parent)!r})\n'
         f"runpy.run_path({tool.__file__!r}, run_name='__main__')\n"
     )
     done = command(sys.executable, '-c', code, status=1)
@@ -181,195 +195,21 @@ def test_the_command_needs_no_openmmlab_and_errs_in_one_line(tool, command):
     assert done.stdout == ''
 
 
-# Time
-
-
-def test_repeats_are_interleaved(tool):
-    calls = []
-
-    def timer(step, iterations):
-        calls.append((step, iterations))
-        return {'A': 0.125, 'B': 2.0, 'C': 1e-6}[step] * iterations
-
-    samples = tool.interleave('ABC', 3, timer, min_seconds=0.5)
-    # One round to see how long each takes, then A B C A B C A B C, each for half a second but no more than 100 times.
-    assert calls == [('A', 1), ('B', 1), ('C', 1)] + 3 * [('A', 4), ('B', 1), ('C', 100)]
-    assert samples == [[0.125] * 3, [2.0] * 3, [pytest.approx(1e-6)] * 3]
-
-
-def test_cpu_timer_runs_all_iterations(tool, monkeypatch):
-    now = iter([10.0, 17.5])
-    monkeypatch.setattr(tool.time, 'perf_counter', lambda: next(now))
-    ran = []
-    assert tool.cpu_timer(lambda: ran.append(1), 5) == 7.5
-    assert len(ran) == 5
-
-
-def test_median_and_spread(tool):
-    found = tool.summarise([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert (found.median, found.low, found.high) == (3.0, 2.0, 4.0)
-    assert found.spread == pytest.approx(100 * 2 / 3)
-    assert tool.summarise([2.0]) == tool.Ratio(2.0)
-    assert tool.summarise([2.0]).spread is None
-
-
-def test_ratios_are_taken_within_a_repeat(tool):
-    # The machine is twice as slow in the second repeat and ten times in the third: the ratio is 0.5 all the same.
-    ours = tool.Result('infer', 'ours', [1.0, 2.0, 10.0, 0.6])
-    theirs = tool.Result('infer', 'theirs', [2.0, 4.0, 20.0, 1.0])
-    found = tool.ratio(ours, theirs)
-    assert (found.median, found.low, found.high) == (0.5, 0.5, pytest.approx(0.525))
-    assert found.spread == pytest.approx(5)
-    assert tool.ratio(ours, None) is None
-
-
-def test_ratios_of_memory(tool):
-    ours = tool.Result('train', 'ours', saved_mib=120.0)
-    assert tool.ratio(ours, tool.Result('train', 'theirs', saved_mib=160.0), 'saved_mib') == tool.Ratio(0.75)
-    assert tool.ratio(ours, tool.Result('train', 'theirs', peak_mib=160.0), 'peak_mib') is None
-
-
-def test_infer_step(tool):
-    seen = []
-    model = nn.Linear(3, 2)
-    model.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    tool.infer_step(model, torch.ones(1, 3), tool.Settings())()
-    tool.infer_step(model, torch.ones(1, 3), tool.Settings(dtype='bfloat16'))()
-    assert [output.dtype for output in seen] == [torch.float32, torch.bfloat16]
-    assert all(output.is_inference() for output in seen)
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-def test_train_step_is_a_step_of_sgd(tool, dtype):
-    torch.manual_seed(0)
-    model = nn.Linear(6, 3)
-    reference = copy.deepcopy(model)
-    images = torch.randn(4, 6)
-    step = tool.train_step(model, images, tool.Settings(dtype=dtype))
-    optimizer = torch.optim.SGD(reference.parameters(), lr=1e-5, momentum=0.9, weight_decay=1e-4)
-    for _ in range(2):
-        step()
-        nn.functional.cross_entropy(reference(images), torch.tensor([0, 1, 2, 0])).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    moved = (model.weight - nn.Linear(6, 3).weight).abs().max()
-    assert moved > 0
-    tolerance = {'float32': 1e-7, 'bfloat16': 1e-6, 'float16': 1e-6}[dtype]  # two steps move a weight by about 1e-5
-    torch.testing.assert_close(model.weight, reference.weight, atol=tolerance, rtol=0)
-    assert model.weight.grad is None
-
-
-def test_residual_branches_are_woken(tool):
-    model = tool.Variant.parse(TINY).build()
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    asleep = [norm for norm in norms if not norm.weight.any()]
-    tool._wake_residual_branches(model)
-    assert all(norm.weight.eq(0.2 if norm in asleep else 1).all() for norm in norms)
-    plain = tool.Variant.parse(TINY_PLAIN).build()  # timm's start at zero
-    assert not plain.layer1[0].bn2.weight.any()
-    tool._wake_residual_branches(plain)
-    assert plain.layer1[0].bn2.weight.eq(0.2).all()
-
-
-def test_measure(tool, clock, monkeypatch):
-    built = []
-    monkeypatch.setattr(tool, 'infer_step', lambda model, *_: built.append(model) or (lambda: None))
-    settings = tool.Settings(batch_size=2, size=32, repeats=3, threads=1)
-    clock.seconds = [0.1, 0.2, 0.5, *[1.0, 2.0, 4.0] * 3]
-    labels = [TINY, f'{TINY}:fuse', f'{TINY}:compile']
-    results = tool.measure([tool.Variant.parse(label) for label in labels], 'infer', settings)
-    assert [result.model for result in results] == labels
-    # 5, 3 and 1 iterations last half a second.
-    assert [result.seconds for result in results] == pytest.approx([1 / 5, 2 / 3, 4])
-    assert all(result.saved_mib is None and result.peak_mib is None for result in results)
-    plain, fused, compiled = built
-    assert any(isinstance(module, _BatchNorm) for module in plain.modules())
-    assert not any(isinstance(module, _BatchNorm) for module in fused.modules())
-    assert isinstance(compiled, torch._dynamo.eval_frame.OptimizedModule)
-    for model in built:
-        assert not model.training
-        assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_environment_is_put_back(tool, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
-    threads = torch.get_num_threads()
-    limit = torch._dynamo.config.recompile_limit
-    with tool._environment(tool.Settings(threads=threads + 1)):
-        assert torch.get_num_threads() == threads + 1
-        assert torch.backends.cudnn.benchmark
-        # Past the limit torch would time the eager model in the compiled one's place.
-        assert torch._dynamo.config.recompile_limit == 64
-        assert torch._dynamo.config.fail_on_recompile_limit_hit
-    assert torch.get_num_threads() == threads
-    assert not torch.backends.cudnn.benchmark
-    assert torch._dynamo.config.recompile_limit == limit
-
-
-# Bytes
-
-
-class Shared(nn.Module):
-    """What autograd keeps, by hand: the input, the ReLU's output once for its two readers, and no more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 4, bias=False), nn.Linear(4, 5, bias=False)
-        self.register_buffer('scale', torch.full((4,), 2.0))
-
-    def forward(self, x):
-        hidden = self.first(x.flatten(1)).relu() * self.scale.sqrt().detach()
-        torch.exp(hidden)  # keeps its output, but its graph is gone before the forward pass ends
-        return self.second(hidden)
-
-
-def test_saved_bytes_of_a_small_network(tool):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
-    images = torch.randn(2, 3, 8, 8)
-    # The images, the convolution's output for the norm, the ReLU's output, which is also the linear layer's input,
-    # and the norm's mean and inverse deviation.
-    expected = 4 * (2 * 3 * 64 + 2 * 4 * 64 + 2 * 4 * 64 + 4 + 4)
-    assert tool.saved_bytes(model, images) == expected
-    # As views of a larger batch the images keep all of its storage.
-    assert tool.saved_bytes(model, torch.randn(6, 3, 8, 8)[2:4]) == expected + 4 * 4 * 3 * 64
-
-
-def test_saved_bytes_are_those_at_the_end_of_the_forward_pass(tool):
-    # The images, the ReLU's output, the scale's root, and the product, which the last layer reads.
-    assert tool.saved_bytes(Shared(), torch.randn(3, 6, 1, 1)) == 4 * (3 * 6 + 3 * 4 + 4 + 3 * 4)
-
-
-def test_saved_bytes_per_image(tool):
-    settings = tool.Settings(size=8, memory_format='contiguous')
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
-    # The image, five log-probabilities, and the label, an int64.
-    assert tool.saved_mib_per_image(model, settings) * 2**20 == 4 * 192 + 4 * 5 + 8
-    # bfloat16's copies of the image and of the weights are kept; only the former grows with the batch.
-    settings = tool.Settings(size=8, memory_format='contiguous', dtype='bfloat16')
-    assert tool.saved_mib_per_image(model, settings) * 2**20 == 2 * 192 + 4 * 5 + 8
-
-
-def test_sknet50_keeps_as_little_as_the_set_asks_for(tool):
-    # This figure needs no quiet machine, and the ratios hardly depend on the size.
-    (figure,) = [figure for figure in tool.SETS['standard'].figures if figure.quantity == 'saved_mib']
-    saved = {
-        model: tool.saved_mib_per_image(tool.Variant.parse(model).build().train(), tool.Settings(size=64))
-        for model in figure.models()
+def test_small_images_are_timed_too(tool):
+    """On a CPU and for eager models, unless the images are small already."""
+    args = tool.parse_args(['sknet26', '--mode', 'both'])
+    eager, compiled = Variant.parse('sknet26'), Variant.parse('sknet26:compile')
+    host = dict(batch_size=2, size=32, threads=1)
+    assert tool.choose_runs(args, [eager, compiled], Settings()) == {
+        Run('infer'): [eager, compiled],
+        Run('train'): [eager, compiled],
+        Run('infer', **host): [eager],
+        Run('train', **host): [eager],
     }
-    for model, goal in figure.against:
-        assert saved['sknet50'] / saved[model] <= goal
-    assert saved['skresnext50_32x4d'] / saved['resnext50_32x4d'] == pytest.approx(1.5, abs=0.01)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_gpu(tool):
-    settings = tool.Settings(device='cuda', dtype='bfloat16', batch_size=8, size=64, repeats=2, min_seconds=0)
-    once, again = tool.measure([tool.Variant.parse(TINY), tool.Variant.parse(TINY_PLAIN)], 'train', settings)
-    [alone] = tool.measure([tool.Variant.parse(TINY_PLAIN)], 'train', settings)
-    assert once.seconds > 0
-    # What the first model holds isn't counted as the second's.
-    assert again.peak_mib == pytest.approx(alone.peak_mib, rel=0.05)
-    assert once.peak_mib > again.peak_mib > again.saved_mib * 8
+    big = {Run('infer'): [eager, compiled], Run('train'): [eager, compiled]}
+    assert tool.choose_runs(args, [eager, compiled], Settings(size=32)) == big
+    assert tool.choose_runs(args, [eager, compiled], Settings(device='cuda')) == big
+    assert tool.choose_runs(args, [compiled], Settings()) == {run: [compiled] for run in big}
 
 
 # What is written
@@ -414,54 +254,78 @@ def test_the_command_writes_what_it_measured(tool, clock, tmp_path, capsys):
     assert train['ratios']['seconds']['median'] == 1.5
     assert train['ratios']['saved_mib']['median'] == train['saved_mib'] / train_plain['saved_mib']
     assert train['ratios']['peak_mib'] is None
+    for quantity in ('python_calls', 'operator_calls'):
+        assert train[quantity] > train_plain[quantity] > infer_plain[quantity] > 20
+        assert train['ratios'][quantity]['median'] == train[quantity] / train_plain[quantity]
+    assert infer['ways'] is not None
+    assert sum(infer['ways'].values()) == 4
+    assert infer_plain['ways'] is None
     assert f'| `{TINY}` | 600.0 | 16.7 % | 3.3 | 1.200 (spread 16.7 %) |\n' in printed
     assert f'| `{TINY_PLAIN}` | 500.0 | 0.0 % | 4.0 | 1 |\n' in printed
+    calls = f'| {train["python_calls"]:,} ({train["ratios"]["python_calls"]["median"]:.2f}) |'
+    assert calls in printed
     assert '## Inference' in printed
     assert '## Training step' in printed
     assert 'peak' not in printed  # a CPU has none
-    assert tool.markdown(report) == printed
+    assert 'CUDA' not in printed
     assert files['png'].read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.fixture
-def tiny_set(tool, monkeypatch):
+def tiny_set(monkeypatch):
     figures = (
-        tool.Figure('inference', 'infer', 'seconds', TINY, ((TINY_PLAIN, 0.8), None)),
-        tool.Figure('training step', 'train', 'seconds', TINY, ((TINY_PLAIN, 1.6), (THEIRS, None))),
-        tool.Figure('saved bytes', 'train', 'saved_mib', TINY, ((TINY_PLAIN, 1e-3), None)),
-        tool.Figure('peak memory', 'train', 'peak_mib', TINY, ((TINY_PLAIN, 0.75), (THEIRS, None))),
+        Figure('inference', 'infer', 'seconds', TINY, ((TINY_PLAIN, 0.8), None)),
+        Figure('training step', 'train', 'seconds', TINY, ((TINY_PLAIN, 1.6), (THEIRS, None))),
+        Figure('saved bytes', 'train', 'saved_mib', TINY, ((TINY_PLAIN, 1e-3), None)),
+        Figure('peak memory', 'train', 'peak_mib', TINY, ((TINY_PLAIN, 0.75), (THEIRS, None))),
+        Figure('Python calls', 'infer', 'python_calls', TINY, ((TINY_PLAIN, 99), None), batch_size=1, size=48),
+        Figure('GPU path', 'train', 'seconds', f'{TINY}:stub', ((TINY_PLAIN, 0.75), (THEIRS, None))),
     )
-    settings = tool.Settings(batch_size=2, size=32, repeats=2, threads=1)
-    tiny = tool.Set('A tiny set', settings, TINY_PLAIN, ('`plain` = 1', 'theirs = 1'), figures)
-    monkeypatch.setitem(tool.SETS, 'standard', tiny)
+    settings = Settings(batch_size=2, size=32, repeats=2, threads=1)
+    tiny = Set('A tiny set', settings, TINY_PLAIN, ('`plain` = 1', 'theirs = 1'), figures)
+    monkeypatch.setitem(SETS, 'standard', tiny)
     return tiny
 
 
-def test_a_set(tool, clock, tiny_set, tmp_path, capsys):
+def test_a_set(tool, clock, tiny_set, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measuring, 'stubbed_launches', lambda: None)
     clock.seconds = [1, 1, *[0.9, 1.0] * 2, 1, 1, 1, *[1.5, 1.0, 3.0, 1.5, 1.0, 2.0]]
     file = tmp_path / 'set.json'
     tool.main(['--set', 'standard', '--json', str(file)])
     report = json.loads(file.read_text(encoding='utf-8'))
-    rows = [(row['mode'], row['model']) for row in report['results']]
+    rows = [(row['mode'], row['batch_size'], row['model']) for row in report['results']]
     three = [TINY, TINY_PLAIN, THEIRS]
-    assert rows == [('infer', model) for model in three[:2]] + [('train', model) for model in three]
+    assert rows == [
+        *(('infer', None, model) for model in three[:2]),
+        *(('train', None, model) for model in [*three, f'{TINY}:stub']),
+        *(('infer', 1, model) for model in three[:2]),
+    ]
+    assert [row['images_per_second'] for row in report['results'][-2:]] == [4, 4]
     saved = {row['model']: row['saved_mib'] for row in report['results'] if row['mode'] == 'train'}
-    assert capsys.readouterr().out.startswith(
+    calls = {row['model']: row['python_calls'] for row in report['results'] if row['batch_size'] == 1}
+    printed = capsys.readouterr().out
+    assert printed.startswith(
         '# A tiny set\n\n'
         '|  | `plain` = 1 | theirs = 1 |\n'
         '| --- | --- | --- |\n'
         '| inference | **0.900** (spread 0.0 %, goal 0.80: missed) |  |\n'
         '| training step | **1.500** (spread 0.0 %, goal 1.60: met) | **0.625** (spread 20.0 %) |\n'
         f'| saved bytes | **{saved[TINY] / saved[TINY_PLAIN]:.3f}** (goal 0.00: missed) |  |\n'
-        '| peak memory | not measured yet (goal 0.75) | not measured yet |\n\n'
+        '| peak memory | not measured yet (goal 0.75) | not measured yet |\n'
+        f'| Python calls | **{calls[TINY] / calls[TINY_PLAIN]:.3f}** (goal 99.00: met) |  |\n'
+        '| GPU path | not available (goal 0.75) | not available |\n\n'
         'Batch 2, 32 x 32, float32, channels_last; medians of 2 interleaved repeats'
     )
-    panels = tool.bars(report)
+    titles = [line for line in printed.splitlines() if line.startswith('## ')]
+    assert titles == ['## Inference', '## Inference, batch 1, 48 x 48', '## Training step']
+    assert f'\n- Not available (sk_plugins.ops has no stubbed_launches here): `{TINY}:stub`.\n' in printed
+    panels = bars(report)
     assert {title: [(bar.label, bar.ratio.median, bar.goal) for bar in panel] for title, panel in panels.items()} == {
         'plain = 1': [
             ('inference', 0.9, 0.8),
             ('training step', 1.5, 1.6),
             ('saved bytes', saved[TINY] / saved[TINY_PLAIN], 0.001),
+            ('Python calls', calls[TINY] / calls[TINY_PLAIN], 99),
         ],
         'theirs = 1': [('training step', 0.625, None)],
     }
@@ -478,70 +342,98 @@ def test_nothing_is_filled_in(tool, clock, capsys):
     tool.main(['--set', 'gpu', '--blank'])
     printed = capsys.readouterr().out
     assert not clock.steps
-    assert '| training step, eager | not measured yet (goal 0.65) | not measured yet |' in printed
-    assert '| inference, compiled | not measured yet | not measured yet |' in printed
-    assert printed.count('not measured yet') == 2 * len(tool.SETS['gpu'].figures)
+    assert '| training step, eager | not measured yet (goal 0.45) | not measured yet (goal 1.05) |' in printed
+    assert '| inference as a CUDA graph | not measured yet | not measured yet |' in printed
+    assert printed.count('not measured yet') == 2 * len(SETS['gpu'].figures)
     assert 'Batch 128, 224 x 224, bfloat16 autocast, channels_last' in printed
     assert 'Measured on no machine so far.' in printed
 
 
-def test_plot_of_nothing(tool, tmp_path):
+def test_plot_of_nothing(tmp_path):
     pytest.importorskip('matplotlib')
-    chosen = tool.SETS['gpu']
-    report = tool.make_report(chosen.title, chosen.settings, [], chosen.baseline, None, chosen)
-    tool.draw(report, tmp_path / 'blank.svg')
+
+    chosen = SETS['gpu']
+    report = make_report(chosen.title, chosen.settings, [], chosen.baseline, None, chosen)
+    draw(report, tmp_path / 'blank.svg')
     assert '<svg' in (tmp_path / 'blank.svg').read_text(encoding='utf-8')
 
 
-def test_the_sets_are_the_figures_to_show(tool):
-    standard, gpu = tool.SETS['standard'], tool.SETS['gpu']
+def test_the_sets_are_the_figures_to_show():
+    def goals(name):
+        found = {f.label: tuple(cell and cell[1] for cell in f.against) for f in SETS[name].figures}
+        return {label: goals for label, goals in found.items() if any(goals)}
 
-    def goals(chosen):
-        return {figure.label: tuple(cell and cell[1] for cell in figure.against) for figure in chosen.figures}
+    def runs(name):
+        return {run: [variant.label for variant in variants] for run, variants in SETS[name].runs().items()}
 
-    assert goals(standard) == {
+    assert goals('standard') == {
         'eager inference, unfused': (0.66, 1.20),
         'eager inference, `fuse` on both': (None, 1.15),
         'compiled inference': (0.95, 1.10),
         'training step, eager': (0.80, 1.20),
         'bytes saved for backward': (0.76, 1.13),
+        'Python calls, inference': (1.0, 1.3),
+        'Python calls, training step': (1.0, 1.3),
     }
-    assert goals(gpu) == {
-        'training step, eager': (0.65, None),
-        'training step, compiled': (0.95, None),
-        'inference, eager': (0.55, None),
-        'inference, compiled': (None, None),
-        'peak memory of a training step, eager': (0.75, None),
-        'peak memory of a training step, compiled': (None, None),
+    assert goals('host') == {
+        'Python calls, inference, GPU path': (1.0, 1.3),
+        'Python calls, training step, GPU path': (1.0, 1.3),
+        'Python calls, inference, CPU path': (1.0, 1.3),
+        'Python calls, training step, CPU path': (1.0, 1.3),
+    }
+    assert goals('gpu') == {
+        'training step, eager': (0.45, 1.05),
+        'training step, compiled': (0.75, 1.30),
+        'inference, eager': (0.40, 1.25),
+        'inference, compiled': (0.85, 1.25),
+        'inference, batch 1, eager': (0.80, 1.50),
+        'peak memory of a training step, eager': (0.72, 1.08),
+        'host time of a training step, eager, 4 x 64 x 64': (0.60, 1.20),
     }
     three = ['sknet50', 'skresnext50_32x4d', 'resnext50_32x4d']
     compiled = [f'{name}:compile' for name in three]
-    runs = {mode: [variant.label for variant in variants] for mode, variants in standard.runs().items()}
-    assert runs == {'infer': [*three, 'sknet50:fuse', 'resnext50_32x4d:fuse', *compiled], 'train': three}
-    runs = {mode: [variant.label for variant in variants] for mode, variants in gpu.runs().items()}
-    assert runs == {'train': three + compiled, 'infer': three + compiled}
-    assert standard.settings == tool.Settings('cpu', 'float32', 'channels_last', 8, 224, threads=2)
-    assert gpu.settings == tool.Settings('cuda', 'bfloat16', 'channels_last', 128, 224)
+    plain, triton = (f'sknet50[sk_kwargs.backend={backend}]' for backend in ('plain', 'triton'))
+    host = dict(batch_size=2, size=32, threads=1)
+    assert runs('standard') == {
+        Run('infer'): [*three, 'sknet50:fuse', 'resnext50_32x4d:fuse', *compiled],
+        Run('train'): three,
+        Run('infer', **host): three,
+        Run('train', **host): three,
+    }
+    all_paths = ['sknet50:stub', *three[1:], 'sknet50', plain]
+    assert runs('host') == {Run('infer'): all_paths, Run('train'): all_paths}
+    eager_and_compiled = [*three, plain, *compiled, f'{plain}:compile', f'{triton}:compile']
+    assert runs('gpu') == {
+        Run('train'): eager_and_compiled,
+        Run('infer'): eager_and_compiled,
+        Run('infer', batch_size=1): three,
+        Run('infer', batch_size=8): three,
+        Run('train', batch_size=4, size=64): three,
+    }
+    assert SETS['standard'].settings == Settings('cpu', 'float32', 'channels_last', 8, 224, threads=2)
+    assert SETS['host'].settings == Settings('cpu', 'float32', 'channels_last', 2, 32, threads=1)
+    assert SETS['gpu'].settings == Settings('cuda', 'bfloat16', 'channels_last', 128, 224)
 
 
-@pytest.mark.parametrize('name', ['cpu', 'gpu'])
-def test_results_are_what_was_measured(tool, name):
+@pytest.mark.parametrize(('name', 'chosen'), [('cpu', 'standard'), ('gpu', 'gpu'), ('host', 'host')])
+def test_results_are_what_was_measured(name, chosen):
     """results/*.md is made of results/*.json, or says that nothing was measured."""
-    chosen = tool.SETS['gpu' if name == 'gpu' else 'standard']
+    chosen = SETS[chosen]
     file = RESULTS / f'benchmark_{name}.json'
     if file.exists():
         report = json.loads(file.read_text(encoding='utf-8'))
         assert report['settings']['device'] == chosen.settings.device
         for row in report['results']:
-            assert len(row['samples']) == report['settings']['repeats']
-            assert row['seconds'] == pytest.approx(tool.summarise(row['samples']).median)
+            if row.get('unavailable') is None:
+                assert len(row['samples']) == report['settings']['repeats']
+                assert row['seconds'] == pytest.approx(summarise(row['samples']).median)
     else:
-        report = tool.make_report(chosen.title, chosen.settings, [], chosen.baseline, None, chosen)
-    assert (RESULTS / f'benchmark_{name}.md').read_text(encoding='utf-8') == tool.markdown(report)
+        report = make_report(chosen.title, chosen.settings, [], chosen.baseline, None, chosen)
+    assert (RESULTS / f'benchmark_{name}.md').read_text(encoding='utf-8') == markdown(report)
 
 
-def test_readme_shows_the_figures(tool):
+def test_readme_shows_the_figures():
     """`make bench` writes results/; the table in README.md is copied from there."""
     report = json.loads((RESULTS / 'benchmark_cpu.json').read_text(encoding='utf-8'))
     readme = (RESULTS.parent / 'README.md').read_text(encoding='utf-8')
-    assert tool.figures_table(report) in readme, 'copy the first table of results/benchmark_cpu.md into README.md'
+    assert figures_table(report) in readme, 'copy the first table of results/benchmark_cpu.md into README.md'

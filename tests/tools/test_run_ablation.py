@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,17 @@ import pytest
 pytest.importorskip('mmpretrain')
 
 import torch
+from _ablation import networks, running
+from _ablation.attention import correlate, differences, measure_missing
+from _ablation.comparing import compare
+from _ablation.data import Data
+from _ablation.networks import SELECTED, build, cost
+from _ablation.reporting import markdown
+from _ablation.rows import Settings, append_row, read_rows
+from _ablation.training import logits_of
+from _ablation.weights import check_weights, weights_path
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
 from small_fashion_mnist import write_fashion_mnist
 
 from sk_plugins._resources import ROOT
@@ -88,8 +100,8 @@ def row(network, seed, top1, **more):
 # The networks
 
 
-def test_networks_cost(tool):
-    costs = {name: tool.cost(name) for name in tool.NETWORKS}
+def test_networks_cost():
+    costs = {name: cost(name) for name in networks.NETWORKS}
     assert {name: parameters for name, (parameters, _) in costs.items()} == {
         'k3': 44_926,
         'k5': 44_926,
@@ -107,30 +119,30 @@ def test_networks_cost(tool):
     assert costs['k3_wider'][1] == pytest.approx(costs['k3_k5_selected'][1], rel=0.01)
 
 
-def test_networks_are_what_they_are_called(tool):
-    for name in tool.NETWORKS:
+def test_networks_are_what_they_are_called():
+    for name in networks.NETWORKS:
         if name in ('se', 'k3_wider'):
             continue
         with torch.device('meta'):
-            unit = tool.build(name).layer1[0].conv2
+            unit = build(name).layer1[0].conv2
         kernels = [f'k{1 + 2 * path.conv.dilation[0]}' for path in unit.paths]
         assert name.removesuffix(f'_{name.split("_")[-1]}' if len(kernels) > 1 else '') == '_'.join(kernels)
         select = {'selected': 'channel', 'shared': 'shared'}.get(name.split('_')[-1], 'sum')
         assert unit.select == select
     with torch.device('meta'):
-        assert tool.build('se').layer1[0].se is not None
-        assert tool.build('k3_wider').layer1[0].se is None
+        assert build('se').layer1[0].se is not None
+        assert build('k3_wider').layer1[0].se is None
 
 
 # Running
 
 
-def test_rows(tool, finished):
-    rows = tool.read_rows(finished / 'out' / 'runs.jsonl')
+def test_rows(finished):
+    rows = read_rows(finished / 'out' / 'runs.jsonl')
     assert pairs(finished / 'out' / 'runs.jsonl') == [(name, seed) for seed in (0, 1) for name in NETWORKS]
     for found in rows:
         assert found['top1'] * 24 / 100 == pytest.approx(round(found['top1'] * 24 / 100))
-        assert (found['parameters'], found['mflops']) == tool.cost(found['network'])
+        assert (found['parameters'], found['mflops']) == cost(found['network'])
         assert found['settings']['train_images'] == 32
         assert (found['device'], found['threads']) == ('cpu', torch.get_num_threads())
     losses = [found['loss'] for found in rows]
@@ -141,23 +153,23 @@ def test_same_seed_same_figures(tool, finished, garments, capsys):
     where = ['--out', str(finished / 'out'), '--data', garments]
     tool.main([*where, '--verify', 'k3_k5_selected', '1'])
     (line,) = capsys.readouterr().out.splitlines()
-    found = tool.read_rows(finished / 'out' / 'runs.jsonl')[3]
+    found = read_rows(finished / 'out' / 'runs.jsonl')[3]
     assert f'loss {found["loss"]!r} then, {found["loss"]!r} now' in line
 
 
 def test_verify_takes_the_rows_device_and_threads(tool, tmp_path, monkeypatch):
-    tool.append_row(tmp_path / 'runs.jsonl', {**row('k3', 0, 70.0), 'threads': 3, 'loss': 1.0})
-    monkeypatch.setattr(tool, 'Data', lambda root, settings: None)
+    append_row(tmp_path / 'runs.jsonl', {**row('k3', 0, 70.0), 'threads': 3, 'loss': 1.0})
+    monkeypatch.setattr(running, 'Data', lambda root, settings: None)
     used, called = [], []
-    monkeypatch.setattr(tool, 'set_up', used.append)
+    monkeypatch.setattr(running, 'set_up', used.append)
 
     def train(name, seed, device, data):
         called.append((name, seed, device))
-        return None, tool.read_rows(tmp_path / 'runs.jsonl')[0]
+        return None, read_rows(tmp_path / 'runs.jsonl')[0]
 
-    monkeypatch.setattr(tool, 'train', train)
-    monkeypatch.setattr(tool.torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(tool.torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(running, 'train', train)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     for words in ([], ['--threads', '2']):
         tool.main(['--out', str(tmp_path), *words, '--verify', 'k3', '0'])
     assert used == [3, 2]
@@ -165,8 +177,8 @@ def test_verify_takes_the_rows_device_and_threads(tool, tmp_path, monkeypatch):
 
 
 def test_verify_finds_a_difference(tool, finished, garments, tmp_path):
-    found = tool.read_rows(finished / 'out' / 'runs.jsonl')[0]
-    tool.append_row(tmp_path / 'runs.jsonl', {**found, 'loss': found['loss'] + 1e-6})
+    found = read_rows(finished / 'out' / 'runs.jsonl')[0]
+    append_row(tmp_path / 'runs.jsonl', {**found, 'loss': found['loss'] + 1e-6})
     with pytest.raises(ValueError, match=r'--verify k3 0: loss differ; the row was made on .* with 1 thread'):
         tool.main(['--out', str(tmp_path), '--data', garments, '--threads', '1', '--verify', 'k3', '0'])
     with pytest.raises(ValueError, match=r'--verify k5 0: .*runs\.jsonl has no such run'):
@@ -174,7 +186,7 @@ def test_verify_finds_a_difference(tool, finished, garments, tmp_path):
 
 
 def test_resumes_after_a_kill(tool, arguments, tmp_path, monkeypatch, capsys):
-    train, path, calls = tool.train, tmp_path / 'out' / 'runs.jsonl', []
+    train, path, calls = running.train, tmp_path / 'out' / 'runs.jsonl', []
 
     def killed(name, seed, device, data):
         if len(calls) == 3:
@@ -182,14 +194,14 @@ def test_resumes_after_a_kill(tool, arguments, tmp_path, monkeypatch, capsys):
         calls.append((name, seed))
         return train(name, seed, device, data)
 
-    monkeypatch.setattr(tool, 'train', killed)
+    monkeypatch.setattr(running, 'train', killed)
     with pytest.raises(KeyboardInterrupt):
         tool.main(arguments)
     whole = path.read_bytes()
     assert len(whole.splitlines()) == 3
     # As if the kill had come while the third row was written.
     path.write_bytes(whole[:-40])
-    assert len(tool.read_rows(path)) == 2
+    assert len(read_rows(path)) == 2
     calls.clear()
     tool.main(arguments)
     assert calls == [('k3', 1), ('k5', 1)]
@@ -197,20 +209,20 @@ def test_resumes_after_a_kill(tool, arguments, tmp_path, monkeypatch, capsys):
     assert path.read_bytes().startswith(b''.join(whole.splitlines(keepends=True)[:2]))
     assert pairs(path) == [('k3', 0), ('k5', 0), ('k3', 1), ('k5', 1)]
     again = json.loads(whole.splitlines()[2])
-    assert tool.read_rows(path)[2]['loss'] == again['loss']
+    assert read_rows(path)[2]['loss'] == again['loss']
 
 
 def test_skips_what_is_done(tool, finished, garments, monkeypatch, capsys):
-    monkeypatch.setattr(tool, 'train', None)
+    monkeypatch.setattr(running, 'train', None)
     before = {path.name: path.read_bytes() for path in (finished / 'out').glob('*.jsonl')}
     tool.main(command_line(garments, finished))
     assert '4 of 4 runs are done' in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (finished / 'out').glob('*.jsonl')} == before
 
 
-def test_networks_of_a_seed_see_the_same_images(tool, garments):
-    settings = tool.Settings(32, 2, 24, 8)
-    data, other = (tool.Data(tool.Path(garments), settings) for _ in range(2))
+def test_networks_of_a_seed_see_the_same_images(garments):
+    settings = Settings(32, 2, 24, 8)
+    data, other = (Data(Path(garments), settings) for _ in range(2))
     images, labels = data.train(0, 0)
     assert data.train(0, 0)[0] is images
     assert torch.equal(images, other.train(0, 0)[0])
@@ -253,27 +265,27 @@ def test_killed_process_and_two_processes(garments, tmp_path):
 # The results file
 
 
-def test_append_and_read(tool, tmp_path):
+def test_append_and_read(tmp_path):
     path = tmp_path / 'new' / 'runs.jsonl'
-    assert tool.read_rows(path) == []
+    assert read_rows(path) == []
     rows = [row('k3', 0, 70.0), row('k5', 0, 71.5)]
-    tool.append_row(path, rows[0])
+    append_row(path, rows[0])
     with open(path, 'a') as file:
         file.write('{"network": "k7", "se')
-    assert tool.read_rows(path) == rows[:1]
-    tool.append_row(path, rows[1])
-    assert tool.read_rows(path) == rows
+    assert read_rows(path) == rows[:1]
+    append_row(path, rows[1])
+    assert read_rows(path) == rows
 
 
 @pytest.mark.parametrize(
     ('line', 'message'),
     [('{"network": "k3"', 'line 2: not JSON'), ('[1]', 'line 2: not a run'), ('{"seed": 1}', 'line 2: not a run')],
 )
-def test_damaged_rows_are_named(tool, tmp_path, line, message):
+def test_damaged_rows_are_named(tmp_path, line, message):
     path = tmp_path / 'runs.jsonl'
     path.write_text(json.dumps(row('k3', 0, 70.0)) + '\n' + line + '\n')
     with pytest.raises(ValueError, match=f'runs.jsonl, {message}'):
-        tool.read_rows(path)
+        read_rows(path)
 
 
 # Statistics
@@ -288,24 +300,24 @@ KNOWN = [
 ]
 
 
-def test_comparison_by_hand(tool):
+def test_comparison_by_hand():
     # Differences 1, 2, 0: mean 1, sd 1, t = sqrt(3) with 2 degrees of freedom, where p = 1 - t / sqrt(2 + t^2).
-    found = tool.compare(KNOWN, 'k3_k5_selected', 'k3')
+    found = compare(KNOWN, 'k3_k5_selected', 'k3')
     assert (found.n, found.mean) == (3, 1)
     assert found.p == pytest.approx(1 - (3 / 5) ** 0.5)
     half = 4.302653 / 3**0.5
     assert (found.low, found.high) == pytest.approx((1 - half, 1 + half), abs=1e-5)
 
 
-def test_comparison_pairs_by_seed(tool):
-    found = tool.compare(KNOWN, 'k3_k5_selected', 'k3_k5_summed')
+def test_comparison_pairs_by_seed():
+    found = compare(KNOWN, 'k3_k5_selected', 'k3_k5_summed')
     assert (found.n, found.mean, found.p) == (1, 1.0, None)
-    assert tool.compare(KNOWN, 'k3_k5_selected', 'se') is None
-    assert tool.compare(KNOWN, 'k3_k5_selected', 'k7') is None
+    assert compare(KNOWN, 'k3_k5_selected', 'se') is None
+    assert compare(KNOWN, 'k3_k5_selected', 'k7') is None
 
 
-def test_table(tool):
-    text = tool.markdown(KNOWN, [])
+def test_table():
+    text = markdown(KNOWN, [])
     lines = text.splitlines()
     assert (
         '| `k3` | 1,000 | 2.50 | 3 | 71.00 ± 2.65 | 70.00 | 71.00 | 72.00 | -1.00 (-3.48 to +1.48) | 0.225 |' in lines
@@ -321,71 +333,71 @@ def test_table(tool):
     assert '9 runs, 0.1 hours, on a CPU (cpu, threads: 1), torch 2.' in text
     assert 'Attention' not in text
     less = [{key: value for key, value in found.items() if key != 'top1_small'} for found in KNOWN]
-    assert '| `se` | 1,000 | 2.50 | 1 | 99.00 |  | 99.00 | 100.00 |  |  |' in tool.markdown(less, []).splitlines()
+    assert '| `se` | 1,000 | 2.50 | 1 | 99.00 |  | 99.00 | 100.00 |  |  |' in markdown(less, []).splitlines()
     with pytest.raises(ValueError, match='there are no runs yet'):
-        tool.markdown([], [])
+        markdown([], [])
 
 
-def test_rank_correlation_by_hand(tool):
+def test_rank_correlation_by_hand():
     x = np.arange(20.0)
     swapped = x.copy()
     swapped[[3, 4]] = swapped[[4, 3]]
     # 1 - 6 sum d^2 / (n (n^2 - 1)).
     for values, rho in ((np.exp(x), 1), (-x, -1), (swapped, 1 - 6 * 2 / (20 * 399))):
-        assert tool.correlate(x, values)['rho'] == pytest.approx(rho)
+        assert correlate(x, values)['rho'] == pytest.approx(rho)
 
 
-def test_interval_of_the_rank_correlation(tool):
+def test_interval_of_the_rank_correlation():
     generator = np.random.default_rng(0)
     x, noise = generator.random(200), generator.random(200)
-    apart, along = tool.correlate(x, noise), tool.correlate(x, x + 0.5 * noise)
+    apart, along = correlate(x, noise), correlate(x, x + 0.5 * noise)
     assert apart['low'] < 0 < apart['high']
     assert 0.7 < along['low'] < along['rho'] < along['high'] < 1
     # By Fisher's transformation the half width is near 1.96 sqrt((1 + rho^2 / 2) / (n - 3)) (1 - rho^2).
     assert apart['high'] - apart['low'] == pytest.approx(2 * 1.96 / 197**0.5, rel=0.2)
-    assert tool.correlate(x, noise) == apart
+    assert correlate(x, noise) == apart
 
 
 # Attention, table and plots
 
 
-def test_attention_is_that_of_the_weights(tool, finished, garments):
-    (first, second) = tool.read_rows(finished / 'out' / 'attention.jsonl')
+def test_attention_is_that_of_the_weights(finished, garments):
+    (first, second) = read_rows(finished / 'out' / 'attention.jsonl')
     assert (first['seed'], second['seed']) == (0, 1)
     assert list(first['units']) == ['SK_2_1', 'SK_2_2', 'SK_3_1', 'SK_3_2', 'SK_4_1', 'SK_4_2']
-    data = tool.Data(tool.Path(garments), tool.Settings(32, 1, 24, 8))
-    model = tool.build(tool.SELECTED).eval()
-    model.load_state_dict(tool.load_file(finished / 'work' / 'k3_k5_selected_seed1.safetensors'))
+    data = Data(Path(garments), Settings(32, 1, 24, 8))
+    model = build(SELECTED).eval()
+    model.load_state_dict(load_file(finished / 'work' / 'k3_k5_selected_seed1.safetensors'))
     images, _, scales = data.test()
     # The unit's attention as its module gives it.
     kept = []
     unit = model.layer2[1].conv2
     handle = unit.attn.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    tool.logits_of(model, images, 'cpu')
+    logits_of(model, images, 'cpu')
     handle.remove()
     expected = (kept[0][:, 1] - kept[0][:, 0]).mean((1, 2, 3)).numpy()
-    np.testing.assert_allclose(tool.differences(model, images)['SK_3_2'], expected, atol=1e-6)
+    np.testing.assert_allclose(differences(model, images)['SK_3_2'], expected, atol=1e-6)
     found = second['units']['SK_3_2']
-    assert found['rho'] == pytest.approx(tool.stats.spearmanr(scales, expected).statistic, abs=0.05)
+    assert found['rho'] == pytest.approx(spearmanr(scales, expected).statistic, abs=0.05)
     assert found['low'] <= found['rho'] <= found['high']
     assert (len(found['curve']), second['scales'][0], second['scales'][-1]) == (8, 0.6, 2.0)
 
 
-def test_attention_of_another_runs_weights_is_refused(tool, finished, garments, tmp_path):
+def test_attention_of_another_runs_weights_is_refused(finished, garments, tmp_path):
     shutil.copytree(finished, tmp_path / 'a')
-    folder, data = tmp_path / 'a', tool.Path(garments)
+    folder, data = tmp_path / 'a', Path(garments)
     (folder / 'out' / 'attention.jsonl').unlink()
-    weights = tool.weights_path(folder / 'work', 1)
-    second = tool.read_rows(folder / 'out' / 'runs.jsonl')[3]
-    tool.check_weights(weights, second)
-    arguments = (folder / 'out', folder / 'work', data, tool.Settings.of(second))
+    weights = weights_path(folder / 'work', 1)
+    second = read_rows(folder / 'out' / 'runs.jsonl')[3]
+    check_weights(weights, second)
+    arguments = (folder / 'out', folder / 'work', data, Settings.of(second))
 
     other = {**second, 'settings': {**second['settings'], 'epochs': 5}}
     for metadata, differ in (({'run': json.dumps(other)}, 'settings'), (None, 'network, seed, top1, .*settings')):
-        tool.save_file(tool.load_file(weights), weights, metadata=metadata)
+        save_file(load_file(weights), weights, metadata=metadata)
         message = rf'seed1\.safetensors is not of the run of k3_k5_selected, seed 1, in runs\.jsonl \({differ} differ\)'
         with pytest.raises(ValueError, match=message):
-            tool.measure_missing(*arguments)
+            measure_missing(*arguments)
     assert not (folder / 'out' / 'attention.jsonl').exists()
 
 
@@ -403,7 +415,7 @@ def test_lost_weights_are_named(tool, finished, garments, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['accuracy.png', 'runs.jsonl', 'table.md']
 
 
-def test_report(tool, finished):
+def test_report(finished):
     from PIL import Image
 
     text = (finished / 'out' / 'table.md').read_text()

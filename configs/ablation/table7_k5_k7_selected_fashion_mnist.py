@@ -1,3 +1,0 @@
-_base_ = '../sknet_fashion_mnist.py'
-
-model = dict(backbone=dict(sk_kwargs=dict(kernel_sizes=(5, 7))))

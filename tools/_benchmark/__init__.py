@@ -1,0 +1,5 @@
+"""Parts of tools/benchmark.py and tools/benchmark_detection.py.
+
+Imports run downward: ``settings`` (what a run is), ``models`` (what is built), ``machine`` (where), ``counting`` and
+``measuring`` (the figures), ``sets`` (which figures, and their goals), ``reporting`` and ``drawing`` (the outcome).
+"""
