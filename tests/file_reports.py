@@ -56,7 +56,9 @@ class FileReports:
         bad = outcomes['failed'] or outcomes['error']
         width = max(map(len, self.sizes))
         total = f'[{sum(self.finished.values()):{len(str(self.sizes.total()))}}/{self.sizes.total()}]'
-        terminal.write_line(f'{total} {file:{width}}  {self.seconds[file]:6.1f} s  {said}', red=bool(bad), green=not bad)
+        terminal.write_line(
+            f'{total} {file:{width}}  {self.seconds[file]:6.1f} s  {said}', red=bool(bad), green=not bad
+        )
 
 
 def pytest_configure(config):
