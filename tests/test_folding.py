@@ -435,6 +435,7 @@ def test_mmpretrain(backbone):
     assert_equal(folded, model, make_input(dtype=torch.float64))
 
 
+@pytest.mark.filterwarnings('ignore:Unnecessary conv bias')  # which is what is folded here
 @pytest.mark.parametrize('efficient', [False, True])
 @torch.no_grad()
 def test_conv_module(efficient):
