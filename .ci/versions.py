@@ -34,8 +34,8 @@ class Row(NamedTuple):
 
 
 MATRIX = (
-    Row('3.10', '2.7.0', '0.22.0', '1.0.21', 'the oldest of all'),
-    Row('3.11', '2.11.0', '0.26.0', '', "the last with batch_norm's stricter checks"),
+    Row('3.10', '2.7.0', '0.22.0', '1.0.31', 'the oldest of all'),
+    Row('3.11', '2.11.0', '0.26.0', '', 'checks arguments of batch_norm more strictly'),
     Row('3.12', '2.12.1', '0.27.1', '', 'what detection pins'),
     Row('3.13', '', '', '', 'the newest of all'),
 )
