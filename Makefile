@@ -15,7 +15,7 @@ WORK_DIR := work_dirs/sknet_digits
 JOBS ?= auto
 PYTEST := -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 
-.PHONY: train test test-slow test-kill test-reliability fuzz test-openmmlab det test-det test-scenes lint table bench bench-host bench-gpu bench-det clean
+.PHONY: train test test-versions test-machines test-slow test-kill test-reliability fuzz test-openmmlab det test-det test-scenes lint table bench bench-host bench-gpu bench-det clean
 
 train: $(VENV)/.installed
 	$(BIN)/python tools/train.py configs/sknet_digits.py --work-dir $(WORK_DIR)
@@ -23,6 +23,16 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# The core tests with the ends of what pyproject.toml claims of torch, timm and Python, one environment of 5 to 7 GB at
+# a time. ROWS="2.7.0 newest" chooses rows, PYTHONS names interpreters that are not on PATH, WRITE=1 renews the table in
+# CONTRIBUTING.md.
+test-versions:
+	$(PYTHON) .ci/versions.py $(ROWS) $(VERSIONS_OPTIONS) $(if $(WRITE),--write)
+
+# The numeric tests under the instruction sets and threads that make one machine several.
+test-machines: $(VENV)/.installed
+	$(BIN)/python .ci/machines.py $(if $(WRITE),--write)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

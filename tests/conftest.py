@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from file_reports import pytest_configure as pytest_configure
 from hub_server import HubServer
 
 # Before any test imports a Hub client, which reads these once: nothing here may reach the network, so that outside

@@ -9,6 +9,7 @@ pytest.importorskip('google.protobuf')
 
 import torch
 import torch.nn.functional as F
+from tolerances import assert_close
 
 from sk_plugins import caffe, foreign
 from sk_plugins.checkpoints import CheckpointError, load_foreign, recognise_foreign
@@ -131,7 +132,7 @@ def test_outputs_are_those_of_the_prototxt(net, images, tmp_path, options):
     model = load_foreign(write(tmp_path / 'sknet.caffemodel', net.weights, **options)).double()
     expected = net(images.double())
     assert expected.std() > 0.1
-    torch.testing.assert_close(model(images.double()), expected, rtol=0, atol=1e-10)
+    assert_close(model(images.double()), expected, length=model)
 
 
 def test_arguments_and_notes(net, tmp_path):
@@ -164,7 +165,7 @@ def test_published_sizes(units, dims, parameters):
     assert found.arguments == dict(layers=units, num_classes=1000)
     model = found.build()
     assert sum(p.numel() for p in model.parameters()) == parameters
-    torch.testing.assert_close(model(x), net(x), rtol=1e-4, atol=1e-5)
+    assert_close(model(x), net(x), length=model)
 
 
 # What a swap would do: each wrong reading is far from equal.

@@ -23,6 +23,7 @@ from mmengine.runner import load_checkpoint as mmengine_load_checkpoint
 from mmpretrain.registry import MODELS
 from mmpretrain.utils import register_all_modules
 from randomised import randomise
+from tolerances import assert_close
 
 from sk_plugins import checkpoints, mmpretrain_models, zoo
 from sk_plugins._resources import ROOT, find_config
@@ -648,7 +649,7 @@ def test_timms_logits_are_mmpretrains(hub_folder, classifier):
         expected, got = classifier(images), model(images)
     assert expected.shape == got.shape == (4, 10)
     assert expected.std() > 1e-3
-    assert (expected - got).abs().max() < 1e-6
+    assert_close(got, expected, length=model)
 
 
 def test_preprocessing_is_mmpretrains(hub_folder, ema_run):
@@ -665,7 +666,7 @@ def test_preprocessing_is_mmpretrains(hub_folder, ema_run):
     model = timm.create_model(f'local-dir:{hub_folder}', pretrained=True)
     got = create_transform(**resolve_data_config(model.pretrained_cfg))(Image.fromarray(image))
     assert got.shape == expected.shape == (1, 16, 16)
-    assert (got - expected).abs().max() < 1e-5
+    assert_close(got, expected, length=4)
 
 
 def test_hub_folder_back_to_mmengine(hub_folder, ema_run, tmp_path):
@@ -812,7 +813,7 @@ def test_hub_folder_of_every_class(tmp_path, backbone, features):
         expected, got = classifier.double()(images), restored.double()(images)
     assert expected.shape == got.shape == (2, 10)
     assert expected.std() > 1e-3
-    assert (expected - got).abs().max() < 1e-9
+    assert_close(got, expected, length=restored)
 
 
 @pytest.mark.parametrize(

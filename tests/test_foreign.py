@@ -9,6 +9,7 @@ import timm
 import torch
 import torchvision
 from foreign_networks import LucidKernel, SKConv, SKNet, insight_net, lucid_net
+from tolerances import assert_close
 from torch import nn
 
 import sk_plugins  # noqa: F401 - registers the models
@@ -162,7 +163,7 @@ def test_networks(case):
     x = make_input(arguments.get('in_chans', 3))
     expected = network(x)
     assert expected.std() > 0.05
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+    assert_close(model(x), expected, length=model)
 
 
 def test_single_precision(case):
@@ -171,7 +172,7 @@ def test_single_precision(case):
     model = load_foreign(network.state_dict())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     x = make_input(arguments.get('in_chans', 3), dtype=torch.float32)
-    torch.testing.assert_close(model(x), network(x), rtol=0, atol=1e-5)
+    assert_close(model(x), network(x), length=model)
 
 
 def test_padding_is_zeros_and_the_identity():
@@ -199,7 +200,7 @@ def test_groups_that_do_not_divide_the_base_width():
     found = recognise_foreign(network.state_dict())
     assert (found.arguments['cardinality'], found.arguments['base_width']) == (1, 64)
     assert found.arguments['sk_kwargs']['groups'] == 24
-    torch.testing.assert_close(found.build()(make_input()), network(make_input()), rtol=0, atol=1e-12)
+    assert_close(found.build()(make_input()), network(make_input()), length=network)
 
 
 # A conversion that errs in one thing is far from equal: these tests would see it.
@@ -254,7 +255,7 @@ def test_full_size_sknet50():
     assert sum(p.numel() for p in model.parameters()) == 27_479_784 + 2 * (3 * 128 + 4 * 256 + 6 * 512 + 3 * 1024)
     x = make_input(size=32, dtype=torch.float32)
     expected = network(x)
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert_close(model(x), expected, length=model)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +359,7 @@ def test_layers(kwargs, arguments, stride):
     model = found.build()
     assert type(model) is SelectiveKernel
     x = make_input(16, size=9)
-    torch.testing.assert_close(model(x), layer(x), rtol=0, atol=1e-12)
+    assert_close(model(x), layer(x), length=layer)
 
 
 @pytest.mark.parametrize(('stride', 'groups'), [(1, 1), (2, 4)])
@@ -369,7 +370,7 @@ def test_lucids_layer(stride, groups):
     model = found.build()
     assert isinstance(model, SelectiveKernel)
     x = make_input(64, size=9)
-    torch.testing.assert_close(model(x), layer(x), rtol=0, atol=1e-12)
+    assert_close(model(x), layer(x), length=model)
 
 
 @pytest.mark.parametrize(('reduce', 'reduce_act'), [('relu', False), ('linear', True), ('norm', False)])
@@ -383,7 +384,7 @@ def test_reduce_act_is_taken_as_told(reduce, reduce_act):
         layer.fc.register_forward_hook(lambda module, args, output: output.relu())
     else:
         layer.fc[-1] = nn.Identity()
-    torch.testing.assert_close(told(x), layer(x), rtol=0, atol=1e-12)
+    assert_close(told(x), layer(x), length=layer)
 
 
 @pytest.mark.parametrize('dilations', [(1, 1), (1, 3)])
@@ -392,7 +393,7 @@ def test_dilations_are_taken_as_told(dilations):
     layer = randomise(SKConv(16, 8, kernels=(3, 3), dilations=dilations))
     x = make_input(16, size=9)
     told = load_foreign(layer.state_dict(), dilations=dilations)
-    torch.testing.assert_close(told(x), layer(x), rtol=0, atol=1e-12)
+    assert_close(told(x), layer(x), length=layer)
 
 
 def test_layer_with_other_input_channels():
@@ -406,7 +407,7 @@ def test_layer_with_other_input_channels():
         for m, part in enumerate(tensor.chunk(2)) if 'fc_select' in name else [(0, tensor)]:
             weights[name.replace('attn.fc_select', f'fcs.{m}')] = part
     x = make_input(8, size=9)
-    torch.testing.assert_close(load_foreign(weights, in_channels=8)(x), layer(x), rtol=0, atol=1e-12)
+    assert_close(load_foreign(weights, in_channels=8)(x), layer(x), length=layer)
     with pytest.raises(CheckpointError, match='branch 0 has groups of 2 input channels, which do not divide in_chan'):
         load_foreign(weights, in_channels=9)
 
@@ -431,7 +432,7 @@ def test_layers_of_a_network_that_does_not_fit():
     x = make_input(16, size=9)
     for unit in (0, 2):
         layer = load_foreign(weights, prefix=f'stage_1.{unit}.feas.2')
-        torch.testing.assert_close(layer(x), network['stage_1'][unit].feas[2](x), rtol=0, atol=1e-12)
+        assert_close(layer(x), network['stage_1'][unit].feas[2](x), length=layer)
 
 
 # Where weights come from.
@@ -445,14 +446,14 @@ def test_containers(tmp_path, wrap, prefix):
     torch.save(weights, tmp_path / 'sknet.pth')
     expected = network(make_input())
     for source in (weights, tmp_path / 'sknet.pth', str(tmp_path / 'sknet.pth')):
-        torch.testing.assert_close(load_foreign(source)(make_input()), expected, rtol=0, atol=1e-12)
+        assert_close(load_foreign(source)(make_input()), expected, length=network)
 
 
 def test_safetensors(tmp_path):
     network = randomise(insight_net())
     safetensors.torch.save_file(network.state_dict(), tmp_path / 'sk_resnet50.safetensors')
     model = load_foreign(tmp_path / 'sk_resnet50.safetensors')
-    torch.testing.assert_close(model(make_input()), network(make_input()), rtol=0, atol=1e-12)
+    assert_close(model(make_input()), network(make_input()), length=model)
 
 
 def test_source_is_left_alone():
@@ -463,7 +464,7 @@ def test_source_is_left_alone():
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.zero_()
-    torch.testing.assert_close(second(make_input()), network(make_input()), rtol=0, atol=1e-12)
+    assert_close(second(make_input()), network(make_input()), length=model)
     assert [name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])] == []
 
 
@@ -473,7 +474,7 @@ def test_what_profilers_and_old_torch_leave():
     weights = {k: v for k, v in network.state_dict().items() if not k.endswith('num_batches_tracked')}
     weights |= {'total_ops': torch.zeros(1), 'stage_1.0.conv1.0.total_params': torch.zeros(1)}
     model = load_foreign(weights)
-    torch.testing.assert_close(model(make_input()), network(make_input()), rtol=0, atol=1e-12)
+    assert_close(model(make_input()), network(make_input()), length=model)
 
 
 def test_headless_network():
@@ -482,7 +483,7 @@ def test_headless_network():
     model = load_foreign(weights)
     assert model.num_classes == 0
     network.classifier = nn.Identity()
-    torch.testing.assert_close(model(make_input()), network(make_input()), rtol=0, atol=1e-12)
+    assert_close(model(make_input()), network(make_input()), length=model)
 
 
 def test_trains_after_loading():

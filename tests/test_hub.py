@@ -16,6 +16,7 @@ from hub_server import FAULTS, Fault
 from huggingface_hub import constants
 from randomised import randomise
 from safetensors.torch import save
+from tolerances import assert_close
 
 from sk_plugins import hub as sk_hub
 
@@ -127,7 +128,7 @@ class TestLoading:
         assert same_state(model.state_dict(), skresnext50)
         x = torch.randn(1, 3, 224, 224)
         with torch.no_grad():
-            torch.testing.assert_close(model(x), skresnext50(x), rtol=0, atol=1e-5)
+            assert_close(model(x), skresnext50(x), length=skresnext50)
 
     @pytest.mark.parametrize('kwargs', [dict(num_classes=10), dict(in_chans=1), dict(features_only=True)], ids=str)
     def test_pretrained_adapts_as_timms(self, hub, published, kwargs):
@@ -141,7 +142,7 @@ class TestLoading:
                 outputs, expected = ours.forward_features(x), timms.forward_features(x)
             else:
                 outputs, expected = ours(x), timms(x)
-        torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-5)
+        assert_close(outputs, expected, length=ours)
 
     @pytest.mark.parametrize('safe', [True, False, 'both'], ids=['safetensors', 'pickle', 'both'])
     def test_saved_for_hf(self, hub, tmp_path, tiny, safe):
@@ -173,7 +174,7 @@ class TestLoading:
         with torch.no_grad():
             expected = skresnext50(torch.ones(1, 3, 64, 64))[0, :5]
         outputs = torch.tensor([float(value) for value in done.stdout.split()])
-        torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-5)
+        assert_close(outputs, expected, length=skresnext50)
         assert len(assert_cache_is_whole(hub.cache)) == 1
 
     def test_from_the_cache_when_the_hub_is_gone(self, hub, tiny, load):

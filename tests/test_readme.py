@@ -1,5 +1,6 @@
 """Every snippet of the README is run as it stands, but for what the function below says it shortens."""
 
+import json
 import os
 import re
 import shlex
@@ -11,8 +12,10 @@ import pytest
 import timm
 import torch
 from foreign_networks import SKNet
+from hub_server import HubServer
 from safetensors.torch import save
 
+import sk_plugins
 from sk_plugins.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,11 +54,37 @@ def run(command, cwd, **env):
     return done.stdout
 
 
-@pytest.fixture
-def published(hub):
-    """The loopback Hub with SKNet-50's repository; processes started by the test find it too."""
+@pytest.fixture(scope='module')
+def environment(tmp_path_factory):
+    """Variables that point a process at a loopback Hub with SKNet-50's repository."""
+    server = HubServer().start()
     state_dict = timm.create_model('skresnext50_32x4d').state_dict()
-    hub.add('timm/skresnext50_32x4d.ra_in1k', {'model.safetensors': save(state_dict)})
+    server.add('timm/skresnext50_32x4d.ra_in1k', {'model.safetensors': save(state_dict)})
+    root = Path(sk_plugins.__file__).parents[1]
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get('PYTHONPATH'))))
+    yield {'HF_ENDPOINT': server.url, 'HF_HOME': str(tmp_path_factory.mktemp('hf')), 'PYTHONPATH': path}
+    server.stop()
+
+
+@pytest.fixture(scope='module')
+def run_python(environment):
+    """``run_python(code, folder)``: in a process that has imported nothing of this project (tests/snippets.py)."""
+    modules = 'torch,torchvision,timm,transformers,segmentation_models_pytorch,mmpretrain,mmengine'
+    command = [sys.executable, str(Path(__file__).with_name('snippets.py')), modules]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    with subprocess.Popen(command, **pipes) as server:
+        imported = json.loads(server.stdout.readline())
+        assert 'torch' in imported
+        assert 'sk_plugins' not in imported
+
+        def run(code, folder):
+            server.stdin.write(json.dumps(dict(code=code, folder=str(folder))) + '\n')
+            server.stdin.flush()
+            done = json.loads(server.stdout.readline())
+            assert done['status'] == 0, f'{code}\n{done["output"][-6000:]}'
+
+        yield run
+        server.stdin.close()
 
 
 def shorten(line: str) -> list[str]:
@@ -93,21 +122,21 @@ STANDALONE = [code for code in PYTHON if code.startswith(('import', 'from')) and
 
 
 @pytest.mark.parametrize('code', STANDALONE)
-def test_python_snippet_runs(code, published, tmp_path):
+def test_python_snippet_runs(code, run_python, tmp_path):
     for name in ('mmpretrain', 'segmentation_models_pytorch', 'transformers'):
         if name in code:
             pytest.importorskip(name)
     if "load_foreign('sknet.pth')" in code:
         network = SKNet(widths=(16, 32, 64, 96), outputs=(32, 64, 128, 192), dims=(8, 8, 8, 8))
         torch.save(network.state_dict(), tmp_path / 'sknet.pth')
-    run([sys.executable, '-c', code], tmp_path)
+    run_python(code, tmp_path)
 
 
 @pytest.mark.parametrize('code', [code for code in PYTHON if code.startswith('custom_imports')])
-def test_config_snippet_builds(code, published, tmp_path):
+def test_config_snippet_builds(code, run_python, tmp_path):
     pytest.importorskip('mmpretrain')
     (tmp_path / 'snippet.py').write_text(code)
-    run([sys.executable, '-c', BUILD], tmp_path)
+    run_python(BUILD, tmp_path)
 
 
 BUILD = """
@@ -128,7 +157,7 @@ assert channels in ([256, 512, 1024, 2048], [2048]), channels
 """
 
 
-def test_shell_lines_run_in_their_order(tmp_path, imagenet, published):
+def test_shell_lines_run_in_their_order(tmp_path, imagenet, environment, run_python):
     pytest.importorskip('mmpretrain')
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     (tmp_path / 'data').mkdir()
@@ -140,9 +169,9 @@ def test_shell_lines_run_in_their_order(tmp_path, imagenet, published):
         lines = [line for line in lines if 'fashion_mnist' not in line]
     (loading,) = [code for code in PYTHON if 'local-dir' in code]
     for line in lines:
-        run(shorten(line), tmp_path, PATH=path)
+        run(shorten(line), tmp_path, **environment, PATH=path)
         if 'convert_checkpoint' in line:
-            run([sys.executable, '-c', loading], tmp_path)
+            run_python(loading, tmp_path)
             model = timm.create_model(f'local-dir:{tmp_path / "sknet50_hub"}', pretrained=True)
             state_dict, _ = load_checkpoint(tmp_path / 'work_dirs' / 'sknet50_in1k' / 'epoch_1.pth')
             assert torch.equal(model.state_dict()['conv1.weight'], state_dict['backbone.conv1.weight'])

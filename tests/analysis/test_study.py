@@ -20,6 +20,8 @@ from sk_plugins.analysis.study import ReceptiveField, typical_units
 
 pytest.importorskip('matplotlib')
 
+from tolerances import assert_close
+
 from sk_plugins.analysis.figures import draw_channels, draw_classes, draw_depth, draw_field, write
 
 SCALES = (1.0, 1.5, 2.0)
@@ -92,10 +94,10 @@ def test_a_network_that_always_picks_5x5(folder, folded):
     for name in result.units:
         assert result.label(name) == '5x5 - 3x3'
         assert result.channels[name].shape == (3, 2, 16)
-        torch.testing.assert_close(result.branches(name), torch.tensor([[0.0, 1.0]] * 3).double(), rtol=0, atol=1e-12)
-        torch.testing.assert_close(result.differences[name], torch.ones(3).double(), rtol=0, atol=1e-12)
-        assert result.deviations[name].max() < 1e-12
-        torch.testing.assert_close(result.class_differences[name], torch.ones(3, 2).double(), rtol=0, atol=1e-12)
+        assert_close(result.branches(name), torch.tensor([[0.0, 1.0]] * 3).double(), length=4)
+        assert_close(result.differences[name], torch.ones(3).double(), length=4)
+        assert_close(result.deviations[name], torch.zeros_like(result.deviations[name]), length=4, scale=1.0)
+        assert_close(result.class_differences[name], torch.ones(3, 2).double(), length=4)
 
 
 @pytest.mark.parametrize('select', ['channel', 'shared'])
@@ -114,10 +116,10 @@ def test_a_network_whose_logit_grows_with_brightness(folder, select):
             brightness = torch.tensor(list(seen.tobytes())).double().mean() / 255
             expected[s, i] = (6.0 * brightness / 2).tanh()  # sigmoid(x) - sigmoid(-x)
     values = result.differences['0']
-    torch.testing.assert_close(values, expected.mean(1), rtol=0, atol=1e-6)
-    torch.testing.assert_close(result.deviations['0'], expected.std(1, correction=0), rtol=0, atol=1e-6)
+    assert_close(values, expected.mean(1), dtype=torch.float32, length=1024, scale=1.0)
+    assert_close(result.deviations['0'], expected.std(1, correction=0), dtype=torch.float32, length=1024, scale=1.0)
     by_class = torch.stack([expected[:, 1:4].mean(1), expected[:, 4:].mean(1)], 1)
-    torch.testing.assert_close(result.class_differences['0'], by_class, rtol=0, atol=1e-6)
+    assert_close(result.class_differences['0'], by_class, dtype=torch.float32, length=1024, scale=1.0)
     # A bright object that grows makes the picture brighter, a dark one darker.
     assert (by_class[:, 1].diff() > 0.05).all()
     assert (by_class[:, 0].diff() < -0.01).all()
@@ -125,8 +127,8 @@ def test_a_network_whose_logit_grows_with_brightness(folder, select):
 
 def test_three_branches(folder):
     result = run(identity((3, 7, 5), bias=[0.0, math.log(2), math.log(5)]), folder)
-    torch.testing.assert_close(result.branches('0')[0], torch.tensor([1, 2, 5]).double() / 8, rtol=0, atol=1e-6)
-    torch.testing.assert_close(result.differences['0'], torch.full((3,), 1 / 8).double(), rtol=0, atol=1e-6)
+    assert_close(result.branches('0')[0], torch.tensor([1, 2, 5]).double() / 8, dtype=torch.float32, length=9)
+    assert_close(result.differences['0'], torch.full((3,), 1 / 8).double(), dtype=torch.float32, length=9)
     assert result.label('0') == '7x7 - 3x3'
     figure = draw_channels(result, groups=2)
     assert [axis.get_ylabel() for axis in figure.axes] == ['attention of 5x5', 'attention of 7x7']
@@ -145,13 +147,13 @@ def test_receptive_field_of_known_kernels():
     for bias, expected, reach in (([40.0, -40.0], small, 1.0), ([-40.0, 40.0], large, 2.0)):
         shares, centre = receptive_field(identity(bias=bias, ones=True), '0', image)
         assert centre == (7.0, 7.0)
-        torch.testing.assert_close(shares[0], expected.double(), rtol=0, atol=1e-6)
+        assert_close(shares[0], expected.double(), dtype=torch.float32, length=9)
         field = ReceptiveField('0', centre, shares, [1])
         assert field.radius(0.999) == pytest.approx([reach * math.sqrt(2)])
         assert field.radius(0.5) == pytest.approx([reach])
     # Between them: each kernel's taps by its attention; the middle is both kernels'.
     shares, _ = receptive_field(identity(bias=[math.log(3), 0.0], ones=True), '0', image)
-    torch.testing.assert_close(shares[0], (0.75 * small + 0.25 * large).double(), rtol=0, atol=1e-6)
+    assert_close(shares[0], (0.75 * small + 0.25 * large).double(), dtype=torch.float32, length=9)
 
 
 def test_receptive_field_in_a_network():
@@ -162,13 +164,13 @@ def test_receptive_field_in_a_network():
     shares, centre = receptive_field(model, 'SK_3_2', images)
     assert shares.shape == (3, 64, 64)
     assert centre == (32.0, 32.0)
-    torch.testing.assert_close(shares.sum((1, 2)), torch.ones(3).double())
+    assert_close(shares.sum((1, 2)), torch.ones(3).double(), dtype=torch.float32, length=64 * 64)
     # Image by image, and by any way through the units.
-    torch.testing.assert_close(receptive_field(model, 'SK_3_2', images[1:2])[0], shares[1:2], rtol=0, atol=1e-6)
+    assert_close(receptive_field(model, 'SK_3_2', images[1:2])[0], shares[1:2], dtype=torch.float32, length=model)
     plain = SKResNet(**settings, sk_kwargs=dict(backend='plain')).eval()
     plain.load_state_dict(model.state_dict())
-    torch.testing.assert_close(receptive_field(plain, 'SK_3_2', images)[0], shares, rtol=0, atol=1e-6)
-    torch.testing.assert_close(receptive_field(fuse(model), 'SK_3_2', images)[0], shares, rtol=0, atol=1e-6)
+    assert_close(receptive_field(plain, 'SK_3_2', images)[0], shares, dtype=torch.float32, length=model)
+    assert_close(receptive_field(fuse(model), 'SK_3_2', images)[0], shares, dtype=torch.float32, length=model)
     # The same as by hand, with the attention of the units up to there as constants.
     held = [(u.layer.attn, u.layer.attn.forward) for u in sk_units(plain).values()]
     for attn, forward in held:
@@ -179,7 +181,7 @@ def test_receptive_field_in_a_network():
     plain(x)
     outputs[0][:, :, 4, 4].sum().backward()
     by_hand = x.grad.abs().sum(1).double()
-    torch.testing.assert_close(by_hand / by_hand.sum((1, 2), keepdim=True), shares, rtol=0, atol=1e-6)
+    assert_close(by_hand / by_hand.sum((1, 2), keepdim=True), shares, dtype=torch.float32, length=model)
     # Nothing stays behind: the attention is differentiated again.
     assert not any(module._forward_hooks for module in model.modules())
     # A dead position has no field.
@@ -202,7 +204,7 @@ def test_study_takes_the_fields_mean(folder):
                 expected[s] += share
                 counts[s] += bool(share.any())
     assert counts == result.field.images == [2, 2, 2]  # the grey one and a sun: a moon's middle is dead
-    torch.testing.assert_close(result.field.maps, expected / 2, rtol=0, atol=1e-7)
+    assert_close(result.field.maps, expected / 2, dtype=torch.float32, length=model)
 
 
 def test_files_hold_the_numbers(folder, tmp_path):

@@ -24,6 +24,7 @@ from modelindex.load_model_index import load as load_model_index
 from PIL import Image
 from randomised import randomise
 from safetensors.torch import save
+from tolerances import assert_close
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -214,7 +215,7 @@ def test_pretrained(name, hub, tmp_path, monkeypatch):
     with torch.inference_mode():
         logits = expected(x)
         assert logits.std() > 1e-3
-        torch.testing.assert_close(model(x), logits, rtol=1e-4, atol=1e-4)
+        assert_close(model(x), logits, length=expected)
 
 
 # The recipes

@@ -27,6 +27,7 @@ from PIL import Image
 from randomised import randomise
 from safetensors.torch import save
 from sklearn.datasets import load_sample_image
+from tolerances import assert_close
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import sk_plugins
@@ -256,7 +257,7 @@ def test_backbone_is_timms(output_stride, published, hub):
     assert [feature.shape[1] for feature in ours] == [256, 512, 1024, 2048]
     for own, timms in zip(ours, expected):
         assert timms.std() > 0.1
-        assert (own - timms).abs().max() < 1e-5
+        assert_close(own, timms, length=backbone)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_other_backbones_are_timms(name, timms, out_indices):
     with torch.inference_mode():
         for own, expected in zip(backbone(x), model(x), strict=True):
             assert expected.std() > 0.1
-            assert (own - expected).abs().max() < 1e-5
+            assert_close(own, expected, length=backbone)
 
 
 @pytest.mark.parametrize('name', [CASCADE, LIGHT])
@@ -508,7 +509,7 @@ def test_fuse(name):
     for theirs, own in zip(expected, found):
         assert len(own) == len(theirs) > 20
         assert torch.equal(own.labels, theirs.labels)
-        assert (own.scores - theirs.scores).abs().max() < 1e-5
-        assert (own.bboxes - theirs.bboxes).abs().max() < 1e-3
+        assert_close(own.scores, theirs.scores, length=detector)
+        assert_close(own.bboxes, theirs.bboxes, length=detector)
         if 'mask' in name:
             assert torch.equal(own.masks, theirs.masks)

@@ -5,6 +5,7 @@ import timm
 import torch
 from randomised import randomise
 from timm.utils import AttentionExtract
+from tolerances import assert_close
 from torch import nn
 
 from sk_plugins import SelectiveKernel
@@ -40,7 +41,7 @@ def test_dilated_features(name, feature_cls):
     features = list(features.values()) if isinstance(features, dict) else features
     for feature, wanted, stride in zip(features, expected, (4, 8, 8, 8), strict=True):
         assert feature.shape[-2:] == (64 // stride, 64 // stride)
-        torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5)
+        assert_close(feature, wanted, length=model)
 
 
 @each_kind
@@ -54,11 +55,11 @@ def test_attention_of_every_layer(name):
     assert list(found) == [f'{key}.attn' for key in layers]
     for attention, layer in zip(found.values(), layers.values()):
         assert attention.shape == (2, 2, layer.out_channels, 1, 1)
-        torch.testing.assert_close(attention.sum(1), torch.ones(2, layer.out_channels, 1, 1))
+        assert_close(attention.sum(1), torch.ones(2, layer.out_channels, 1, 1), length=layer)
         assert attention.std() > 1e-3
     traced = extraction.create_feature_extractor(model, list(found))(images())
     for key, attention in found.items():
-        torch.testing.assert_close(traced[key], attention, rtol=0, atol=1e-5)
+        assert_close(traced[key], attention, length=model)
 
 
 @each_kind
@@ -67,7 +68,7 @@ def test_freeze_and_unfreeze(name):
     x = images()
     expected = model(x)
     timm.utils.freeze(model)
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    assert_close(model(x), expected, length=model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.train()(images(batch=1))  # no BatchNorm is left that would need two
     timm.utils.unfreeze(model)
@@ -75,4 +76,4 @@ def test_freeze_and_unfreeze(name):
     assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == sum(
         isinstance(module, nn.BatchNorm2d) for module in create(name).modules()
     )
-    torch.testing.assert_close(model.eval()(x), expected, rtol=0, atol=1e-5)
+    assert_close(model.eval()(x), expected, length=model)

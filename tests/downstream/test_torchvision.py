@@ -11,6 +11,7 @@ from torch import nn
 from sk_plugins import zoo
 
 pytest.importorskip('torchvision')
+from tolerances import assert_close
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -79,7 +80,7 @@ def test_body_is_timms_features(name, output_stride):
     assert list(body) == ['0', '1', '2', '3']
     for feature, wanted, stride in zip(body.values(), features(x), strides):
         assert feature.shape[-2:] == (96 // stride, 96 // stride)
-        torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5)
+        assert_close(feature, wanted, length=features)
     assert {key: tuple(level.shape) for key, level in pyramid.items() if key != 'pool'} == {
         str(i): (2, 32, 96 // stride, 96 // stride) for i, stride in enumerate(strides)
     }
@@ -96,7 +97,7 @@ def test_sk_resnet(name):
     backbone = BackboneWithFPN(ours, layers, timms.feature_info.channels(), 32).eval()
     x = torch.rand(2, 3, 64, 64)
     for feature, wanted in zip(backbone.body(x).values(), timms(x), strict=True):
-        torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5)
+        assert_close(feature, wanted, length=timms)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_frozen_stages(name, stem):
     expected = features(x)
     timm.utils.freeze(features, stem)
     for feature, wanted in zip(features(x), expected, strict=True):
-        torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5)
+        assert_close(feature, wanted, length=features)
     model = detector(features).train()
     before = copy.deepcopy(model.backbone.body.state_dict())
     sum(model(*pictures()).values()).backward()

@@ -7,6 +7,7 @@ import timm
 import torch
 from randomised import randomise
 from safetensors.torch import save
+from tolerances import assert_close
 
 import sk_plugins  # noqa: F401
 
@@ -64,7 +65,7 @@ def test_published_weights(published, skresnext50):
     wanted = skresnext50.forward_intermediates(x, indices=4, intermediates_only=True)
     for feature, expected, stride in zip(features(x), wanted, (4, 8, 16, 32), strict=True):
         assert feature.shape[-2:] == (64 // stride, 64 // stride)
-        torch.testing.assert_close(feature, expected, rtol=0, atol=1e-5)
+        assert_close(feature, expected, length=features)
     output = model(pixel_values=x)
     assert output.logits.shape == (2, 10, 4)
     assert output.pred_boxes.shape == (2, 10, 4)
@@ -79,7 +80,7 @@ def test_dilation(name):
     x, _ = pictures()
     for feature, expected, stride in zip(features(x), wanted(x), (4, 8, 16, 16), strict=True):
         assert feature.shape[-2:] == (64 // stride, 64 // stride)
-        torch.testing.assert_close(feature, expected, rtol=0, atol=1e-5)
+        assert_close(feature, expected, length=features)
 
 
 @pytest.mark.parametrize('name', ['sknet26', 'skshufflenetv2_x1_0'])
@@ -173,4 +174,4 @@ def test_timm_backbone_resets_statistics(published, name):
     backbone._backbone.load_state_dict(wanted.state_dict())
     x, _ = pictures()
     for feature, expected in zip(backbone.eval()(x).feature_maps, wanted.eval()(x)[1:], strict=True):
-        torch.testing.assert_close(feature, expected, rtol=0, atol=1e-5)
+        assert_close(feature, expected, length=wanted)

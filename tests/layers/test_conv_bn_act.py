@@ -7,6 +7,7 @@ import torch
 from norm_calls import count_norms
 from randomised import randomise
 from timm.models.resnet import downsample_avg, downsample_conv
+from tolerances import assert_close
 from torch import nn
 
 from sk_plugins.layers import ConvBNAct
@@ -38,7 +39,7 @@ def test_inference_folds_the_norm_on_the_fly(kwargs):
     assert count_norms(layer, x) == (type(layer.bn) is nn.BatchNorm2d)  # autograd is on
     before = copy.deepcopy(layer.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-11)
+        assert_close(layer(x), expected, length=layer)
         assert count_norms(layer, x) == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
@@ -74,9 +75,9 @@ def test_a_norm_of_float32_after_a_convolution_of_bfloat16():
         expected = layer(x)
     result = layer(x)
     assert result.dtype == torch.bfloat16
-    torch.testing.assert_close(result, expected)
+    assert_close(result, expected, length=layer)
     downsample = nn.Sequential(layer.conv, layer.bn)
-    torch.testing.assert_close(shorten(downsample, x), downsample(x))
+    assert_close(shorten(downsample, x), downsample(x), length=downsample)
 
 
 SHORTCUTS = [
@@ -103,7 +104,7 @@ def test_shortcuts_fold_the_norm_on_the_fly(make_downsample):
     expected = layer.downsample(x)
     assert count_norms(layer, x) == 1  # autograd is on
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-11)
+        assert_close(layer(x), expected, length=layer)
         assert count_norms(layer, x) == 0
         assert count_norms(layer, make_input(1)) == 1
         assert count_norms(layer.train(), x) == 1
@@ -123,7 +124,7 @@ def test_shortcuts_that_are_watched_are_called(name):
     layer, x, seen = Shortened(downsample_avg(8, 12, kernel_size=1, stride=2).double()).eval(), make_input(), []
     expected = layer(x)
     layer.downsample.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(module))
-    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-11)
+    assert_close(layer(x), expected, length=layer)
     assert len(seen) == 1
 
 

@@ -11,6 +11,7 @@ from _benchmark import counting, measuring
 from _benchmark.measuring import Result, Task
 from _benchmark.models import Variant
 from _benchmark.settings import Run, Settings
+from tolerances import tolerance
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -91,6 +92,7 @@ def test_train_step_is_a_step_of_sgd(dtype):
     model = nn.Linear(6, 3)
     reference = copy.deepcopy(model)
     images = torch.randn(4, 6)
+    before = model.weight.detach().clone()
     step = measuring.train_step(model, images, Settings(dtype=dtype))
     optimizer = torch.optim.SGD(reference.parameters(), lr=1e-5, momentum=0.9, weight_decay=1e-4)
     for _ in range(2):
@@ -98,10 +100,13 @@ def test_train_step_is_a_step_of_sgd(dtype):
         nn.functional.cross_entropy(reference(images), torch.tensor([0, 1, 2, 0])).backward()
         optimizer.step()
         optimizer.zero_grad()
-    moved = (model.weight - nn.Linear(6, 3).weight).abs().max()
+    moved = (model.weight - before).abs().max()
     assert moved > 0
-    tolerance = {'float32': 1e-7, 'bfloat16': 1e-6, 'float16': 1e-6}[dtype]  # two steps move a weight by about 1e-5
-    torch.testing.assert_close(model.weight, reference.weight, atol=tolerance, rtol=0)
+    # Sums of six products and four images round in the low precision, and so does what is added to the weight.
+    explained = (
+        tolerance(getattr(torch, dtype), length=10) * moved + tolerance(torch.float32) * model.weight.abs().max()
+    )
+    assert (model.weight - reference.weight).abs().max() <= explained
     assert model.weight.grad is None
 
 

@@ -11,6 +11,7 @@ import torch
 from foreign_networks import SKConv, SKNet, insight_net, lucid_net
 from mmpretrain.registry import MODELS
 from randomised import randomise
+from tolerances import assert_close
 
 from sk_plugins._resources import find_config
 from sk_plugins.checkpoints import CheckpointError, load_checkpoint, save_state_dict, to_mmpretrain, to_timm
@@ -163,7 +164,7 @@ def test_foreign_to_hub(convert_foreign, tmp_path):
     assert 'sknet26 with the weights of a network of SKConv' in (tmp_path / 'hub' / 'README.md').read_text()
     model = timm.create_model(f'local-dir:{tmp_path / "hub"}', pretrained=True).eval()
     x = torch.randn(2, 3, 40, 40)
-    torch.testing.assert_close(model(x), network(x), rtol=0, atol=1e-5)
+    assert_close(model(x), network(x), length=network)
 
 
 @pytest.mark.parametrize('name', ['ours.safetensors', 'ours.pth'])
@@ -176,7 +177,7 @@ def test_foreign_to_timm(convert_foreign, tmp_path, name):
     model = eval(f'timm.create_model{call}', {'timm': timm}).eval()
     model.load_state_dict(load_checkpoint(tmp_path / name)[0], strict=True)
     x = torch.randn(2, 3, 40, 40)
-    torch.testing.assert_close(model(x), network(x), rtol=0, atol=1e-5)
+    assert_close(model(x), network(x), length=network)
 
 
 def test_foreign_to_mmengine(convert_foreign, tmp_path):
@@ -190,7 +191,7 @@ def test_foreign_to_mmengine(convert_foreign, tmp_path):
     )
     model.load_state_dict(torch.load(tmp_path / 'ours.pth', weights_only=True)['state_dict'], strict=True)
     x = torch.randn(2, 3, 40, 40)
-    torch.testing.assert_close(model.eval()(x, mode='tensor'), network(x), rtol=0, atol=1e-5)
+    assert_close(model.eval()(x, mode='tensor'), network(x), length=network)
 
 
 def test_foreign_without_a_registered_name(convert_foreign, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from randomised import randomise
 from safetensors.torch import save
 from timm.models import save_for_hf
+from tolerances import assert_close
 
 from sk_plugins import fuse, zoo
 from sk_plugins.checkpoints import CheckpointError, save_state_dict, to_mmpretrain
@@ -71,7 +72,7 @@ def test_every_kind_of_network(tool, tmp_path, name, folded):
         (logits,) = run.run(['logits'], {'image': x.numpy()})
         expected = model(x)
         assert expected.std() > 0.01
-        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
+        assert_close(torch.from_numpy(logits), expected, length=model)
 
 
 def test_main(tool, folder, tmp_path, capsys):
@@ -88,9 +89,7 @@ def test_main(tool, folder, tmp_path, capsys):
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(
-            torch.from_numpy(run.run(None, {'image': x.numpy()})[0]), model(x), rtol=0, atol=1e-4
-        )
+        assert_close(torch.from_numpy(run.run(None, {'image': x.numpy()})[0]), model(x), length=model)
 
 
 @pytest.mark.parametrize('prefixed', [False, True])

@@ -10,6 +10,7 @@ pytest.importorskip('mmpretrain')
 
 import torch
 from mmengine.config import Config
+from tolerances import assert_close
 
 from sk_plugins._resources import find_config
 from sk_plugins.checkpoints import CheckpointError, load_checkpoint, save_state_dict, to_timm
@@ -233,7 +234,8 @@ def test_tta_averages_the_mirror_image(evaluate, digits_run, short_digits, tmp_p
     plain, mirrored, tta = scores.values()
     assert plain.shape == (20, 10)
     assert (plain - mirrored).abs().max() > 1e-3
-    assert (tta - (plain + mirrored) / 2).abs().max() < 1e-6
+    # The images go through the network in other batches, and so in sums of some thousand terms in all.
+    assert_close(tta, (plain + mirrored) / 2, length=4000)
 
 
 def test_damaged_checkpoint_is_named(evaluate, tmp_path):
