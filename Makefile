@@ -28,11 +28,11 @@ test-slow: $(VENV)/.installed
 
 # A run that is killed 24 times and ends as if it had never been.
 test-kill: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/reliability/test_kill_and_resume.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/openmmlab/runtime/test_kill_and_resume.py
 
 # All slow proofs of docs/reliability.md.
 test-reliability: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow tests/reliability
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow tests/openmmlab/runtime
 
 # Arguments and checkpoints drawn at random, some 500 a test.
 fuzz: $(VENV)/.installed

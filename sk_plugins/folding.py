@@ -23,7 +23,7 @@ __all__ = ['fuse']
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
 _NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # subclasses may only check their input
 _FROZEN_NORM = 'torchvision.ops.misc.FrozenBatchNorm2d'
-_SYNCHRONISED_NORM = 'sk_plugins.reliability.sync_batchnorm.SyncBatchNorm'
+_SYNCHRONISED_NORM = 'sk_plugins.openmmlab.runtime.sync_batchnorm.SyncBatchNorm'
 # A norm, then a drop and an activation of its own, which stay.
 _NORM_ACTS = (
     'timm.layers.norm_act.BatchNormAct2d',

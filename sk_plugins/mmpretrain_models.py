@@ -3,7 +3,7 @@
 Import it through ``custom_imports = dict(imports=['sk_plugins.mmpretrain_models'])``. From mmdetection or
 mmsegmentation the backbones are ``mmpretrain.SKNet`` and so on. The import also registers the project's datasets and
 hooks, its entries in mmpretrain's model index, checkpoints by ``hf-hub:OWNER/NAME[@REVISION]``, and what
-:mod:`sk_plugins.reliability` is for; it reads local ``*.safetensors``, too.
+:mod:`sk_plugins.openmmlab.runtime` is for; it reads local ``*.safetensors``, too.
 """
 
 import inspect
@@ -28,11 +28,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import hub, networks, zoo
 from . import mmpretrain_datasets as mmpretrain_datasets
 from . import mmpretrain_hooks as mmpretrain_hooks
-from . import reliability as reliability
 from ._arguments import check_flags, check_integer, check_sk_kwargs, find_fault, is_integer
 from ._resources import ROOT
 from .checkpoints import CheckpointError, is_timm_format, to_mmpretrain
 from .networks.resnet import count_stages
+from .openmmlab import runtime as runtime
 
 __all__ = ['SKNet', 'SKResNeXt', 'SKResNet', 'SKShuffleNetV2']
 

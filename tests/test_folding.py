@@ -219,7 +219,7 @@ def test_other_kinds_of_batch_norm(kind):
         swapped = [nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()]
         swapped.append(timm.layers.convert_sync_batchnorm(copy.deepcopy(timms)).eval())
     elif kind == 'sync on CPUs':
-        sync_batchnorm = pytest.importorskip('sk_plugins.reliability.sync_batchnorm', exc_type=ImportError)
+        sync_batchnorm = pytest.importorskip('sk_plugins.openmmlab.runtime.sync_batchnorm', exc_type=ImportError)
         swapped = [sync_batchnorm.synchronise(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))).eval()]
     else:
         swapped = [timm.utils.model.freeze_batch_norm_2d(copy.deepcopy(m)) for m in (model, timms)]

@@ -20,10 +20,16 @@ from mmengine.utils import import_modules_from_strings
 from sk_plugins._resources import find_config
 from sk_plugins.checkpoints import CheckpointError
 from sk_plugins.hub import HubError
-from sk_plugins.reliability.configs import check_hooks, check_keys, check_sections, explain_config, explain_parsing
-from sk_plugins.reliability.distributed import TotalBatchHook, init_gloo, is_lost_peer, wait_for_agent
-from sk_plugins.reliability.images import skip_unreadable
-from sk_plugins.reliability.loading import CheckpointFitHook
+from sk_plugins.openmmlab.runtime.configs import (
+    check_hooks,
+    check_keys,
+    check_sections,
+    explain_config,
+    explain_parsing,
+)
+from sk_plugins.openmmlab.runtime.distributed import TotalBatchHook, init_gloo, is_lost_peer, wait_for_agent
+from sk_plugins.openmmlab.runtime.images import skip_unreadable
+from sk_plugins.openmmlab.runtime.loading import CheckpointFitHook
 
 # What a config of another scope than mmpretrain's needs, and what installs it.
 FRAMEWORKS = {

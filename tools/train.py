@@ -12,9 +12,9 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from sk_plugins.checkpoints import CheckpointError, load_checkpoint
-from sk_plugins.reliability.configs import explain_config
-from sk_plugins.reliability.losses import watch_losses
-from sk_plugins.reliability.resuming import make_resumable
+from sk_plugins.openmmlab.runtime.configs import explain_config
+from sk_plugins.openmmlab.runtime.losses import watch_losses
+from sk_plugins.openmmlab.runtime.resuming import make_resumable
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

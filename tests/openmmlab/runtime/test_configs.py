@@ -20,7 +20,7 @@ from torch.optim import SGD
 import sk_plugins.mmpretrain_models  # noqa: F401
 from sk_plugins._resources import find_config
 from sk_plugins.checkpoints import CheckpointError
-from sk_plugins.reliability.configs import (
+from sk_plugins.openmmlab.runtime.configs import (
     ConfigError,
     check_keys,
     check_sections,

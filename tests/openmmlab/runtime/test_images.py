@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 
 from sk_plugins._resources import find_config
 from sk_plugins.mmpretrain_datasets import Digits
-from sk_plugins.reliability.configs import ConfigError
-from sk_plugins.reliability.images import LoadSoundImage, SkipUnreadable, UnreadableImageError, skip_unreadable
+from sk_plugins.openmmlab.runtime.configs import ConfigError
+from sk_plugins.openmmlab.runtime.images import LoadSoundImage, SkipUnreadable, UnreadableImageError, skip_unreadable
 
 HEIGHT, WIDTH = 48, 64
 y, x = np.mgrid[:HEIGHT, :WIDTH]

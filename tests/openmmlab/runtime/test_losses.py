@@ -21,10 +21,10 @@ from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 from torch import nn
 
-import sk_plugins.reliability  # noqa: F401 - registers the hook
+import sk_plugins.openmmlab.runtime  # noqa: F401 - registers the hook
 from sk_plugins._resources import find_config
-from sk_plugins.reliability.configs import ConfigError
-from sk_plugins.reliability.losses import InvalidLossError, InvalidLossHook, name_images, watch_losses
+from sk_plugins.openmmlab.runtime.configs import ConfigError
+from sk_plugins.openmmlab.runtime.losses import InvalidLossError, InvalidLossHook, name_images, watch_losses
 
 NAN, INF = float('nan'), float('inf')
 

@@ -25,10 +25,10 @@ from torch import nn
 import sk_plugins
 from sk_plugins._resources import ROOT
 from sk_plugins.checkpoints import load_checkpoint
-from sk_plugins.reliability import distributed
-from sk_plugins.reliability.sync_batchnorm import SyncBatchNorm, synchronise
+from sk_plugins.openmmlab.runtime import distributed
+from sk_plugins.openmmlab.runtime.sync_batchnorm import SyncBatchNorm, synchronise
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='gloo is for CPUs')
 
 

@@ -27,8 +27,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, Dataset
 
 from sk_plugins.checkpoints import CheckpointError
-from sk_plugins.reliability.configs import ConfigError
-from sk_plugins.reliability.resuming import (
+from sk_plugins.openmmlab.runtime.configs import ConfigError
+from sk_plugins.openmmlab.runtime.resuming import (
     ResumableBatches,
     SeededBatch,
     find_resumable,
@@ -306,7 +306,7 @@ def test_two_processes_places_are_those_of_one(monkeypatch):
     (one,) = ResumableBatches(BatchSampler(sampler, 10, False), seed=0)
     assert one.places == range(10)
     for rank in range(2):
-        monkeypatch.setattr('sk_plugins.reliability.resuming.get_dist_info', lambda rank=rank: (rank, 2))
+        monkeypatch.setattr('sk_plugins.openmmlab.runtime.resuming.get_dist_info', lambda rank=rank: (rank, 2))
         batches = list(ResumableBatches(BatchSampler(list(range(rank, 10, 2)), 3, False), seed=0))
         assert [list(batch.places) for batch in batches] == [list(batch) for batch in batches]
 

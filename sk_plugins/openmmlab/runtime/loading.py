@@ -29,7 +29,7 @@ from mmengine.runner.checkpoint import (
 )
 from torch.hub import HASH_REGEX, download_url_to_file, get_dir
 
-from ..checkpoints import (
+from ...checkpoints import (
     CheckpointError,
     Inert,
     is_state_dict,
@@ -39,7 +39,7 @@ from ..checkpoints import (
     read_pickle,
     to_mmpretrain,
 )
-from ..hub import HubError, shorten
+from ...hub import HubError, shorten
 
 __all__ = ['CheckpointFitHook', 'load_from_http', 'load_from_local', 'read_checkpoint']
 

@@ -22,7 +22,7 @@ from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .._arguments import is_integer
+from ..._arguments import is_integer
 from .configs import ConfigError
 
 __all__ = ['LoadSoundImage', 'SkipUnreadable', 'UnreadableImageError', 'skip_unreadable']

@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
-from .._arguments import check_choice, is_integer
+from ..._arguments import check_choice, is_integer
 from .configs import ConfigError
 from .distributed import unwrap
 
