@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sk_plugins.analysis import record
-from sk_plugins.mmpretrain_datasets import ScaledFashionMNIST
 from sk_plugins.networks import SKResNet
+from sk_plugins.openmmlab.datasets import ScaledFashionMNIST
 
 # Three stages of two units at strides 4, 8 and 16: SK_2_1 to SK_4_2.
 BASE = dict(

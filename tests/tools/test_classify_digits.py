@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sk_plugins.checkpoints import CheckpointError
-from sk_plugins.mmpretrain_datasets import Digits
+from sk_plugins.openmmlab.datasets import Digits
 
 
 @pytest.fixture(scope='module')

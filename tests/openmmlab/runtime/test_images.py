@@ -29,7 +29,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sk_plugins._resources import find_config
-from sk_plugins.mmpretrain_datasets import Digits
+from sk_plugins.openmmlab.datasets import Digits
 from sk_plugins.openmmlab.runtime.configs import ConfigError
 from sk_plugins.openmmlab.runtime.images import LoadSoundImage, SkipUnreadable, UnreadableImageError, skip_unreadable
 

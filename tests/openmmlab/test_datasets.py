@@ -11,7 +11,7 @@ from mmpretrain.registry import DATASETS
 from sklearn.datasets import load_digits
 from small_fashion_mnist import FILES, GARMENTS, write_fashion_mnist
 
-from sk_plugins.mmpretrain_datasets import Digits, ScaledFashionMNIST
+from sk_plugins.openmmlab.datasets import Digits, ScaledFashionMNIST
 
 # One of mmpretrain's for every file of Fashion-MNIST that it reads.
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning:mmpretrain')
