@@ -26,12 +26,12 @@ from torch.hub import load_state_dict_from_url
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import hub, networks, zoo
-from . import mmpretrain_hooks as mmpretrain_hooks
 from ._arguments import check_flags, check_integer, check_sk_kwargs, find_fault, is_integer
 from ._resources import ROOT
 from .checkpoints import CheckpointError, is_timm_format, to_mmpretrain
 from .networks.resnet import count_stages
 from .openmmlab import datasets as datasets
+from .openmmlab import hooks as hooks
 from .openmmlab import runtime as runtime
 
 __all__ = ['SKNet', 'SKResNeXt', 'SKResNet', 'SKShuffleNetV2']

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 import sk_plugins.mmpretrain_models  # noqa: F401 - registers the hook
 from sk_plugins._resources import find_config
 from sk_plugins.analysis import attention_scalars, recording
-from sk_plugins.mmpretrain_hooks import SKAttentionHook
+from sk_plugins.openmmlab.hooks import SKAttentionHook
 
 OPTIONS = {
     'train_cfg.max_epochs': 1,

@@ -7,7 +7,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from .analysis import Recording, attention_scalars, record
+from ..analysis import Recording, attention_scalars, record
 
 __all__ = ['SKAttentionHook']
 
