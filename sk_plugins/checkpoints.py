@@ -30,7 +30,7 @@ from torch.hub import download_url_to_file
 
 from . import caffe, foreign, zoo
 from ._arguments import find_fault
-from .hub import load_state_dict, shorten
+from .weights.hub import load_state_dict, shorten
 
 __all__ = [
     'CheckpointError',

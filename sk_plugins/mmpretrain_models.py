@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.hub import load_state_dict_from_url
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import hub, networks, zoo
+from . import networks, zoo
 from ._arguments import check_flags, check_integer, check_sk_kwargs, find_fault, is_integer
 from ._resources import ROOT
 from .checkpoints import CheckpointError, is_timm_format, to_mmpretrain
@@ -33,6 +33,7 @@ from .networks.resnet import count_stages
 from .openmmlab import datasets as datasets
 from .openmmlab import hooks as hooks
 from .openmmlab import runtime as runtime
+from .weights import hub
 
 __all__ = ['SKNet', 'SKResNeXt', 'SKResNet', 'SKShuffleNetV2']
 
@@ -115,7 +116,7 @@ class _Backbone:
         takes its part, with ``prefix='backbone.'`` or without; that part must fit.
 
         Raises:
-            sk_plugins.checkpoints.CheckpointError, sk_plugins.hub.HubError: it does not; the message names the
+            sk_plugins.checkpoints.CheckpointError, sk_plugins.weights.hub.HubError: it does not; the message names the
                 checkpoint, and what is missing, of another shape, or not part of this network.
         """
         if not hasattr(self, 'out_indices'):
@@ -458,7 +459,7 @@ def load_from_hf_hub(filename: str, map_location: str | None = None) -> dict[str
     """``hf-hub:OWNER/NAME[@REVISION]``: a repository's safetensors, as a checkpoint with timm's names.
 
     Raises:
-        sk_plugins.hub.HubError: names the repository and the cause.
+        sk_plugins.weights.hub.HubError: names the repository and the cause.
     """
     repo = filename.removeprefix('hf-hub:')
     state_dict = OrderedDict(hub.load_state_dict(repo, device=str(map_location or 'cpu')))
@@ -472,7 +473,7 @@ def load_from_pytorch(filename: str, map_location: str | None = None) -> dict[st
     """torchvision's published weights, where mmengine would run whatever a pickle holds; downloaded once a machine.
 
     Raises:
-        sk_plugins.hub.HubError: the file cannot be had, or is not what its name's hash says.
+        sk_plugins.weights.hub.HubError: the file cannot be had, or is not what its name's hash says.
     """
 
     def load() -> dict[str, Tensor]:

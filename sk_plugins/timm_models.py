@@ -9,11 +9,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from . import hub, zoo
+from . import zoo
 from ._arguments import find_fault, is_integer
 from .checkpoints import CheckpointError, load_checkpoint
 from .networks import SKResNet, SKShuffleNetV2
 from .networks.resnet import count_stages
+from .weights import hub
 
 __all__: list[str] = []
 

@@ -27,7 +27,7 @@ from randomised import randomise
 from sk_plugins import checkpoints, mmpretrain_models, zoo
 from sk_plugins._resources import ROOT, find_config
 from sk_plugins.checkpoints import CheckpointError, load_checkpoint
-from sk_plugins.hub import HubError
+from sk_plugins.weights.hub import HubError
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), cardinality=8, base_width=16, in_chans=1, small_stem=True)
 CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))

@@ -36,8 +36,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sk_plugins
 from sk_plugins import zoo
 from sk_plugins.checkpoints import CheckpointError, is_timm_format, save_mmengine_checkpoint, to_mmpretrain, to_timm
-from sk_plugins.hub import HubError
 from sk_plugins.mmpretrain_models import SKNet, SKResNet, SKResNeXt, SKShuffleNetV2
+from sk_plugins.weights.hub import HubError
 
 # A network in which what is tested does not depend on the width takes a tenth of the time.
 NARROW = dict(channels=(16, 32, 64, 128), cardinality=8, base_width=16)
@@ -1339,7 +1339,7 @@ def fails(load, repo, cause, **kwargs):
 
 
 class TestFaults:
-    """What the errors of tests/test_hub.py become on their way through mmengine."""
+    """What the errors of tests/weights/test_hub.py become on their way through mmengine."""
 
     @pytest.mark.parametrize(
         ('fault', 'cause'),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sk_plugins.analysis import ImageStream, record, study
 from sk_plugins.analysis.study import typical_units
-from sk_plugins.hub import HubError, shorten
+from sk_plugins.weights.hub import HubError, shorten
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

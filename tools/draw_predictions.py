@@ -24,7 +24,7 @@ from mmengine.structures import BaseDataElement
 from PIL import Image
 
 from sk_plugins.checkpoints import CheckpointError, load_checkpoint
-from sk_plugins.hub import shorten
+from sk_plugins.weights.hub import shorten
 
 CELL = 2.2  # inches
 KINDS = ('pred_instances', 'pred_sem_seg')

@@ -39,7 +39,7 @@ from ...checkpoints import (
     read_pickle,
     to_mmpretrain,
 )
-from ...hub import HubError, shorten
+from ...weights.hub import HubError, shorten
 
 __all__ = ['CheckpointFitHook', 'load_from_http', 'load_from_local', 'read_checkpoint']
 

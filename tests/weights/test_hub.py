@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from randomised import randomise
 from safetensors.torch import save
 
-from sk_plugins import hub as sk_hub
+from sk_plugins.weights import hub as sk_hub
 
 REPO = 'me/tiny'
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), cardinality=8, base_width=16, num_classes=10)
