@@ -161,7 +161,7 @@ class TestLoading:
             "model = timm.create_model('sknet50', pretrained=True).eval()\n"
             'print(*model(torch.ones(1, 3, 64, 64))[0, :5].tolist())\n'
         )
-        path = os.pathsep.join([str(Path(sk_hub.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])
+        path = os.pathsep.join([str(Path(sk_hub.__file__).parents[2]), os.environ.get('PYTHONPATH', '')])
         done = subprocess.run(
             [sys.executable, '-c', script],
             env={**os.environ, 'PYTHONPATH': path},
@@ -458,7 +458,7 @@ class TestProcesses:
             '    except Exception as error:\n'
             '        print(type(error).__name__, error)\n'
         )
-        path = os.pathsep.join([str(Path(sk_hub.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])
+        path = os.pathsep.join([str(Path(sk_hub.__file__).parents[2]), os.environ.get('PYTHONPATH', '')])
         env = {**os.environ, 'PYTHONPATH': path, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
         done = subprocess.run([sys.executable, '-c', script], env=env, capture_output=True, text=True, timeout=120)
         said = [line for line in done.stdout.splitlines() if line.startswith(('loaded', 'HubError'))]
