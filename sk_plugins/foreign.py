@@ -5,7 +5,7 @@ they can't tell (strides, the dilation of a 3x3, where there is an activation) i
 Two identities make other designs fit ours with equal outputs: a convolution's bias before a BatchNorm is a shift of the
 norm's running mean, and channels of zeros change nothing that is computed from them.
 
-:func:`sk_plugins.checkpoints.load_foreign` reads a file and builds the network.
+:func:`sk_plugins.weights.files.load_foreign` reads a file and builds the network.
 """
 
 import re

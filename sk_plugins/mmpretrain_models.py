@@ -28,12 +28,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import networks, zoo
 from ._arguments import check_flags, check_integer, check_sk_kwargs, find_fault, is_integer
 from ._resources import ROOT
-from .checkpoints import CheckpointError, is_timm_format, to_mmpretrain
 from .networks.resnet import count_stages
 from .openmmlab import datasets as datasets
 from .openmmlab import hooks as hooks
 from .openmmlab import runtime as runtime
 from .weights import hub
+from .weights.files import CheckpointError, is_timm_format, to_mmpretrain
 
 __all__ = ['SKNet', 'SKResNeXt', 'SKResNet', 'SKShuffleNetV2']
 
@@ -116,7 +116,7 @@ class _Backbone:
         takes its part, with ``prefix='backbone.'`` or without; that part must fit.
 
         Raises:
-            sk_plugins.checkpoints.CheckpointError, sk_plugins.weights.hub.HubError: it does not; the message names the
+            sk_plugins.weights.files.CheckpointError, sk_plugins.weights.hub.HubError: it does not; the message names the
                 checkpoint, and what is missing, of another shape, or not part of this network.
         """
         if not hasattr(self, 'out_indices'):

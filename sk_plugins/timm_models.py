@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from . import zoo
 from ._arguments import find_fault, is_integer
-from .checkpoints import CheckpointError, load_checkpoint
 from .networks import SKResNet, SKShuffleNetV2
 from .networks.resnet import count_stages
 from .weights import hub
+from .weights.files import CheckpointError, load_checkpoint
 
 __all__: list[str] = []
 

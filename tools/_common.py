@@ -18,7 +18,6 @@ from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
 from sk_plugins._resources import find_config
-from sk_plugins.checkpoints import CheckpointError
 from sk_plugins.openmmlab.runtime.configs import (
     check_hooks,
     check_keys,
@@ -29,6 +28,7 @@ from sk_plugins.openmmlab.runtime.configs import (
 from sk_plugins.openmmlab.runtime.distributed import TotalBatchHook, init_gloo, is_lost_peer, wait_for_agent
 from sk_plugins.openmmlab.runtime.images import skip_unreadable
 from sk_plugins.openmmlab.runtime.loading import CheckpointFitHook
+from sk_plugins.weights.files import CheckpointError
 from sk_plugins.weights.hub import HubError
 
 # What a config of another scope than mmpretrain's needs, and what installs it.

@@ -19,9 +19,10 @@ from pathlib import Path
 from _common import run
 from mmengine.config import Config
 
-from sk_plugins import checkpoints, foreign
+from sk_plugins import foreign
 from sk_plugins._resources import find_config
 from sk_plugins.networks import SKResNet
+from sk_plugins.weights import files as checkpoints
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,7 +76,7 @@ def convert_foreign(found: foreign.Foreign, out: Path, to: str, config: str | No
     """Write another project's network to ``out``, and print what it is. Errors as in ``checkpoints``."""
     if found.network is not SKResNet:
         raise checkpoints.CheckpointError(
-            f'recognised as {found.origin}, which is no network: sk_plugins.checkpoints.load_foreign builds it'
+            f'recognised as {found.origin}, which is no network: sk_plugins.weights.files.load_foreign builds it'
         )
     if config is not None:
         raise checkpoints.CheckpointError(f'recognised as {found.origin}, which no --config of this project describes')
@@ -88,8 +89,8 @@ def convert_foreign(found: foreign.Foreign, out: Path, to: str, config: str | No
             network = f'backbone=dict({words})'
     except ValueError as error:
         if to == 'hub':
-            raise checkpoints.CheckpointError(f'{error}; sk_plugins.checkpoints.load_foreign builds it') from error
-        network = f'sk_plugins.checkpoints.load_foreign, for it is no registered model ({error})'
+            raise checkpoints.CheckpointError(f'{error}; sk_plugins.weights.files.load_foreign builds it') from error
+        network = f'sk_plugins.weights.files.load_foreign, for it is no registered model ({error})'
     if to == 'timm':
         checkpoints.save_state_dict(found.state_dict, out)
     elif to == 'mmengine':

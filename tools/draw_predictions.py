@@ -23,7 +23,7 @@ from mmengine.config import Config
 from mmengine.structures import BaseDataElement
 from PIL import Image
 
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint
+from sk_plugins.weights.files import CheckpointError, load_checkpoint
 from sk_plugins.weights.hub import shorten
 
 CELL = 2.2  # inches

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sk_plugins import fuse
 from sk_plugins._resources import find_config
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint, timm_arguments, to_timm
+from sk_plugins.weights.files import CheckpointError, load_checkpoint, timm_arguments, to_timm
 from sk_plugins.weights.hub import HubError, explain_errors, load_state_dict, shorten
 
 TOLERANCE = 1e-4

@@ -17,8 +17,8 @@ from mmengine.device import get_device
 from mmengine.evaluator import DumpResults
 from mmengine.runner import CheckpointLoader, Runner, load_state_dict
 
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint
 from sk_plugins.openmmlab.runtime.configs import explain_config
+from sk_plugins.weights.files import CheckpointError, load_checkpoint
 from sk_plugins.weights.hub import HubError, shorten
 
 # How mmdet and mmpretrain merge the predictions of augmented copies where the config does not say.

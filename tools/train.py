@@ -11,10 +11,10 @@ from _common import add_common_arguments, build_runner, load_config, run
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint
 from sk_plugins.openmmlab.runtime.configs import explain_config
 from sk_plugins.openmmlab.runtime.losses import watch_losses
 from sk_plugins.openmmlab.runtime.resuming import make_resumable
+from sk_plugins.weights.files import CheckpointError, load_checkpoint
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

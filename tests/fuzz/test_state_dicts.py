@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sk_plugins  # noqa: F401 - registers the models
-from sk_plugins import checkpoints
 from sk_plugins._resources import ROOT
-from sk_plugins.checkpoints import CheckpointError
+from sk_plugins.weights import files as checkpoints
+from sk_plugins.weights.files import CheckpointError
 
 MODELS = pytest.importorskip('mmpretrain.registry').MODELS
 pytest.importorskip('sk_plugins.mmpretrain_models')

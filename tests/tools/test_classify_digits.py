@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 
-from sk_plugins.checkpoints import CheckpointError
 from sk_plugins.openmmlab.datasets import Digits
+from sk_plugins.weights.files import CheckpointError
 
 
 @pytest.fixture(scope='module')

@@ -18,9 +18,9 @@ import torch
 from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 
 from sk_plugins._resources import find_config
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint, load_foreign, save_state_dict, to_timm
 from sk_plugins.openmmlab.runtime.configs import ConfigError
 from sk_plugins.openmmlab.runtime.loading import load_from_http, load_from_local
+from sk_plugins.weights.files import CheckpointError, load_checkpoint, load_foreign, save_state_dict, to_timm
 
 NO_FILES = ('default_hooks.checkpoint.interval=-1', 'default_hooks.checkpoint.save_last=False')
 NARROW = ('model.backbone.layers=1,1,1,1',)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from sk_plugins import foreign
-from sk_plugins.checkpoints import CheckpointError, load_foreign, recognise_foreign
 from sk_plugins.weights import caffe
+from sk_plugins.weights.files import CheckpointError, load_foreign, recognise_foreign
 
 # Protocol buffers on the wire: a field is number << 3 | type, then a varint (type 0) or a length and bytes (type 2).
 

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from torch.distributed import init_process_group
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from ...checkpoints import CheckpointError
+from ...weights.files import CheckpointError
 from ...weights.hub import HubError, shorten
 
 __all__ = ['ConfigError', 'check_hooks', 'check_keys', 'check_sections', 'explain_config', 'explain_parsing']

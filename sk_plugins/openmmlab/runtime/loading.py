@@ -29,7 +29,7 @@ from mmengine.runner.checkpoint import (
 )
 from torch.hub import HASH_REGEX, download_url_to_file, get_dir
 
-from ...checkpoints import (
+from ...weights.files import (
     CheckpointError,
     Inert,
     is_state_dict,

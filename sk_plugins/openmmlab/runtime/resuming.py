@@ -26,7 +26,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
-from ...checkpoints import CheckpointError, read_pickle
+from ...weights.files import CheckpointError, read_pickle
 from .configs import ConfigError
 from .distributed import unwrap
 

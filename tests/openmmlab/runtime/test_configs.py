@@ -19,7 +19,6 @@ from torch.optim import SGD
 
 import sk_plugins.mmpretrain_models  # noqa: F401
 from sk_plugins._resources import find_config
-from sk_plugins.checkpoints import CheckpointError
 from sk_plugins.openmmlab.runtime.configs import (
     ConfigError,
     check_keys,
@@ -27,6 +26,7 @@ from sk_plugins.openmmlab.runtime.configs import (
     explain_config,
     explain_parsing,
 )
+from sk_plugins.weights.files import CheckpointError
 
 LINEAR = nn.Linear(2, 2)
 

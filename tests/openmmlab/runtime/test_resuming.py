@@ -26,7 +26,6 @@ from resumed_runs import assert_equal, end_of, files_of
 from torch import nn
 from torch.utils.data import BatchSampler, Dataset
 
-from sk_plugins.checkpoints import CheckpointError
 from sk_plugins.openmmlab.runtime.configs import ConfigError
 from sk_plugins.openmmlab.runtime.resuming import (
     ResumableBatches,
@@ -35,6 +34,7 @@ from sk_plugins.openmmlab.runtime.resuming import (
     make_resumable,
     write_whole,
 )
+from sk_plugins.weights.files import CheckpointError
 
 IMAGES, BATCH, EPOCHS = 26, 4, 4
 STEPS = 7  # an epoch's: the last batch has two images

@@ -24,9 +24,10 @@ from mmpretrain.registry import MODELS
 from mmpretrain.utils import register_all_modules
 from randomised import randomise
 
-from sk_plugins import checkpoints, mmpretrain_models, zoo
+from sk_plugins import mmpretrain_models, zoo
 from sk_plugins._resources import ROOT, find_config
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint
+from sk_plugins.weights import files as checkpoints
+from sk_plugins.weights.files import CheckpointError, load_checkpoint
 from sk_plugins.weights.hub import HubError
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), cardinality=8, base_width=16, in_chans=1, small_stem=True)

@@ -28,10 +28,10 @@ from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor, nn
 from torch.hub import download_url_to_file
 
-from . import foreign, zoo
-from ._arguments import find_fault
-from .weights import caffe
-from .weights.hub import load_state_dict, shorten
+from .. import foreign, zoo
+from .._arguments import find_fault
+from . import caffe
+from .hub import load_state_dict, shorten
 
 __all__ = [
     'CheckpointError',
