@@ -9,7 +9,7 @@ python tools/convert_checkpoint.py someone_elses_sknet50.pth sknet50.safetensors
 safetensors or by another ending with torch.save) or mmengine (a checkpoint); where it is not given, it is hub with
 --config, else the ending of OUT says which: none, .safetensors, or another.
 
-CHECKPOINT may also be another project's (sk_plugins.foreign says whose): it is recognised, put under our names, and
+CHECKPOINT may also be another project's (sk_plugins.weights.convert says whose): it is recognised, put under our names, and
 what it was recognised as is printed with the network that it belongs to.
 """
 
@@ -19,9 +19,9 @@ from pathlib import Path
 from _common import run
 from mmengine.config import Config
 
-from sk_plugins import foreign
 from sk_plugins._resources import find_config
 from sk_plugins.networks import SKResNet
+from sk_plugins.weights import convert as foreign
 from sk_plugins.weights import files as checkpoints
 
 

@@ -28,9 +28,9 @@ from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor, nn
 from torch.hub import download_url_to_file
 
-from .. import foreign, zoo
+from .. import zoo
 from .._arguments import find_fault
-from . import caffe
+from . import caffe, convert
 from .hub import load_state_dict, shorten
 
 __all__ = [
@@ -127,13 +127,13 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
 def load_foreign(source: str | os.PathLike | Mapping[str, Any], **options) -> nn.Module:
     """Build a network of ours from the weights of another project's, with equal outputs.
 
-    What is supported :data:`sk_plugins.foreign.SUPPORTED` says; what a file was recognised as and what was done to its
+    What is supported :data:`sk_plugins.weights.convert.SUPPORTED` says; what a file was recognised as and what was done to its
     tensors, :func:`recognise_foreign`.
 
     Args:
         source: a file as for :func:`load_checkpoint`, a ``.caffemodel``, or a state dict, bare or under
             ``'state_dict'`` or ``'model'``.
-        **options: those of :func:`sk_plugins.foreign.recognise`: ``prefix``, and what weights can't tell (``stride``
+        **options: those of :func:`sk_plugins.weights.convert.recognise`: ``prefix``, and what weights can't tell (``stride``
             and ``in_channels`` of a layer on its own, ``reduce_act``, ``dilations``).
 
     Returns:
@@ -150,7 +150,7 @@ def load_foreign(source: str | os.PathLike | Mapping[str, Any], **options) -> nn
 
 def recognise_foreign(
     source: str | os.PathLike | Mapping[str, Any], use_ema: bool = True, **options
-) -> foreign.Foreign:
+) -> convert.Foreign:
     """What :func:`load_foreign` builds its network from. Arguments and errors as there, ``use_ema`` as in
     :func:`load_checkpoint`.
     """
@@ -163,7 +163,7 @@ def recognise_foreign(
         where = f'{source}: '
         state_dict, _ = load_checkpoint(source, use_ema)
     try:
-        return foreign.recognise(state_dict, **options)
+        return convert.recognise(state_dict, **options)
     except ValueError as error:
         raise CheckpointError(f'{where}{error}') from error
 

@@ -10,8 +10,8 @@ pytest.importorskip('google.protobuf')
 import torch
 import torch.nn.functional as F
 
-from sk_plugins import foreign
 from sk_plugins.weights import caffe
+from sk_plugins.weights import convert as foreign
 from sk_plugins.weights.files import CheckpointError, load_foreign, recognise_foreign
 
 # Protocol buffers on the wire: a field is number << 3 | type, then a varint (type 0) or a length and bytes (type 2).

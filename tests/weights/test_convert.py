@@ -12,9 +12,9 @@ from foreign_networks import LucidKernel, SKConv, SKNet, insight_net, lucid_net
 from torch import nn
 
 import sk_plugins  # noqa: F401 - registers the models
-from sk_plugins import foreign
 from sk_plugins.layers import SelectiveKernel
 from sk_plugins.networks import SKResNet
+from sk_plugins.weights import convert as foreign
 from sk_plugins.weights.files import CheckpointError, load_foreign, recognise_foreign
 
 NARROW = dict(widths=(16, 32, 64, 96), outputs=(32, 64, 128, 192), dims=(8, 8, 8, 8))

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import zoo
-from ._arguments import find_fault
-from .layers import SelectiveKernel
-from .networks import SKBottleneck, SKResNet
+from .. import zoo
+from .._arguments import find_fault
+from ..layers import SelectiveKernel
+from ..networks import SKBottleneck, SKResNet
 
 __all__ = ['SUPPORTED', 'Foreign', 'SKUnexpandedBottleneck', 'is_foreign', 'recognise']
 
