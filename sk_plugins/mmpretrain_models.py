@@ -26,14 +26,15 @@ from torch.hub import load_state_dict_from_url
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import networks, zoo
-from ._arguments import check_flags, check_integer, check_sk_kwargs, find_fault, is_integer
+from ._arguments import check_flags, check_integer, check_sk_kwargs, is_integer
 from ._resources import ROOT
 from .networks.resnet import count_stages
 from .openmmlab import datasets as datasets
 from .openmmlab import hooks as hooks
 from .openmmlab import runtime as runtime
 from .weights import hub
-from .weights.files import CheckpointError, is_timm_format, to_mmpretrain
+from .weights.files import CheckpointError, HubError, first_lines
+from .weights.names import is_timm_format, require_fit, to_mmpretrain
 
 __all__ = ['SKNet', 'SKResNeXt', 'SKResNet', 'SKShuffleNetV2']
 
@@ -116,7 +117,7 @@ class _Backbone:
         takes its part, with ``prefix='backbone.'`` or without; that part must fit.
 
         Raises:
-            sk_plugins.weights.files.CheckpointError, sk_plugins.weights.hub.HubError: it does not; the message names the
+            sk_plugins.weights.CheckpointError, sk_plugins.weights.HubError: it does not; the message names the
                 checkpoint, and what is missing, of another shape, or not part of this network.
         """
         if not hasattr(self, 'out_indices'):
@@ -169,25 +170,19 @@ class _Backbone:
 
     def _require_fit(self, state_dict: dict[str, Tensor], prefix: str, source: str) -> None:
         """Raise where mmengine would only warn and leave layers at random: weights that were named don't fit."""
-        wanted = {prefix + k: tuple(v.shape) for k, v in self.state_dict().items() if 'num_batches_tracked' not in k}
-        given = {k: tuple(v.shape) for k, v in state_dict.items()}
-        missing = [k for k in wanted if k not in given]
-        unexpected = [k for k in given if k.startswith(prefix) and k.endswith('weight') and k not in wanted]
+        wanted = {prefix + name: tensor for name, tensor in self.state_dict().items()}
+        given = {
+            name: tensor
+            for name, tensor in state_dict.items()
+            if name in wanted or (name.startswith(prefix) and name.endswith('weight'))
+        }
         if source.startswith(_TORCHVISION):
-            missing = [k for k in missing if not self._may_lack(k.removeprefix(prefix))]
-            unexpected = [k for k in unexpected if not self._may_leave(k.removeprefix(prefix))]
-        wrong = [f'{k} is missing' for k in missing]
-        wrong += [f'{k} is {given[k]}, not {wanted[k]}' for k in wanted if k in given and given[k] != wanted[k]]
-        faults = {k: find_fault(v) for k, v in state_dict.items() if k in wanted}
-        wrong += [f'{k} is {fault}' for k, fault in faults.items() if fault]
-        wrong += [f'{k} is not part of it' for k in unexpected]
-        if wrong:
-            more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-            error = hub.HubError if source.startswith('hf-hub:') else CheckpointError
-            raise error(
-                f'{source.removeprefix("hf-hub:")}: its weights do not fit this {self._title()}: '
-                f'{"; ".join(wrong[:3])}{more}'
-            )
+            lacking = [k for k in wanted.keys() - given.keys() if self._may_lack(k.removeprefix(prefix))]
+            left = [k for k in given.keys() - wanted.keys() if self._may_leave(k.removeprefix(prefix))]
+            wanted = {name: tensor for name, tensor in wanted.items() if name not in lacking}
+            given = {name: tensor for name, tensor in given.items() if name not in left}
+        error = HubError if source.startswith('hf-hub:') else CheckpointError
+        require_fit(given, wanted, source.removeprefix('hf-hub:'), f'this {self._title()}', error)
 
     def _may_lack(self, name: str) -> bool:
         """Whether torchvision's weights may go without this tensor of the network's: it learns."""
@@ -459,7 +454,7 @@ def load_from_hf_hub(filename: str, map_location: str | None = None) -> dict[str
     """``hf-hub:OWNER/NAME[@REVISION]``: a repository's safetensors, as a checkpoint with timm's names.
 
     Raises:
-        sk_plugins.weights.hub.HubError: names the repository and the cause.
+        sk_plugins.weights.HubError: names the repository and the cause.
     """
     repo = filename.removeprefix('hf-hub:')
     state_dict = OrderedDict(hub.load_state_dict(repo, device=str(map_location or 'cpu')))
@@ -473,7 +468,7 @@ def load_from_pytorch(filename: str, map_location: str | None = None) -> dict[st
     """torchvision's published weights, where mmengine would run whatever a pickle holds; downloaded once a machine.
 
     Raises:
-        sk_plugins.weights.hub.HubError: the file cannot be had, or is not what its name's hash says.
+        sk_plugins.weights.HubError: the file cannot be had, or is not what its name's hash says.
     """
 
     def load() -> dict[str, Tensor]:
@@ -488,7 +483,7 @@ def load_from_pytorch(filename: str, map_location: str | None = None) -> dict[st
         if get_dist_info()[0] != 0:
             state_dict = load()
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise hub.HubError(f'{filename}: cannot be loaded: {hub.shorten(error)}') from error
+        raise HubError(f'{filename}: cannot be loaded: {first_lines(error)}') from error
     return dict(state_dict=OrderedDict(state_dict), meta={})
 
 

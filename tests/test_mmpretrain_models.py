@@ -36,8 +36,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sk_plugins
 from sk_plugins import zoo
 from sk_plugins.mmpretrain_models import SKNet, SKResNet, SKResNeXt, SKShuffleNetV2
-from sk_plugins.weights.files import CheckpointError, is_timm_format, save_mmengine_checkpoint, to_mmpretrain, to_timm
-from sk_plugins.weights.hub import HubError
+from sk_plugins.weights import CheckpointError, HubError, save_mmengine_checkpoint, to_mmpretrain, to_timm
+from sk_plugins.weights.names import is_timm_format
 
 # A network in which what is tested does not depend on the width takes a tenth of the time.
 NARROW = dict(channels=(16, 32, 64, 128), cardinality=8, base_width=16)

@@ -13,7 +13,7 @@ import torch
 from foreign_networks import SKNet
 from safetensors.torch import save
 
-from sk_plugins.weights.files import load_checkpoint
+from sk_plugins.weights import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

@@ -28,8 +28,7 @@ from sk_plugins.openmmlab.runtime.configs import (
 from sk_plugins.openmmlab.runtime.distributed import TotalBatchHook, init_gloo, is_lost_peer, wait_for_agent
 from sk_plugins.openmmlab.runtime.images import skip_unreadable
 from sk_plugins.openmmlab.runtime.loading import CheckpointFitHook
-from sk_plugins.weights.files import CheckpointError
-from sk_plugins.weights.hub import HubError
+from sk_plugins.weights import CheckpointError, HubError
 
 # What a config of another scope than mmpretrain's needs, and what installs it.
 FRAMEWORKS = {

@@ -18,8 +18,8 @@ from mmengine.evaluator import DumpResults
 from mmengine.runner import CheckpointLoader, Runner, load_state_dict
 
 from sk_plugins.openmmlab.runtime.configs import explain_config
-from sk_plugins.weights.files import CheckpointError, load_checkpoint
-from sk_plugins.weights.hub import HubError, shorten
+from sk_plugins.weights import load_checkpoint
+from sk_plugins.weights.names import load_strictly
 
 # How mmdet and mmpretrain merge the predictions of augmented copies where the config does not say.
 TTA_MODELS = {
@@ -168,12 +168,7 @@ def load_weights(runner: Runner, checkpoint: str) -> None:
         state_dict = loaded.get('state_dict', loaded)
     else:
         raise FileNotFoundError(f'{checkpoint}: no such checkpoint file')
-    try:
-        load_state_dict(runner.model, state_dict, strict=True)
-    except HubError:
-        raise
-    except RuntimeError as error:
-        raise CheckpointError(f'{checkpoint}: {shorten(error)}') from error
+    load_strictly(runner.model, state_dict, checkpoint, load=load_state_dict)
 
 
 def dump_metric(cfg: Config) -> type[DumpResults]:

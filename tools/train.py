@@ -14,7 +14,7 @@ from mmengine.device import get_device
 from sk_plugins.openmmlab.runtime.configs import explain_config
 from sk_plugins.openmmlab.runtime.losses import watch_losses
 from sk_plugins.openmmlab.runtime.resuming import make_resumable
-from sk_plugins.weights.files import CheckpointError, load_checkpoint
+from sk_plugins.weights import CheckpointError, load_checkpoint
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -4,10 +4,9 @@ Names and shapes of the tensors tell nearly everything: units per stage, widths,
 they can't tell (strides, the dilation of a 3x3, where there is an activation) is what the project they come from does.
 Two identities make other designs fit ours with equal outputs: a convolution's bias before a BatchNorm is a shift of the
 norm's running mean, and channels of zeros change nothing that is computed from them.
-
-:func:`sk_plugins.weights.files.load_foreign` reads a file and builds the network.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,24 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from .. import zoo
-from .._arguments import find_fault
 from ..layers import SelectiveKernel
 from ..networks import SKBottleneck, SKResNet
+from .files import CheckpointError, find_fault, load_checkpoint, pick_state_dict
+from .names import BACKBONE, COUNTER, find_misfits, is_own, several
 
-__all__ = ['SUPPORTED', 'Foreign', 'SKUnexpandedBottleneck', 'is_foreign', 'recognise']
+__all__ = [
+    'SUPPORTED',
+    'Foreign',
+    'SKUnexpandedBottleneck',
+    'is_foreign',
+    'load_foreign',
+    'recognise',
+    'recognise_foreign',
+]
 
 SUPPORTED = (
     'PyTorch networks of SKConv and SKUnit (developer0hye/SKNet-PyTorch, syt2/SKNet and what is built on them) and '
@@ -102,6 +111,45 @@ class Foreign:
         raise ValueError(f'{self.origin}: no registered model has {self.arguments["layers"]} units in its stages')
 
 
+def load_foreign(source: str | os.PathLike | Mapping[str, Any], **options) -> nn.Module:
+    """Build a network of ours from the weights of another project's, with equal outputs.
+
+    What is supported :data:`SUPPORTED` says; what a file was recognised as and what was done to its
+    tensors, :func:`recognise_foreign`.
+
+    Args:
+        source: a file as for :func:`~sk_plugins.weights.load_checkpoint`, or a state dict, bare or under
+            ``'state_dict'`` or ``'model'``.
+        **options: those of :func:`recognise`: ``prefix``, and what weights can't tell (``stride``
+            and ``in_channels`` of a layer on its own, ``reduce_act``, ``dilations``).
+
+    Returns:
+        An :class:`~sk_plugins.networks.SKResNet`, or for an SK layer on its own a
+        :class:`~sk_plugins.layers.SelectiveKernel`, in eval mode and in the dtype of the weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: a file that cannot be read, or weights that are not supported or not whole; the message names
+            the file, the tensors, and what is supported.
+    """
+    return recognise_foreign(source, **options).build()
+
+
+def recognise_foreign(source: str | os.PathLike | Mapping[str, Any], use_ema: bool = True, **options) -> Foreign:
+    """What :func:`load_foreign` builds its network from. Arguments and errors as there, ``use_ema`` as in
+    :func:`load_checkpoint`.
+    """
+    if isinstance(source, Mapping):
+        where, state_dict = '', clean_state_dict(pick_state_dict(source, use_ema))
+    else:
+        where = f'{source}: '
+        state_dict, _ = load_checkpoint(source, use_ema)
+    try:
+        return recognise(state_dict, **options)
+    except ValueError as error:
+        raise CheckpointError(f'{where}{error}') from error
+
+
 def recognise(
     state_dict: Mapping[str, Tensor],
     prefix: str = '',
@@ -132,7 +180,7 @@ def recognise(
         below = prefix.removesuffix('.') + '.'
         tensors = {k.removeprefix(below): v for k, v in tensors.items() if k.startswith(below)}
         if not tensors:
-            raise ValueError(f'prefix={prefix!r}: no tensor lies below it; the first are {_first(state_dict)}')
+            raise ValueError(f'prefix={prefix!r}: no tensor lies below it; the first are {several(state_dict)}')
     lineage = _find_lineage(tensors)
     if lineage is None:
         raise ValueError(f'not recognised: it looks like {_describe(tensors)}. Supported are {SUPPORTED}')
@@ -184,7 +232,6 @@ def is_foreign(state_dict: Mapping[str, Tensor]) -> bool:
 
 # What the profiler thop leaves in state dicts.
 _COUNTERS = ('total_ops', 'total_params')
-_BATCHES = 'num_batches_tracked'
 # Tensors of a BatchNorm, under our names.
 _NORM = r'(?:^|\.)(?:bn\d?|downsample\.1)\.(weight|bias|running_mean|running_var)$'
 
@@ -384,12 +431,11 @@ class _Weights:
         self.notes: list[str] = []
         self.tensors: dict[str, Tensor] = {}
         self.theirs: dict[str, str] = {}
-        self.unknown: list[str] = []
-        self.missing: list[str] = []
+        self.misfits: list[str] = []
         for theirs, tensor in tensors.items():
             ours = rename(theirs)
             if ours is None or ours in self.tensors:
-                self.unknown.append(theirs)
+                self.misfits.append(f'{theirs} is not part of it')
             else:
                 self.tensors[ours] = _same_axes(ours, tensor.detach())
                 self.theirs[ours] = theirs
@@ -398,15 +444,10 @@ class _Weights:
         self._fold_biases()
 
     def _refuse_faults(self) -> None:
-        weights = {self.theirs[name]: t for name, t in self.tensors.items() if not name.endswith(_BATCHES)}
-        empty = [f'{name} is {tuple(tensor.shape)}' for name, tensor in weights.items() if tensor.numel() == 0]
-        if empty:
-            self._fail(empty)
-        if all(tensor.is_meta for tensor in weights.values()):  # a question of shapes alone
-            return
-        faults = [f'{name} is {fault}' for name, tensor in weights.items() if (fault := find_fault(tensor))]
-        if faults:
-            raise ValueError(f'recognised as {self.origin}, but {_first(faults, "; ")}')
+        weights = {self.theirs[name]: t for name, t in self.tensors.items() if not name.endswith(COUNTER)}
+        self._fail([f'{name} is {tuple(tensor.shape)}' for name, tensor in weights.items() if tensor.numel() == 0])
+        if not all(tensor.is_meta for tensor in weights.values()):  # else it is a question of shapes alone
+            self._fail([f'{name} is {fault}' for name, tensor in weights.items() if (fault := find_fault(tensor))])
 
     def theirs_of(self, end: str) -> list[str]:
         """Their names of all tensors whose name of ours ends so."""
@@ -420,7 +461,7 @@ class _Weights:
         """The size along an axis of the first tensor whose name of ours matches; units of a stage agree on it."""
         names = self.ending(pattern)
         if not names:
-            self._fail(missing=['what is ' + pattern.replace('\\d+', '*').replace('\\', '') + ' here'])
+            self._fail(['what is ' + pattern.replace('\\d+', '*').replace('\\', '') + ' here is missing'])
         shape = self.tensors[names[0]].shape
         if len(shape) <= axis:
             self._fail([f'{self.theirs[names[0]]} has the shape {tuple(shape)}'])
@@ -434,30 +475,20 @@ class _Weights:
         Raises:
             ValueError: tensors that are missing, unknown or of other sizes.
         """
-        fitted, wrong = {}, []
-        missing = [*self.missing]
-        for name, shape in shapes.items():
-            tensor = self.tensors.get(name)
-            if tensor is None and name.endswith(_BATCHES):
-                tensor = torch.tensor(0)
-            if tensor is None:
-                missing.append(self._guess(name))
-                continue
-            before = sizes(name, shape)
-            if tuple(tensor.shape) != before:
-                wrong.append(f'{self.theirs.get(name, name)} is {tuple(tensor.shape)}, not {before}')
-                continue
-            fitted[name] = _pad(name, tensor, shape)
-        unknown = self.unknown + [self.theirs[name] for name in self.tensors if name not in shapes]
-        self._fail(wrong, missing, unknown)
-        return fitted
+        for name in shapes:
+            if name.endswith(COUNTER):
+                self.tensors.setdefault(name, torch.tensor(0))
+        theirs = {name: self.theirs.get(name) or self._guess(name) for name in (*shapes, *self.tensors)}
+        misfits = find_misfits(
+            {theirs[name]: tensor for name, tensor in self.tensors.items()},
+            {theirs[name]: sizes(name, shape) for name, shape in shapes.items()},
+        )
+        self._fail([*self.misfits, *misfits])
+        return {name: _pad(name, self.tensors[name], shape) for name, shape in shapes.items()}
 
-    def _fail(self, wrong: Sequence[str] = (), missing: Sequence[str] = (), unknown: Sequence[str] = ()) -> None:
-        said = [f'missing: {len(missing)} ({_first(missing)})'] if missing else []
-        said += [f'unknown: {len(unknown)} ({_first(unknown)})'] if unknown else []
-        said += [f'of another shape than the rest calls for: {len(wrong)} ({_first(wrong, "; ")})'] if wrong else []
-        if said:
-            raise ValueError(f'recognised as {self.origin}, but with tensors {"; ".join(said)}')
+    def _fail(self, misfits: Sequence[str]) -> None:
+        if misfits:
+            raise ValueError(f'recognised as {self.origin}, but {several(misfits, "; ")}')
 
     def _guess(self, ours: str) -> str:
         """Their name of a tensor that is missing, from those beside it."""
@@ -480,9 +511,8 @@ class _Weights:
                 if not given:
                     continue
                 here = self.theirs[given[0]]
-                self.missing += [
-                    re.sub(r'fcs\.\d+', f'fcs.{m}', here) for m, part in enumerate(parts) if part not in self.tensors
-                ]
+                missing = [m for m, part in enumerate(parts) if part not in self.tensors]
+                self.misfits += [re.sub(r'fcs\.\d+', f'fcs.{m}', here) + ' is missing' for m in missing]
                 shapes = {self.theirs[part]: tuple(self.tensors[part].shape) for part in given}
                 if len({shape[1:] for shape in shapes.values()}) > 1 or not all(shapes.values()):
                     self._fail([f'{theirs} is {shape}' for theirs, shape in shapes.items()])
@@ -692,28 +722,17 @@ def _pad(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return padded
 
 
-def _first(items: Iterable[str], between: str = ', ') -> str:
-    items = list(items)
-    return between.join(items[:3]) + (f'{between}...' if len(items) > 3 else '')
-
-
 def _describe(tensors: Mapping[str, Tensor]) -> str:
     """What a state dict that is not supported looks like."""
-    own = 'layer1.0.conv2.paths.0.conv.weight'
-    for shuffle in ('stage2.0.branch1.0.weight', 'backbone.stage2.0.branch1.0.weight'):
-        if shuffle in tensors:
-            return "a ShuffleNetV2 of torchvision's or this project's: load_checkpoint and load_partial read those"
-    if own in tensors:
-        return "this project's own or timm's skresnext: load_checkpoint reads those, and timm.create_model takes them"
-    if f'backbone.{own}' in tensors:
-        return "an mmpretrain checkpoint of this project's: load_checkpoint reads those"
-    basic = 'layer1.0.conv1.paths.0.conv.weight'
-    if basic in tensors or f'backbone.{basic}' in tensors:
-        return "timm's skresnet18 or 34: timm.create_model and SKResNet of mmpretrain take those"
+    if is_own(tensors) and 'layer1.0.conv1.weight' not in tensors:
+        theirs = (
+            "an mmpretrain checkpoint of this project's" if BACKBONE in next(iter(tensors)) else "this project's own"
+        )
+        return f"{theirs}, or timm's: load_checkpoint and load_partial read those"
     found = [re.fullmatch(r'(.*)\.convs\.0\.(?:0|conv)\.weight', name) for name in tensors]
     layers = [match[1] for match in found if match and any(name.startswith(f'{match[1]}.fcs.') for name in tensors)]
     if layers:
-        return f'a network with SKConv layers, which load one by one with prefix= ({_first(map(repr, layers))})'
+        return f'a network with SKConv layers, which load one by one with prefix= ({several(map(repr, layers))})'
     if {'conv1.weight', 'layer1.0.conv1.weight', 'layer1.0.bn1.weight'} <= set(tensors):
         return "a ResNet of torchvision's or timm's, without SK convolutions"
-    return f'nothing known: {len(tensors)} tensors ({_first(tensors)})'
+    return f'nothing known: {len(tensors)} tensors ({several(tensors)})'

@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sk_plugins
 from sk_plugins import zoo
 from sk_plugins._resources import ROOT
-from sk_plugins.weights.hub import HubError
+from sk_plugins.weights import HubError
 
 FOLDER = ROOT / 'configs' / 'detection'
 # Those of tools/prepare_scenes.py's scenes have their own tests.

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sk_plugins.openmmlab.datasets import Digits
-from sk_plugins.weights.files import CheckpointError
+from sk_plugins.weights import CheckpointError
 
 
 @pytest.fixture(scope='module')

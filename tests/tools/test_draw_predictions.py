@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 
-from sk_plugins.weights.files import CheckpointError
+from sk_plugins.weights import CheckpointError
 
 CONFIG = 'deeplabv3plus_sknet20-d16_2e_scenes-128x128'
 META = dict(classes=('cat', 'dog', 'cow'), palette=[[0, 0, 255], [255, 0, 0], [0, 255, 0]])

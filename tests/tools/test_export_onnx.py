@@ -16,8 +16,7 @@ from safetensors.torch import save
 from timm.models import save_for_hf
 
 from sk_plugins import fuse, zoo
-from sk_plugins.weights.files import CheckpointError, save_state_dict, to_mmpretrain
-from sk_plugins.weights.hub import HubError
+from sk_plugins.weights import CheckpointError, HubError, save_state_dict, to_mmpretrain
 
 RESNET = dict(channels=(16, 32, 64), layers=(1, 1, 1), num_classes=10)
 SHUFFLE = dict(channels=(16, 32, 64), layers=(1, 2, 1), head_channels=32, num_classes=10)

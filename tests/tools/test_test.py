@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 
 from sk_plugins._resources import find_config
-from sk_plugins.weights.files import CheckpointError, load_checkpoint, save_state_dict, to_timm
+from sk_plugins.weights import CheckpointError, load_checkpoint, save_state_dict, to_timm
 
 
 @pytest.fixture(scope='module')

@@ -30,7 +30,7 @@ from sk_plugins.__main__ import main as sk_plugins_main
 from sk_plugins._resources import ROOT, find_config
 from sk_plugins.openmmlab.datasets import Digits
 from sk_plugins.openmmlab.runtime.sync_batchnorm import SyncBatchNorm
-from sk_plugins.weights.files import CheckpointError, load_checkpoint
+from sk_plugins.weights import CheckpointError, load_checkpoint
 
 
 @pytest.fixture

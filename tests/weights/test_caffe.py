@@ -10,9 +10,7 @@ pytest.importorskip('google.protobuf')
 import torch
 import torch.nn.functional as F
 
-from sk_plugins.weights import caffe
-from sk_plugins.weights import convert as foreign
-from sk_plugins.weights.files import CheckpointError, load_foreign, recognise_foreign
+from sk_plugins.weights import CheckpointError, caffe, convert, load_foreign, recognise_foreign
 
 # Protocol buffers on the wire: a field is number << 3 | type, then a varint (type 0) or a length and bytes (type 2).
 
@@ -159,7 +157,7 @@ def test_published_sizes(units, dims, parameters):
     net = Net(units, 128, dims, groups=32, classes=1000)
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     net(x)
-    found = foreign.recognise(
+    found = convert.recognise(
         {f'{name}.{i}': blob for name, blobs in net.weights.items() for i, blob in enumerate(blobs)}
     )
     assert found.arguments == dict(layers=units, num_classes=1000)
@@ -182,7 +180,7 @@ def test_wrong_readings_show(net, images, wrong):
     elif wrong == 'mean and scale':
         scale, bias, mean, variance = weights['conv3_2/3x3g4d2/bn']
         weights['conv3_2/3x3g4d2/bn'] = [mean, bias, scale, variance]
-    model = foreign.recognise(
+    model = convert.recognise(
         {f'{k}.{i}': blob for k, blobs in weights.items() for i, blob in enumerate(blobs)}
     ).build()
     if wrong == "torch's pooling":
@@ -221,7 +219,9 @@ def test_missing_file_and_layer(net, tmp_path):
         load_foreign(tmp_path / 'none.caffemodel')
     weights = {name: blobs for name, blobs in net.weights.items() if name != 'conv3_2/3x3g4d2/bn'}
     path = write(tmp_path / 'sknet.caffemodel', weights)
-    with pytest.raises(CheckpointError, match=r'sknet\.caffemodel: recognised as the authors.* missing: 4 \('):
+    with pytest.raises(
+        CheckpointError, match=r'sknet\.caffemodel: recognised as the authors.* is missing; .* and 1 more'
+    ):
         load_foreign(path)
 
 

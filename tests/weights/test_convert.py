@@ -14,8 +14,7 @@ from torch import nn
 import sk_plugins  # noqa: F401 - registers the models
 from sk_plugins.layers import SelectiveKernel
 from sk_plugins.networks import SKResNet
-from sk_plugins.weights import convert as foreign
-from sk_plugins.weights.files import CheckpointError, load_foreign, recognise_foreign
+from sk_plugins.weights import CheckpointError, convert, load_foreign, recognise_foreign
 
 NARROW = dict(widths=(16, 32, 64, 96), outputs=(32, 64, 128, 192), dims=(8, 8, 8, 8))
 TRUE = dict(kernels=(3, 5), dilations=(1, 1))
@@ -123,7 +122,7 @@ NETWORKS = {
         lambda: lucid_net(expansion=1, stem='stem.0'),
         dict(
             layers=(1, 2, 1, 1),
-            block=foreign.SKUnexpandedBottleneck,
+            block=convert.SKUnexpandedBottleneck,
             channels=(16, 32, 48, 64),
             cardinality=1,
             base_width=64,
@@ -302,7 +301,7 @@ def test_full_size_sknet50():
             lambda: lucid_net((64, 128, 256, 512), layers=(2, 2, 2, 2), expansion=1, classes=1000),
             dict(
                 layers=(2, 2, 2, 2),
-                block=foreign.SKUnexpandedBottleneck,
+                block=convert.SKUnexpandedBottleneck,
                 cardinality=1,
                 base_width=64,
                 sk_kwargs=dict(dilated=False, min_dim=1, select='shared', norm_position='output'),
@@ -314,7 +313,7 @@ def test_full_size_sknet50():
 )  # fmt: skip
 def test_published_sizes(make, arguments, name):
     with torch.device('meta'):
-        found = foreign.recognise(make().state_dict())
+        found = convert.recognise(make().state_dict())
     assert found.arguments == dict(**arguments, num_classes=1000)
     if name is None:
         with pytest.raises(ValueError, match='no registered model has'):
@@ -510,7 +509,7 @@ def meta_state_dict(make):
         (lambda: {'state_dict': 3}, 'holds no state dict of tensors'),
         (
             lambda: meta_state_dict(lambda: timm.create_model('sknet26')),
-            r'looks like this project.s own or timm.s skresnext.*load_checkpoint.*Supported are PyTorch',
+            r'looks like this project.s own, or timm.s: load_checkpoint.*Supported are PyTorch',
         ),
         (
             lambda: {f'backbone.{k}': v for k, v in tensors('layer1.0.conv2.paths.0.conv.weight').items()},
@@ -518,7 +517,7 @@ def meta_state_dict(make):
         ),
         (
             lambda: meta_state_dict(lambda: timm.create_model('skresnet18')),
-            r'looks like timm.s skresnet18 or 34: timm\.create_model',
+            r'looks like this project.s own, or timm.s: load_checkpoint',
         ),
         (lambda: meta_state_dict(torchvision.models.resnet18), 'a ResNet of torchvision.s or timm.s, without SK'),
         (lambda: meta_state_dict(torchvision.models.resnet50), 'a ResNet of torchvision.s or timm.s, without SK'),
@@ -528,7 +527,7 @@ def meta_state_dict(make):
         ),
         (
             lambda: tensors('stem.weight', 'a.weight', 'b.weight', 'c.weight'),
-            r'looks like nothing known: 4 tensors \(stem\.weight, a\.weight, b\.weight, \.\.\.\)\. Supported are',
+            r'looks like nothing known: 4 tensors \(stem\.weight, a\.weight, b\.weight and 1 more\)\. Supported are',
         ),
     ],
 )  # fmt: skip
@@ -551,19 +550,19 @@ def resize(name, *shape):
         (
             lambda: SKNet(**NARROW),
             drop('stage_2.0.conv3.1.running_var', 'stage_4.0.conv2_sk.fcs.1.bias', 'stage_1.1.conv1.0.weight'),
-            r'missing: 3 \(stage_4\.0\.conv2_sk\.fcs\.1\.bias, what is layer1\.1\.conv1\.conv\.weight here, '
-            r'stage_2\.0\.conv3\.1\.running_var\)',
+            r'but stage_4\.0\.conv2_sk\.fcs\.1\.bias is missing; what is layer1\.1\.conv1\.conv\.weight here is missing'
+            r'; stage_2\.0\.conv3\.1\.running_var is missing and 1 more$',
         ),
         (
             lambda: SKNet(**NARROW),
             drop(*(f'stage_3.0.conv2_sk.convs.0.1.{p}' for p in ('weight', 'bias', 'running_mean', 'running_var'))),
-            r'missing: 4 \(stage_3\.0\.conv2_sk\.convs\.0\.1\.weight, .*, \.\.\.\)',
+            r'but stage_3\.0\.conv2_sk\.convs\.0\.1\.weight is missing; .* and 1 more$',
         ),
-        (lambda: SKNet(**NARROW), drop('classifier.weight'), r'missing: 1 \(what is fc\.weight here\)'),
+        (lambda: SKNet(**NARROW), drop('classifier.weight'), r'but what is fc\.weight here is missing$'),
         (
             lambda: nn.ModuleDict({'stage_1': nn.Sequential(nn.ModuleDict({'conv2': SKConv(16, 8)}))}),
             lambda weights: [weights.pop(name) for name in list(weights) if not name.endswith('convs.0.0.weight')],
-            r'missing: 1 \(what is layer1\.\*\.conv1\.conv\.weight here\)',
+            r'but what is layer1\.\*\.conv1\.conv\.weight here is missing$',
         ),
         (
             lambda: SKNet(**NARROW),
@@ -573,12 +572,12 @@ def resize(name, *shape):
         (
             lambda: SKNet(**NARROW),
             resize('stage_1.0.se.weight', 3),
-            r'developer0hye, syt2\), but with tensors unknown: 1 \(stage_1\.0\.se\.weight\)',
+            r'developer0hye, syt2\), but stage_1\.0\.se\.weight is not part of it$',
         ),
         (
             lambda: SKNet(**NARROW),
             resize('stage_2.0.conv1.0.weight', 32, 33, 1, 1),
-            r'rest calls for: 1 \(stage_2\.0\.conv1\.0\.weight is \(32, 33, 1, 1\), not \(32, 32, 1, 1\)\)',
+            r'but stage_2\.0\.conv1\.0\.weight is \(32, 33, 1, 1\), not \(32, 32, 1, 1\)$',
         ),
         (
             lambda: SKNet(**NARROW),
@@ -593,23 +592,23 @@ def resize(name, *shape):
         (
             insight_net,
             drop('layer2.1.conv2g.weight', 'layer2.1.bn2g.weight'),
-            r'PytorchInsight.s sk_resnet, but with tensors missing: 2 \(what .*, layer2\.1\.bn2g\.weight\)',
+            r'PytorchInsight.s sk_resnet, but what .* is missing; layer2\.1\.bn2g\.weight is missing$',
         ),
         (
             lambda: lucid_net(stem='stem.0'),
             resize('stem.3.weight', 32, 32, 3, 3),
-            r'lucid.s SKNet, but with tensors unknown: 1 \(stem\.3\.weight\)',
+            r'lucid.s SKNet, but stem\.3\.weight is not part of it$',
         ),
         (
             lambda: SKConv(16, 8),
             resize('convs.1.0.weight', 16, 4, 3),
             r'recognised as an SKConv layer, but .*convs\.1\.0\.weight has the shape \(16, 4, 3\)',
         ),
-        (lambda: SKConv(16, 8), resize('fcs.1.weight', 3), r'of another shape .*fcs\.1\.weight is \(3,\)'),
-        (lambda: SKConv(16, 8), resize('fcs.1.weight', 16, 7, 1, 1), r'of another shape .*fcs\.0\.weight is \(16, 8'),
+        (lambda: SKConv(16, 8), resize('fcs.1.weight', 3), r'but fcs\.0\.weight is .*fcs\.1\.weight is \(3,\)$'),
+        (lambda: SKConv(16, 8), resize('fcs.1.weight', 16, 7, 1, 1), r'but fcs\.0\.weight is \(16, 8'),
         (lambda: SKConv(16, 8), lambda w: w.update({'fcs.0.weight': torch.zeros(())}), r'fcs\.0\.weight is \(\)'),
         (lambda: SKConv(16, 8), resize('convs.0.0.weight', 16, 0, 3, 3), r'convs\.0\.0\.weight is \(16, 0, 3, 3\)'),
-        (lambda: SKConv(16, 8), drop('fc.0.weight'), r'missing: 1 \(what is attn\.fc_reduce\.weight here\)'),
+        (lambda: SKConv(16, 8), drop('fc.0.weight'), r'but what is attn\.fc_reduce\.weight here is missing$'),
         (lambda: SKConv(16, 8, kernels=(3, 4)), lambda weights: None, r'kernel size 4: kernel sizes must be odd'),
     ],
 )  # fmt: skip

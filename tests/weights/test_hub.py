@@ -301,9 +301,9 @@ class TestFaults:
     @pytest.mark.parametrize(
         ('saved', 'built', 'cause'),
         [
-            (dict(layers=(1, 2, 1, 1)), {}, r'26 tensors unexpected \(such as layer2.1.conv1'),
-            ({}, dict(layers=(1, 1, 1, 2)), r'26 tensors missing \(such as layer4.1.conv1'),
-            (dict(channels=(16, 32, 64, 96)), {}, r'size mismatch for layer4.0.conv1.*\[192, .*\[256, 256, 1, 1\]'),
+            (dict(layers=(1, 2, 1, 1)), {}, r'layer2.1.conv1.*not part of it; .* and \d+ more$'),
+            ({}, dict(layers=(1, 1, 1, 2)), r'layer4.1.conv1.* is missing; .* and \d+ more$'),
+            (dict(channels=(16, 32, 64, 96)), {}, r'layer4.0.conv1.*\(192, .*not \(256, 256, 1, 1\); '),
         ],
         ids=['unexpected', 'missing', 'narrower'],
     )
@@ -312,7 +312,7 @@ class TestFaults:
             return pretrained_tiny(repo, **{**built, 'num_classes': num_classes})
 
         hub.add(REPO, weights(create_tiny(**saved)))
-        message = fails(load, REPO, f'its weights cannot be loaded into this model: .*{cause}')
+        message = fails(load, REPO, f'^{REPO}: the weights do not fit this network: .*{cause}')
         assert 'removed' not in message
         assert len(assert_cache_is_whole(hub.cache)) == 1
         hub.add(REPO, weights(create_tiny(**built)))

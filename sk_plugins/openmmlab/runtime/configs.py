@@ -17,8 +17,7 @@ from mmengine.runner import Runner
 from torch.distributed import init_process_group
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from ...weights.files import CheckpointError
-from ...weights.hub import HubError, shorten
+from ...weights.files import CheckpointError, HubError, first_lines
 
 __all__ = ['ConfigError', 'check_hooks', 'check_keys', 'check_sections', 'explain_config', 'explain_parsing']
 
@@ -230,7 +229,7 @@ def _no_such(cfg: Config, kind: str, registry: Registry) -> str:
 
 def _say(error: Exception) -> str:
     plain = Exception(*error.args) if isinstance(error, KeyError) else error  # a KeyError's str is a repr
-    said = shorten(plain, width=400)
+    said = first_lines(plain, width=400)
     return said if isinstance(error, (OSError, ValueError)) and said else f'{type(error).__name__}: {said}'
 
 

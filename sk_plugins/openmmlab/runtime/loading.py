@@ -7,11 +7,8 @@ with all that it says where torch would not: for ``load_from``, ``init_cfg`` and
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from hashlib import sha256
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -27,19 +24,10 @@ from mmengine.runner.checkpoint import (
     get_mmcls_models,
     get_torchvision_models,
 )
-from torch.hub import HASH_REGEX, download_url_to_file, get_dir
 
-from ...weights.files import (
-    CheckpointError,
-    Inert,
-    is_state_dict,
-    is_timm_format,
-    load_checkpoint,
-    pick_state_dict,
-    read_pickle,
-    to_mmpretrain,
-)
-from ...weights.hub import HubError, shorten
+from ...weights.files import CheckpointError, Inert, load_checkpoint, pick_state_dict, read_pickle
+from ...weights.hub import download
+from ...weights.names import is_timm_format, load_strictly, to_mmpretrain
 
 __all__ = ['CheckpointFitHook', 'load_from_http', 'load_from_local', 'read_checkpoint']
 
@@ -83,12 +71,7 @@ def read_checkpoint(path: Path, map_location: Any = None, source: str | None = N
         finally:
             HistoryBuffer._statistics_methods.clear()
             HistoryBuffer._statistics_methods.update(functions)
-        state_dict = pick_state_dict(checkpoint, use_ema=True) if isinstance(checkpoint, Mapping) else None
-        if not is_state_dict(state_dict):
-            raise CheckpointError(
-                f'{path}: holds no state dict of tensors (expected a checkpoint of mmengine or timm, or a bare state '
-                'dict)'
-            )
+        state_dict = pick_state_dict(checkpoint, where=f'{path}: ')
         checkpoint = {} if checkpoint is state_dict else dict(checkpoint)
     meta = checkpoint.get('meta')
     checkpoint['meta'] = dict(meta) if isinstance(meta, Mapping) else {}
@@ -112,32 +95,14 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be had or read, or is not what its name's hash says; it is not kept then.
     """
-    if get_dist_info()[0] == 0:
-        checkpoint = _download(filename, map_location)
+
+    def read(path: Path) -> dict[str, Any]:
+        return read_checkpoint(path, map_location, filename)
+
+    first = get_dist_info()[0] == 0
+    checkpoint = download(filename, read) if first else None
     barrier()
-    return checkpoint if get_dist_info()[0] == 0 else _download(filename, map_location)
-
-
-def _download(url: str, map_location: Any) -> dict[str, Any]:
-    name = Path(urlsplit(url).path).name or 'weights'
-    folder = Path(get_dir(), 'checkpoints')
-    digits = HASH_REGEX.search(name)
-    if digits is None:  # a name such as epoch_100.pth is not one file's alone
-        folder /= sha256(url.encode()).hexdigest()[:16]
-    path = folder / name
-    for was_there in [True, False] if path.is_file() else [False]:
-        try:
-            if not was_there:
-                folder.mkdir(parents=True, exist_ok=True)
-                download_url_to_file(url, str(path), digits and digits[1], progress=False)
-            return read_checkpoint(path, map_location, url)
-        except CheckpointError as error:  # half a file, of a connection that broke or a process that was killed
-            path.unlink(missing_ok=True)
-            if not was_there:
-                raise CheckpointError(f'{url}: {str(error).removeprefix(f"{path}: ")}') from error
-        except (OSError, HTTPException, RuntimeError) as error:
-            raise CheckpointError(f'{url}: cannot be downloaded: {shorten(error)}') from error
-    raise AssertionError('unreachable')
+    return checkpoint if first else download(filename, read)
 
 
 def _named(models: Callable[[], Mapping[str, str]], part: str = '') -> Callable[..., dict[str, Any]]:
@@ -212,16 +177,8 @@ class CheckpointFitHook(Hook):
         # As the runner will once more, and with as little of a reason: it strips this prefix.
         weights = OrderedDict({re.sub(r'^module\.', '', name): tensor for name, tensor in state_dict.items()})
         weights._metadata = metadata
-        try:
-            load_state_dict(runner.model, weights, strict=True)
-        except (CheckpointError, HubError):
-            raise
-        except RuntimeError as error:
-            said = str(error).removeprefix('The model and loaded state dict do not match exactly\n').strip()
-            hint = '' if runner._resume else '; leave_out (of tools/train.py, --leave-out) names what is to stay new'
-            raise CheckpointError(
-                f'{source}: its weights do not fit the model: {shorten(Exception(said))}{hint}'
-            ) from error
+        hint = '' if runner._resume else '; leave_out (of tools/train.py, --leave-out) names what is to stay new'
+        load_strictly(runner.model, weights, source, hint=hint, load=load_state_dict)
 
     def _without(
         self, state_dict: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], source: str

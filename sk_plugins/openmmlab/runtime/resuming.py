@@ -9,13 +9,13 @@ epoch and the sample's place in it. So neither depends on the process that draws
 import contextlib
 import os
 import random
+import shutil
 import zipfile
 from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mmengine
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
@@ -26,7 +26,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
-from ...weights.files import CheckpointError, read_pickle
+from ...weights.files import CheckpointError, read_pickle, write_atomically
 from .configs import ConfigError
 from .distributed import unwrap
 
@@ -37,10 +37,8 @@ __all__ = [
     'WholeFileBackend',
     'find_resumable',
     'make_resumable',
-    'write_whole',
 ]
 
-_PARTIAL = '.{}.part'
 _BROKEN = ' cannot be read: '
 # What a random number is for: a step's must not be a sample's.
 _STEP, _SAMPLE = 0, 1
@@ -49,40 +47,13 @@ _STEP, _SAMPLE = 0, 1
 # Files
 
 
-def write_whole(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file that others see whole or not at all, also where this process or the machine stops in between.
-
-    Raises:
-        OSError: names ``path``, which is as it was before.
-    """
-    path = Path(os.path.realpath(path))
-    partial = path.with_name(_PARTIAL.format(path.name))
-    try:
-        with open(partial, 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f'cannot be written: {error.strerror}', str(path)) from error
-        raise
-    with contextlib.suppress(OSError):  # not every file system, or platform, has folders to be synchronised
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 @register_backend('whole')
 class WholeFileBackend(LocalBackend):
-    """mmengine's backend for local files, but that it writes through :func:`write_whole`."""
+    """mmengine's backend for local files, but that it writes atomically."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        mmengine.mkdir_or_exist(os.path.dirname(filepath))
-        write_whole(filepath, obj)
+        with write_atomically(filepath) as partial:
+            partial.write_bytes(obj)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
         self.put(obj.encode(encoding), filepath)
@@ -527,7 +498,8 @@ class ResumableCheckpointHook(CheckpointHook):
             **self.args,
         )
         if is_main_process():
-            write_whole(Path(runner.work_dir) / 'last_checkpoint', self.last_ckpt.encode())
+            with write_atomically(Path(runner.work_dir, 'last_checkpoint')) as partial:
+                partial.write_text(self.last_ckpt)
         self._saved = step
         self._remove_outdated()
 
@@ -578,8 +550,8 @@ def _restore_gradients(runner: Runner, gradients: Mapping[str, torch.Tensor]) ->
 
 
 def _remove_partial(runner: Runner, folders: set[str]) -> None:
-    for path in (path for folder in folders for path in Path(folder).glob(_PARTIAL.format('*'))):
-        path.unlink(missing_ok=True)
+    for path in (path for folder in folders for path in Path(folder).glob('.*.part')):
+        shutil.rmtree(path, ignore_errors=True)
         runner.logger.info(f'Removed {path}, half of a file: its writing was interrupted')
 
 

@@ -26,7 +26,7 @@ from sk_plugins.openmmlab.runtime.configs import (
     explain_config,
     explain_parsing,
 )
-from sk_plugins.weights.files import CheckpointError
+from sk_plugins.weights import CheckpointError
 
 LINEAR = nn.Linear(2, 2)
 

@@ -26,7 +26,7 @@ import sk_plugins
 from sk_plugins._resources import ROOT
 from sk_plugins.openmmlab.runtime import distributed
 from sk_plugins.openmmlab.runtime.sync_batchnorm import SyncBatchNorm, synchronise
-from sk_plugins.weights.files import load_checkpoint
+from sk_plugins.weights import load_checkpoint
 
 TESTS = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='gloo is for CPUs')

@@ -32,9 +32,9 @@ from sk_plugins.openmmlab.runtime.resuming import (
     SeededBatch,
     find_resumable,
     make_resumable,
-    write_whole,
 )
-from sk_plugins.weights.files import CheckpointError
+from sk_plugins.weights import CheckpointError
+from sk_plugins.weights.files import write_atomically
 
 IMAGES, BATCH, EPOCHS = 26, 4, 4
 STEPS = 7  # an epoch's: the last batch has two images
@@ -326,19 +326,24 @@ def test_endless_batches_skip_into_a_later_epoch():
 # Files
 
 
-def test_write_whole(tmp_path, monkeypatch):
+def test_write_atomically(tmp_path, monkeypatch):
     path = tmp_path / 'a.pth'
     path.write_bytes(b'old')
     link = tmp_path / 'link.pth'
     link.symlink_to(path)
-    write_whole(link, b'new')
+
+    def write(path, data):
+        with write_atomically(path) as partial:
+            partial.write_bytes(data)
+
+    write(link, b'new')
     assert link.is_symlink()
     assert path.read_bytes() == b'new'
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r'cannot be written: File too large.*a\.pth') as caught:
-            write_whole(path, bytes(2000))
+        with pytest.raises(OSError, match=r'a\.pth: cannot be written: File too large') as caught:
+            write(path, bytes(2000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG
@@ -349,7 +354,7 @@ def test_write_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'fsync', interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, b'third')
+        write(path, b'third')
     assert path.read_bytes() == b'new'
     assert sorted(os.listdir(tmp_path)) == ['a.pth', 'link.pth']
 
@@ -486,7 +491,8 @@ def test_the_best_by_a_metric_that_there_is_not(tmp_path):
 def test_resuming_with_bad_files_there(copy, whole, caplog):
     """From the one before; the rest of a write goes; the damaged file is written again; what is bad is said."""
     truncate(copy / 'epoch_4.pth')
-    (copy / '.epoch_5.pth.part').write_bytes(b'half')
+    (copy / '.epoch_5.pth.x.part').mkdir()
+    (copy / '.epoch_5.pth.x.part' / 'epoch_5.pth').write_bytes(b'half')
     runner = make(copy, resume=True)
     lines = []
     runner.logger.warning = lines.append
