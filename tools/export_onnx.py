@@ -23,7 +23,7 @@ import torch
 from _errors import run
 from torch import Tensor, nn
 
-from sk_plugins import fuse
+from sk_plugins import fold_batch_norm
 from sk_plugins._resources import find_config
 from sk_plugins.weights import HubError, load_checkpoint, timm_arguments, to_timm
 from sk_plugins.weights.files import first_lines, write_atomically
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     input_size = (channels, *((args.size, args.size) if args.size else size))
     names = ('mean', 'std', 'interpolation', 'crop_pct')
     export(
-        fuse(model) if args.fuse else model,
+        fold_batch_norm(model) if args.fuse else model,
         args.out,
         input_size,
         dynamic=args.dynamic,

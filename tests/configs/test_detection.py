@@ -496,7 +496,7 @@ def test_without_delete():
 def test_fuse(name):
     """Every norm of the detector is folded, but for RTMDet's where levels share a convolution; detections stay."""
     detector = build(name)
-    fused = sk_plugins.fuse(detector)
+    fused = sk_plugins.fold_batch_norm(detector)
     assert norms(detector)
     assert norms(fused) == ([] if name != LIGHT else norms(fused.bbox_head))
     inputs, samples = batch(name)

@@ -372,7 +372,7 @@ def test_wrong_output_stride(output_stride):
 def test_fuse(name):
     """Every norm of the segmenter is folded, the heads' included, and its logits stay."""
     model = build(name)
-    fused = sk_plugins.fuse(model)
+    fused = sk_plugins.fold_batch_norm(model)
     assert norms(model)
     assert norms(fused) == []
     data = batch(model)

@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers import SelectiveKernel
 
-__all__ = ['fuse']
+__all__ = ['fold_batch_norm']
 
 # Exact types: a subclass may standardise its weight, which undoes a scale.
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
@@ -54,10 +54,10 @@ _FEATURE_NETS = (
 _CONV_MODULE = 'mmcv.cnn.bricks.conv_module.ConvModule'
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fold_batch_norm(model: nn.Module) -> nn.Module:
     """A copy of a model for inference, with every BatchNorm it can fold folded into the convolution before it.
 
-    Not :func:`sk_plugins.ops.fuse`, the paper's Fuse step. The copy is a plain module of the same classes with equal
+    The copy is a plain module of the same classes with equal
     outputs (to 1e-5 in float32): the convolutions have biases, and ``nn.Identity`` stands where BatchNorms were, so
     that its state dict loads into another fused model alone. It can be copied, pickled, moved, scripted, compiled and
     exported; in training mode it runs without norms, which is not the network that was trained.
@@ -83,7 +83,7 @@ def fuse(model: nn.Module) -> nn.Module:
         raise TypeError(f'model={model!r} must be an nn.Module, not {type(model).__name__}')
     if isinstance(model, torch.jit.ScriptModule) or '_orig_mod' in model._modules:
         raise ValueError(
-            f'model is a {type(model).__name__}: fuse the model that it was made from, then script or compile the copy'
+            f'model is a {type(model).__name__}: fold the model that it was made from, then script or compile the copy'
         )
     if model.training:
         raise ValueError('model is in training mode, and folding takes the running statistics: call model.eval() first')
@@ -94,10 +94,10 @@ def fuse(model: nn.Module) -> nn.Module:
                 'model.eval() first'
             )
     with torch.inference_mode(False), torch.no_grad():  # whatever the caller's mode, the copy is no inference tensors
-        return _fuse_copy(copy.deepcopy(model))
+        return _fold_copy(copy.deepcopy(model))
 
 
-def _fuse_copy(model: nn.Module) -> nn.Module:
+def _fold_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
             module.eval()  # its copy forgets that

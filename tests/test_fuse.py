@@ -1,4 +1,4 @@
-"""sk_plugins.fuse, and that compilers and exporters take the networks, folded or not."""
+"""fold_batch_norm, and that compilers and exporters take the networks, folded or not."""
 
 import copy
 import importlib
@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import sk_plugins
-from sk_plugins import SelectiveKernel, fuse, zoo
+from sk_plugins import SelectiveKernel, fold_batch_norm, zoo
 
 RESNET = dict(channels=(16, 32, 64, 128), layers=(1, 2, 1, 1), num_classes=10)
 NARROW = dict(**RESNET, cardinality=4, base_width=16)
@@ -39,7 +39,7 @@ def narrow(spec):
 def make_model(name='sknet50', folded=False, dtype=torch.float32, **kwargs):
     spec = zoo.MODELS[name]
     model = randomise(spec.build(**{**narrow(spec), **kwargs})).to(dtype)
-    return fuse(model) if folded else model
+    return fold_batch_norm(model) if folded else model
 
 
 def make_input(batch=2, size=64, dtype=torch.float32, channels=3):
@@ -62,7 +62,7 @@ def assert_equal(model, reference, x, atol):
 @pytest.mark.parametrize('name', zoo.MODELS)
 def test_no_norm_is_left_in_the_zoo(name):
     model = zoo.MODELS[name].build(device='meta').eval()
-    folded = fuse(model)
+    folded = fold_batch_norm(model)
     assert type(folded) is type(model)
     assert norms(folded) == []
     # Every norm's four vectors become one bias.
@@ -77,8 +77,8 @@ def test_equals_the_network(name):
     model = make_model(name, dtype=torch.float64)
     before = copy.deepcopy(model.state_dict())
     x = make_input(dtype=torch.float64)
-    assert_equal(fuse(model), model, x, atol=1e-12)
-    assert_equal(fuse(copy.deepcopy(model).float()), model.float(), x.float(), atol=1e-5)
+    assert_equal(fold_batch_norm(model), model, x, atol=1e-12)
+    assert_equal(fold_batch_norm(copy.deepcopy(model).float()), model.float(), x.float(), atol=1e-5)
     assert norms(model)
     for key, tensor in model.double().state_dict().items():
         torch.testing.assert_close(tensor, before[key], rtol=0, atol=1e-6, msg=key)
@@ -87,14 +87,14 @@ def test_equals_the_network(name):
 @torch.no_grad()
 def test_full_width():
     model = randomise(zoo.MODELS['sknet50'].build(layers=(1, 1, 1, 1)))
-    assert_equal(fuse(model), model, make_input(), atol=1e-5)
+    assert_equal(fold_batch_norm(model), model, make_input(), atol=1e-5)
 
 
 @torch.no_grad()
 def test_the_model_stays_as_it_is():
     model = make_model()
     before = copy.deepcopy(model)
-    folded = fuse(model)
+    folded = fold_batch_norm(model)
     for parameter in folded.parameters():
         parameter.zero_()
     assert repr(model) == repr(before)
@@ -107,17 +107,17 @@ def test_the_model_stays_as_it_is():
 def test_the_copy_is_a_plain_module(name):
     x = make_input(dtype=torch.float64)
     model = make_model(name, dtype=torch.float64)
-    folded = fuse(model)
-    for other in (pickle.loads(pickle.dumps(folded)), copy.deepcopy(folded), fuse(folded)):
+    folded = fold_batch_norm(model)
+    for other in (pickle.loads(pickle.dumps(folded)), copy.deepcopy(folded), fold_batch_norm(folded)):
         assert torch.equal(other(x), folded(x))
-    loaded = fuse(make_model(name, dtype=torch.float64))
+    loaded = fold_batch_norm(make_model(name, dtype=torch.float64))
     for parameter in loaded.parameters():
         parameter.mul_(0.5)
     loaded.load_state_dict(folded.state_dict(), strict=True)
     assert torch.equal(loaded(x), folded(x))
     assert not any(module.training for module in folded.modules())
     assert folded.to('meta')(x.to('meta')).shape == (2, 10)
-    assert fuse(model).to(memory_format=torch.channels_last)(x).sub(model(x)).abs().max() < 1e-12
+    assert fold_batch_norm(model).to(memory_format=torch.channels_last)(x).sub(model(x)).abs().max() < 1e-12
 
 
 def test_training_mode_runs_without_norms():
@@ -133,7 +133,7 @@ def test_training_mode_runs_without_norms():
 @torch.no_grad()
 def test_memory_format_stays(name):
     model = make_model(name).to(memory_format=torch.channels_last)
-    folded = fuse(model)
+    folded = fold_batch_norm(model)
     weights = [p for p in folded.parameters() if p.ndim == 4]
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     x = make_input().to(memory_format=torch.channels_last)
@@ -145,7 +145,7 @@ def test_memory_format_stays(name):
 @torch.no_grad()
 def test_half_weights_are_rounded_once(dtype):
     model = make_model().to(dtype)
-    exact, folded = fuse(copy.deepcopy(model).float()), fuse(model)
+    exact, folded = fold_batch_norm(copy.deepcopy(model).float()), fold_batch_norm(model)
     for (name, value), expected in zip(folded.state_dict().items(), exact.state_dict().values()):
         assert value.dtype is dtype
         assert torch.equal(value, expected.to(dtype)), name
@@ -162,7 +162,7 @@ def test_features(feature_cls, out_indices):
         'sknet50', **NARROW, features_only=True, out_indices=out_indices, feature_cls=feature_cls
     )  # fmt: skip
     model = randomise(model).double()
-    folded = fuse(model)
+    folded = fold_batch_norm(model)
     assert type(folded).__name__ == type(model).__name__
     assert norms(folded) == []
     x = make_input(dtype=torch.float64)
@@ -181,19 +181,19 @@ def test_a_feature_between_convolution_and_norm_stays():
             self.conv2, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
 
     model = randomise(FeatureListNet(Net(), out_indices=(0, 1, 2)))
-    assert norms(fuse(model)) == ['bn']
+    assert norms(fold_batch_norm(model)) == ['bn']
     x = make_input()
-    torch.testing.assert_close(fuse(model)(x), model(x))
+    torch.testing.assert_close(fold_batch_norm(model)(x), model(x))
     without = randomise(FeatureListNet(Net(), out_indices=(1, 2)))
-    assert norms(fuse(without)) == []
-    torch.testing.assert_close(fuse(without)(x), without(x))
+    assert norms(fold_batch_norm(without)) == []
+    torch.testing.assert_close(fold_batch_norm(without)(x), without(x))
 
 
 @pytest.mark.parametrize('name', ['skresnext50_32x4d', 'resnext50_32x4d', 'resnet18', 'seresnet50'])
 @torch.no_grad()
 def test_timms_own_networks(name):
     model = randomise(timm.create_model(name, channels=(32, 64, 128, 256), num_classes=10)).double()
-    folded = fuse(model)
+    folded = fold_batch_norm(model)
     assert norms(folded) == []
     # timm's BatchNorm has the ReLU inside it, which must stay.
     assert_equal(folded, model, make_input(dtype=torch.float64), atol=1e-10)
@@ -204,7 +204,7 @@ def test_timms_own_networks(name):
 def test_torchvisions_networks(name):
     torchvision = pytest.importorskip('torchvision')
     model = randomise(torchvision.models.get_model(name, num_classes=10)).double()
-    folded = fuse(model)
+    folded = fold_batch_norm(model)
     assert norms(folded) == []
     assert_equal(folded, model, make_input(dtype=torch.float64), atol=1e-10)
 
@@ -226,7 +226,7 @@ def test_other_kinds_of_batch_norm(kind):
     x = make_input(dtype=torch.float64)
     for other, reference in zip(swapped, (model, timms)):
         assert len(norms(other)) == len(norms(reference))
-        folded = fuse(other)
+        folded = fold_batch_norm(other)
         assert norms(folded) == []
         assert_equal(folded, reference, x, atol=1e-10)
 
@@ -260,10 +260,10 @@ LAYERS = {
 def test_layer(kwargs):
     layer = randomise(SelectiveKernel(16, groups=4, **kwargs)).double()
     x = make_input(size=9, channels=16, dtype=torch.float64)
-    folded = fuse(layer)
+    folded = fold_batch_norm(layer)
     assert norms(folded) == []
     assert_equal(folded, layer, x, atol=1e-12)
-    assert_equal(fuse(layer.float()), layer.float(), x.float(), atol=1e-5)
+    assert_equal(fold_batch_norm(layer.float()), layer.float(), x.float(), atol=1e-5)
 
 
 @pytest.mark.parametrize('scale', [0.0, 1e-6])
@@ -271,21 +271,21 @@ def test_layer(kwargs):
 def test_norm_at_the_output_that_the_attention_cannot_undo(scale):
     layer = randomise(SelectiveKernel(16, groups=4, norm_position='output'))
     layer.bn.weight[3] = scale
-    folded = fuse(layer)
+    folded = fold_batch_norm(layer)
     assert norms(folded) == ['bn']
     assert_equal(folded, layer, make_input(size=9, channels=16), atol=1e-6)
     summed = randomise(SelectiveKernel(16, groups=4, norm_position='output', select='sum'))
     summed.bn.weight[3] = scale
-    assert norms(fuse(summed)) == []
-    assert_equal(fuse(summed), summed, make_input(size=9, channels=16), atol=1e-5)
+    assert norms(fold_batch_norm(summed)) == []
+    assert_equal(fold_batch_norm(summed), summed, make_input(size=9, channels=16), atol=1e-5)
 
 
 @torch.no_grad()
 def test_norm_at_the_output_behind_what_is_not_linear_stays():
     layer = SelectiveKernel(16, groups=4, norm_position='output', stride=2, aa_layer=timm.layers.BlurPool2d)
     layer = randomise(layer)
-    assert norms(fuse(layer)) == ['bn']
-    assert_equal(fuse(layer), layer, make_input(size=9, channels=16), atol=1e-6)
+    assert norms(fold_batch_norm(layer)) == ['bn']
+    assert_equal(fold_batch_norm(layer), layer, make_input(size=9, channels=16), atol=1e-6)
 
 
 # What is left alone
@@ -294,11 +294,11 @@ def test_norm_at_the_output_behind_what_is_not_linear_stays():
 @torch.no_grad()
 def test_other_norms_stay():
     model = make_model(norm_layer='groupnorm1')
-    assert norms(fuse(model)) == norms(model) != []
-    assert_equal(fuse(model), model, make_input(), atol=0)
+    assert norms(fold_batch_norm(model)) == norms(model) != []
+    assert_equal(fold_batch_norm(model), model, make_input(), atol=0)
     without_statistics = make_model(norm_layer=partial(nn.BatchNorm2d, track_running_stats=False))
-    assert norms(fuse(without_statistics)) == norms(without_statistics) != []
-    assert_equal(fuse(without_statistics), without_statistics, make_input(4), atol=0)
+    assert norms(fold_batch_norm(without_statistics)) == norms(without_statistics) != []
+    assert_equal(fold_batch_norm(without_statistics), without_statistics, make_input(4), atol=0)
 
 
 class _Standardised(nn.Conv2d):
@@ -351,7 +351,7 @@ UNSOUND = {
 @torch.no_grad()
 def test_unsound_pairs_stay(make):
     model = randomise(make())
-    folded = fuse(model)
+    folded = fold_batch_norm(model)
     assert norms(folded) == norms(model)
     x = make_input()
     assert torch.equal(folded(x.clone()), model(x.clone()))
@@ -367,16 +367,16 @@ def test_modules_with_several_users():
     x = make_input(size=9, dtype=torch.float64)
     for model in (shared_conv, shared_norm, nested):
         model = randomise(model).double()
-        assert norms(fuse(model)) == []
-        assert_equal(fuse(model), model, x, atol=1e-12)
+        assert norms(fold_batch_norm(model)) == []
+        assert_equal(fold_batch_norm(model), model, x, atol=1e-12)
     # Another container calls the inner one without a norm.
     model = randomise(nn.Sequential(nn.Sequential(inner, nn.BatchNorm2d(3)), inner)).double()
-    assert norms(fuse(model)) == ['0.1']
-    assert_equal(fuse(model), model, x, atol=1e-12)
+    assert norms(fold_batch_norm(model)) == ['0.1']
+    assert_equal(fold_batch_norm(model), model, x, atol=1e-12)
     acting = nn.Sequential(nn.Conv2d(3, 3, 1), timm.layers.BatchNormAct2d(3), nn.BatchNorm2d(3))
     model = randomise(acting).double()
-    assert norms(fuse(model)) == ['2']
-    assert_equal(fuse(model), model, x, atol=1e-12)
+    assert norms(fold_batch_norm(model)) == ['2']
+    assert_equal(fold_batch_norm(model), model, x, atol=1e-12)
 
 
 @torch.no_grad()
@@ -392,8 +392,8 @@ def test_graph_in_which_a_convolution_has_two_users():
             return self.bn3(self.c(self.bn(x) + x))
 
     model = torch.fx.symbolic_trace(randomise(Net()))
-    assert norms(fuse(model)) == ['bn']
-    torch.testing.assert_close(fuse(model)(make_input()), model(make_input()))
+    assert norms(fold_batch_norm(model)) == ['bn']
+    torch.testing.assert_close(fold_batch_norm(model)(make_input()), model(make_input()))
 
 
 # OpenMMLab
@@ -424,7 +424,7 @@ def test_mmpretrain(backbone):
         head=dict(type='LinearClsHead', num_classes=10, in_channels=channels),
     )
     model = randomise(MODELS.build(classifier)).double()
-    folded = fuse(model)
+    folded = fold_batch_norm(model)
     assert norms(folded) == []
     assert_equal(folded, model, make_input(dtype=torch.float64), atol=1e-12)
     assert pickle.loads(pickle.dumps(folded))
@@ -453,8 +453,8 @@ def test_conv_module(efficient):
     x = make_input(size=9, dtype=torch.float64)
     for model, left in ((folded_ones, 0), (others, 4)):
         randomise(model).double()
-        assert len(norms(fuse(model))) == left
-        assert_equal(fuse(model), model, x, atol=1e-12)
+        assert len(norms(fold_batch_norm(model))) == left
+        assert_equal(fold_batch_norm(model), model, x, atol=1e-12)
 
 
 @torch.no_grad()
@@ -468,7 +468,7 @@ def test_mmdet():
     neck = dict(type='FPN', in_channels=[128, 256, 512], out_channels=16, num_outs=3, norm_cfg=dict(type='BN'))
     model = nn.Sequential(MODELS.build(backbone), MODELS.build(neck))
     model = randomise(model).double()
-    folded = fuse(model)
+    folded = fold_batch_norm(model)
     assert norms(folded) == []
     x = make_input(dtype=torch.float64)
     torch.testing.assert_close(folded(x), model(x), rtol=0, atol=1e-11)
@@ -480,17 +480,17 @@ def test_mmdet():
 def test_refusals():
     model = make_model()
     with pytest.raises(ValueError, match=r'model is in training mode.*call model\.eval\(\) first'):
-        fuse(model.train())
+        fold_batch_norm(model.train())
     model.eval().layer2[0].conv2.paths[1].bn.train()
     with pytest.raises(ValueError, match=r"BatchNorm in training mode, 'layer2\.0\.conv2\.paths\.1\.bn'"):
-        fuse(model)
+        fold_batch_norm(model)
     model.eval()
-    with pytest.raises(ValueError, match='model is a RecursiveScriptModule: fuse the model that it was made from'):
-        fuse(torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()))
+    with pytest.raises(ValueError, match='model is a RecursiveScriptModule: fold the model that it was made from'):
+        fold_batch_norm(torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()))
     with pytest.raises(ValueError, match='model is a OptimizedModule'):
-        fuse(torch.compile(model))
+        fold_batch_norm(torch.compile(model))
     with pytest.raises(TypeError, match='must be an nn'):
-        fuse('sknet50')
+        fold_batch_norm('sknet50')
 
 
 # Compilers and exporters
@@ -577,7 +577,7 @@ def test_large_activations_do_not_overflow(dtype, folded):
     layer = randomise(SelectiveKernel(16, groups=4))
     for path in layer.paths:
         path.bn.bias.fill_(1e4)
-    layer = fuse(layer) if folded else layer
+    layer = fold_batch_norm(layer) if folded else layer
     x = make_input(size=112, channels=16)
     expected = layer(x)
     assert 9e3 < expected.mean() < 1.1e4
@@ -597,3 +597,9 @@ def test_autocast_training(name, dtype):
     loss.backward()
     assert loss.isfinite()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_paths():
+    """The function, its former name, and the file of that name."""
+    module = importlib.import_module('sk_plugins.fuse')
+    assert module.fold_batch_norm is sk_plugins.fold_batch_norm is sk_plugins.fuse
