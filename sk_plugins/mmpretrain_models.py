@@ -2,32 +2,27 @@
 
 Import it through ``custom_imports = dict(imports=['sk_plugins.mmpretrain_models'])``. From mmdetection or
 mmsegmentation the backbones are ``mmpretrain.SKNet`` and so on. The import also registers the project's datasets and
-hooks, its entries in mmpretrain's model index, checkpoints by ``hf-hub:OWNER/NAME[@REVISION]``, and what
-:mod:`sk_plugins.openmmlab.runtime` is for; it reads local ``*.safetensors``, too.
+hooks, its entries in mmpretrain's model index, and checkpoints by ``hf-hub:OWNER/NAME[@REVISION]``. All else of
+OpenMMLab stays as it is: loaders that run nothing, and training that survives, are
+:mod:`sk_plugins.openmmlab.runtime`.
 """
 
-import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mmengine.dist import barrier, get_dist_info
 from mmengine.runner import CheckpointLoader
 from mmpretrain.apis.model import ModelHub
 from mmpretrain.registry import MODELS
-from torch import Tensor
-from torch.hub import load_state_dict_from_url
 
 from . import zoo
 from ._arguments import check_flags, check_integer, check_sk_kwargs
 from ._resources import ROOT
 from .openmmlab import datasets as datasets
 from .openmmlab import hooks as hooks
-from .openmmlab import runtime as runtime
 from .openmmlab.backbones import ResNetBackbone, ShuffleNetBackbone
 from .weights import hub
-from .weights.files import HubError, first_lines
 
 __all__ = ['SKNet', 'SKResNeXt', 'SKResNet', 'SKShuffleNetV2']
 
@@ -219,30 +214,6 @@ def load_from_hf_hub(filename: str, map_location: str | None = None) -> dict[str
     # A state dict's metadata reaches each module as it loads: so the backbone can name the repository in an error.
     state_dict._metadata = OrderedDict({name: {'source': filename} for name in ('', 'backbone')})
     return dict(state_dict=state_dict, meta={})
-
-
-@CheckpointLoader.register_scheme(prefixes='https://download.pytorch.org/')
-def load_from_pytorch(filename: str, map_location: str | None = None) -> dict[str, Any]:
-    """torchvision's published weights, where mmengine would run whatever a pickle holds; downloaded once a machine.
-
-    Raises:
-        sk_plugins.weights.HubError: the file cannot be had, or is not what its name's hash says.
-    """
-
-    def load() -> dict[str, Tensor]:
-        return load_state_dict_from_url(
-            filename, map_location=map_location or 'cpu', check_hash=True, weights_only=True
-        )
-
-    try:
-        if get_dist_info()[0] == 0:
-            state_dict = load()
-        barrier()
-        if get_dist_info()[0] != 0:
-            state_dict = load()
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise HubError(f'{filename}: cannot be loaded: {first_lines(error)}') from error
-    return dict(state_dict=OrderedDict(state_dict), meta={})
 
 
 ModelHub.register_model_index(ROOT / 'model-index.yml', config_prefix=ROOT)

@@ -17,7 +17,8 @@ from .. import networks, zoo
 from .._arguments import check_flags, check_integer, is_integer
 from ..networks.resnet import count_stages
 from ..weights.files import CheckpointError, HubError
-from ..weights.names import BACKBONE, is_timm_format, require_fit, to_mmpretrain
+from ..weights.names import BACKBONE, require_fit
+from ._internals import TimmNames
 
 __all__ = ['Backbone', 'ResNetBackbone', 'ShuffleNetBackbone']
 
@@ -26,7 +27,7 @@ TORCHVISION = ('https://download.pytorch.org/', 'torchvision://')
 _OF_THE_UNIT = re.compile(r'stage\d\.\d+\.branch2\.[348]\.')
 
 
-class Backbone:
+class Backbone(TimmNames):
     """What OpenMMLab expects of a backbone, around a network of timm's kind.
 
     A class of the door inherits from it, its network and ``BaseBackbone``, in this order, and names the network and
@@ -177,13 +178,6 @@ class Backbone:
 
     def _title(self) -> str:
         raise NotImplementedError
-
-    def _checkpoint_filter(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-        # ImageClassifier calls this on every checkpoint it loads: here a timm-format one gets mmpretrain's names.
-        if is_timm_format(state_dict):
-            renamed = to_mmpretrain(state_dict)
-            state_dict.clear()
-            state_dict.update(renamed)
 
 
 class ResNetBackbone(Backbone, networks.SKResNet, BaseBackbone):

@@ -264,11 +264,11 @@ def write_atomically(path: str | os.PathLike, folder: bool = False) -> Iterator[
     target = Path(os.path.realpath(path))
     if target.is_dir() and not folder:
         raise FileExistsError(f'{path}: is a folder; name a file')
-    target.parent.mkdir(parents=True, exist_ok=True)
-    parent = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', suffix='.part', dir=target.parent))
-    partial = parent / target.name
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        parent = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', suffix='.part', dir=target.parent))
         try:
+            partial = parent / target.name
             yield partial
             # safetensors lets nobody else read what it writes.
             umask = os.umask(0)
@@ -277,25 +277,28 @@ def write_atomically(path: str | os.PathLike, folder: bool = False) -> Iterator[
                 if written.is_file():
                     written.chmod(0o666 & ~umask)
                     _synchronise(written)
-        except (OSError, safetensors.SafetensorError) as error:
-            if isinstance(error, OSError) and not _is_about(error, parent):
-                raise
-            reason = getattr(error, 'strerror', None) or first_lines(error)
-            failed = OSError(f'{path}: cannot be written: {reason}')
-            failed.errno = getattr(error, 'errno', None)
-            raise failed from error
-        if target.is_dir():
-            target.rmdir()
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(parent, ignore_errors=True)
-    with contextlib.suppress(OSError):  # not every file system, or platform, has folders to be synchronised
-        _synchronise(target.parent)
+            if target.is_dir():
+                target.rmdir()
+            os.replace(partial, target)
+        finally:
+            shutil.rmtree(parent, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not every file system, or platform, has folders to be synchronised
+            _synchronise(target.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        if isinstance(error, OSError) and not _is_about(error, target):
+            raise
+        reason = getattr(error, 'strerror', None) or first_lines(error)
+        failed = OSError(f'{path}: cannot be written: {reason}')
+        failed.errno = getattr(error, 'errno', None)
+        raise failed from error
 
 
-def _is_about(error: OSError, folder: Path) -> bool:
-    """Whether an error is the system's, in writing to a file that it does not name or that lies in ``folder``."""
-    return error.errno is not None and str(error.filename or folder).startswith(str(folder))
+def _is_about(error: OSError, target: Path) -> bool:
+    """Whether an error is the system's, in writing to ``target``, and not one of reading what is to be written."""
+    if error.errno is None or error.filename is None:
+        return error.errno is not None
+    named = Path(error.filename)
+    return named in (target, *target.parents) or str(named).startswith(str(target.with_name(f'.{target.name}.')))
 
 
 def _synchronise(path: Path) -> None:

@@ -6,18 +6,18 @@ import inspect
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
-from mmengine.registry import OPTIMIZERS, Registry, build_from_cfg
+from mmengine.registry import OPTIMIZERS, Registry
 from mmengine.runner import Runner
 from torch.distributed import init_process_group
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from ...weights.files import CheckpointError, HubError, first_lines
+from .._internals import find_built
 
 __all__ = ['ConfigError', 'check_hooks', 'check_keys', 'check_sections', 'explain_config', 'explain_parsing']
 
@@ -57,7 +57,6 @@ _PARAMWISE = {  # of DefaultOptimWrapperConstructor
 _CLIP = {'norm': clip_grad_norm_, 'value': clip_grad_value_}
 # The runner's methods that build nothing, and the section that they read.
 _READERS = {'set_randomness': 'randomness', 'setup_env': 'env_cfg', 'build_logger': 'log_level'}
-_BUILDER, _RUNNER = inspect.getfile(build_from_cfg), inspect.getfile(Runner)
 _UNKNOWN = re.compile(r'(\S+) is not in the .+ registry')
 _UNEXPECTED = re.compile(r"(?:unexpected keyword argument '|has no argument )(\w+)")
 
@@ -165,27 +164,13 @@ def explain_config(cfg: Config, constructing: bool = False) -> Iterator[None]:
     except (CheckpointError, HubError, ImportError, ConfigError):
         raise
     except Exception as error:
-        frame = _innermost(error.__traceback__)
-        if frame is None and not constructing:
+        built = find_built(error.__traceback__, _READERS)
+        if built is None and not constructing:
             raise
-        raise ConfigError(_explain(cfg, error, frame)) from error
+        raise ConfigError(_explain(cfg, error, *(built or (None, {})))) from error
 
 
-def _innermost(traceback: TracebackType | None) -> FrameType | None:
-    """Where mmengine was building the part that failed; a registry's build says more than the runner's."""
-    found = None
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        by_registry = code.co_filename == _BUILDER and 'registry' in traceback.tb_frame.f_locals
-        by_runner = code.co_name in _READERS or code.co_name.lstrip('_').startswith('build_')
-        if by_registry or (code.co_filename == _RUNNER and by_runner):
-            found = traceback.tb_frame
-        traceback = traceback.tb_next
-    return found
-
-
-def _explain(cfg: Config, error: Exception, frame: FrameType | None) -> str:
-    variables = {} if frame is None else frame.f_locals
+def _explain(cfg: Config, error: Exception, builder: str | None, variables: Mapping[str, Any]) -> str:
     part, cls, registry = variables.get('cfg'), variables.get('obj_cls'), variables.get('registry')
     unknown = _UNKNOWN.match(str(error.args[0])) if isinstance(error, KeyError) and error.args else None
     optimizer = ((cfg.get('optim_wrapper') or {}).get('optimizer') or {}).get('type')
@@ -204,9 +189,8 @@ def _explain(cfg: Config, error: Exception, frame: FrameType | None) -> str:
         near = _near(unexpected[1], _arguments(cls)) if beside else ''
         return f'{where}: {_say(error)}{near}' if where else _say(error)
     where = next((place for place, value in _items(cfg) if _same(value, part)), None)
-    if where is None and frame is not None and registry is None:
-        name = frame.f_code.co_name.lstrip('_')
-        where = _READERS.get(name) or _loader(cfg, variables.get('dataloader')) or name.removeprefix('build_')
+    if where is None and builder is not None and registry is None:
+        where = _READERS.get(builder) or _loader(cfg, variables.get('dataloader')) or builder.removeprefix('build_')
     return f'{where}: {_say(error)}' if where else _say(error)
 
 

@@ -1,6 +1,6 @@
 """Checkpoints as mmengine loads them: nothing that a file holds is run, and weights that do not fit are an error.
 
-Importing this module puts its loaders in the place of those of mmengine's ``CheckpointLoader``, which read a pickle
+The loaders take the place of those that mmengine's ``CheckpointLoader`` has under the same schemes, which read a pickle
 with all that it says where torch would not: for ``load_from``, ``init_cfg`` and resuming, from files and addresses.
 """
 
@@ -15,7 +15,6 @@ import torch
 from mmengine.dist import barrier, get_dist_info
 from mmengine.fileio import get_file_backend
 from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader, Runner, load_state_dict
 from mmengine.runner.checkpoint import (
@@ -28,6 +27,7 @@ from mmengine.runner.checkpoint import (
 from ...weights.files import CheckpointError, Inert, load_checkpoint, pick_state_dict, read_pickle
 from ...weights.hub import download
 from ...weights.names import is_timm_format, load_strictly, to_mmpretrain
+from .._internals import History, get_start
 
 __all__ = ['CheckpointFitHook', 'load_from_http', 'load_from_local', 'read_checkpoint']
 
@@ -35,7 +35,7 @@ __all__ = ['CheckpointFitHook', 'load_from_http', 'load_from_local', 'read_check
 # gave its module another name at 2.0, and a file may be of either side.
 _reconstruct, _scalar = (np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0])
 _MMENGINES = (
-    (HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
+    (History, History.NAME),
     (np.ndarray, 'numpy.ndarray'),
     (np.dtype, 'numpy.dtype'),
     *((type(np.dtype(code)), f'numpy.dtypes.{type(np.dtype(code)).__name__}') for code in '?bhilqBHILQefdFDSU'),
@@ -64,15 +64,11 @@ def read_checkpoint(path: Path, map_location: Any = None, source: str | None = N
     if path.suffix in ('.safetensors', '.caffemodel'):
         state_dict, checkpoint = load_checkpoint(path)[0], {}
     else:
-        # A history of logs also brings the functions that sum it up, for all of its class: those here are better.
-        functions = dict(HistoryBuffer()._statistics_methods)  # an instance registers mmengine's own
-        try:
-            checkpoint = read_pickle(path, map_location, _MMENGINES)
-        finally:
-            HistoryBuffer._statistics_methods.clear()
-            HistoryBuffer._statistics_methods.update(functions)
+        checkpoint = read_pickle(path, map_location, _MMENGINES)
         state_dict = pick_state_dict(checkpoint, where=f'{path}: ')
         checkpoint = {} if checkpoint is state_dict else dict(checkpoint)
+        if isinstance(checkpoint.get('message_hub'), Mapping):
+            checkpoint['message_hub'] = _with_histories(checkpoint['message_hub'], path)
     meta = checkpoint.get('meta')
     checkpoint['meta'] = dict(meta) if isinstance(meta, Mapping) else {}
     checkpoint['meta'].pop('config', None)  # a config of mmcv's days, which mmengine would run in resuming
@@ -82,6 +78,14 @@ def read_checkpoint(path: Path, map_location: Any = None, source: str | None = N
     checkpoint['state_dict'] = OrderedDict(state_dict)
     checkpoint['state_dict']._metadata = metadata
     return checkpoint
+
+
+def _with_histories(hub: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        logs = {k: v.build() if isinstance(v, History) else v for k, v in hub.get('log_scalars', {}).items()}
+    except (AttributeError, LookupError, TypeError, AssertionError) as error:
+        raise CheckpointError(f'{path}: holds a damaged history of logs: {error!r}') from error
+    return {**hub, 'log_scalars': OrderedDict(logs)}
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -168,7 +172,8 @@ class CheckpointFitHook(Hook):
         state_dict = checkpoint.get('state_dict', checkpoint)
         metadata = getattr(state_dict, '_metadata', OrderedDict())
         source = metadata.get('', {}).get('source', 'the checkpoint')
-        if runner._resume:
+        resume, _ = get_start(runner)
+        if resume:
             _require_training_state(checkpoint, source)
         elif self.leave_out:
             state_dict = self._without(state_dict, runner.model.state_dict(), source)
@@ -177,7 +182,7 @@ class CheckpointFitHook(Hook):
         # As the runner will once more, and with as little of a reason: it strips this prefix.
         weights = OrderedDict({re.sub(r'^module\.', '', name): tensor for name, tensor in state_dict.items()})
         weights._metadata = metadata
-        hint = '' if runner._resume else '; leave_out (of tools/train.py, --leave-out) names what is to stay new'
+        hint = '' if resume else '; leave_out (of tools/train.py, --leave-out) names what is to stay new'
         load_strictly(runner.model, weights, source, hint=hint, load=load_state_dict)
 
     def _without(

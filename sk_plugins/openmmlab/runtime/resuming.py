@@ -7,6 +7,7 @@ epoch and the sample's place in it. So neither depends on the process that draws
 """
 
 import contextlib
+import inspect
 import os
 import random
 import shutil
@@ -27,6 +28,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from ...weights.files import CheckpointError, read_pickle, write_atomically
+from .._internals import CheckpointSteps, get_start, set_start
 from .configs import ConfigError
 from .distributed import unwrap
 
@@ -276,7 +278,7 @@ class _Endless:
 
 
 @HOOKS.register_module()
-class ResumableCheckpointHook(CheckpointHook):
+class ResumableCheckpointHook(CheckpointSteps):
     """mmengine's ``CheckpointHook``, with its arguments, for runs that may be killed at any moment.
 
     - A file is whole or not there; ``last_checkpoint`` names one that is; what is outdated is removed when what
@@ -337,27 +339,27 @@ class ResumableCheckpointHook(CheckpointHook):
 
     def before_run(self, runner: Runner) -> None:
         # mmengine would take what `last_checkpoint` says, whole or not.
-        if not runner._resume or runner._load_from is not None:
+        if get_start(runner) != (True, None):
             return
         found: list[Any] = [None, []]
         if is_main_process():
             folder = () if self.out_dir is None else (Path(self.out_dir) / Path(runner.work_dir).name,)
             found = list(find_resumable(runner.work_dir, *folder))
         broadcast_object_list(found)
-        runner._load_from, passed_over = found
+        path, passed_over = found
         for line in passed_over:
             runner.logger.warning(f'Resuming: {line}; passed over')
-        if runner._load_from is None:
+        if path is None:
             broken = [line for line in passed_over if _BROKEN in line]
             if broken:
                 raise CheckpointError(
                     f'{runner.work_dir}: no checkpoint there can be gone on from: {"; ".join(broken)}; remove them to '
                     'start from the beginning, or name another work dir'
                 )
-            runner._resume, runner._load_from = False, self.start_from
             runner.logger.info(f'Resuming: no checkpoint in {runner.work_dir}; training starts from the beginning')
         elif passed_over:
-            runner.logger.warning(f'Resuming: from {runner._load_from}')
+            runner.logger.warning(f'Resuming: from {path}')
+        set_start(runner, path is not None, self.start_from if path is None else path)
 
     def before_train(self, runner: Runner) -> None:
         resumed = runner.iter > 0
@@ -416,11 +418,12 @@ class ResumableCheckpointHook(CheckpointHook):
         if sampler_seed is not None and hasattr(sampler, 'seed'):
             sampler.seed = sampler_seed  # the sampler was made before the checkpoint's seed was known
         endless = isinstance(loop, IterBasedTrainLoop)
-        if not isinstance(loader.batch_sampler, ResumableBatches):
-            # A DataLoader refuses another batch sampler when it is made, lest an iteration be under way: none is.
-            object.__setattr__(loader, 'batch_sampler', ResumableBatches(loader.batch_sampler, runner.seed, endless))
-        self._batches = loader.batch_sampler
-        self._batches.seed = runner.seed
+        if isinstance(loader.batch_sampler, ResumableBatches):  # train() for the second time
+            self._batches = loader.batch_sampler
+            self._batches.seed = runner.seed
+        else:
+            self._batches = ResumableBatches(loader.batch_sampler, runner.seed, endless)
+            loop.dataloader = loader = _with_batches(loader, self._batches)
         if endless:
             loop.dataloader_iterator = _Endless(loader)
 
@@ -457,12 +460,12 @@ class ResumableCheckpointHook(CheckpointHook):
         self._validated = runner.iter
         step = runner.epoch if self.by_epoch else runner.iter
         if self._saved is not None and self._saved == step:
-            self._save_checkpoint_with_step(runner, step, dict(epoch=runner.epoch, iter=runner.iter))
+            self.write_step(runner, step, dict(epoch=runner.epoch, iter=runner.iter))
         self._remove_outdated()
 
     # Files
 
-    def _save_best_checkpoint(self, runner: Runner, metrics: dict[str, Any]) -> None:
+    def write_best(self, runner: Runner, metrics: dict[str, Any]) -> None:
         if not hasattr(self, 'file_backend'):  # validation without training
             return
         for name in set(self.key_indicators) - {'auto', *metrics} if self.save_best else ():
@@ -473,11 +476,11 @@ class ResumableCheckpointHook(CheckpointHook):
         self.file_backend = _Keeper(backend, self.out_dir, self._outdated)
         self.last_ckpt = None  # it is not written again here but in `after_val`, when all hooks know of the metrics
         try:
-            super()._save_best_checkpoint(runner, metrics)
+            super().write_best(runner, metrics)
         finally:
             self.file_backend, self.last_ckpt = backend, last
 
-    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
+    def write_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         if self.max_keep_ckpts > 0 and step not in list(self.keep_ckpt_ids)[-1:]:
             if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
                 self._outdated.append(self.filename_tmpl.format(self.keep_ckpt_ids.popleft()))
@@ -515,6 +518,15 @@ class ResumableCheckpointHook(CheckpointHook):
                 self.file_backend.remove(path)
             elif self.file_backend.isdir(path):
                 self.file_backend.rmtree(path)
+
+
+def _with_batches(loader: DataLoader, batches: Sampler) -> DataLoader:
+    """The same DataLoader with another batch sampler, which it takes only when it is made."""
+    of_batches = {'batch_size', 'shuffle', 'sampler', 'drop_last', 'batch_sampler'}
+    names = [name for name in inspect.signature(DataLoader).parameters if hasattr(loader, name)]
+    return type(loader)(
+        **{name: getattr(loader, name) for name in names if name not in of_batches}, batch_sampler=batches
+    )
 
 
 def _sampler(loader: DataLoader) -> Any:

@@ -89,8 +89,10 @@ def _converted(norm: nn.SyncBatchNorm) -> SyncBatchNorm:
         device='meta',
     )
     # The tensors themselves: an optimizer may hold them.
-    converted._parameters.update(norm._parameters)
-    converted._buffers.update(norm._buffers)
+    for name, parameter in norm.named_parameters():
+        converted.register_parameter(name, parameter)
+    for name, buffer in norm.named_buffers():
+        converted.register_buffer(name, buffer)
     return converted.train(norm.training)
 
 

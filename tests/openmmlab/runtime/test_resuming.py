@@ -251,7 +251,8 @@ def test_an_unset_seed_is_the_checkpoints(tmp_path):
     resumed = make(tmp_path, resume=True, **_unseeded(options))
     resumed.train()
     for runner in (stopped, resumed):
-        seeds.append((runner.seed, runner.train_dataloader.sampler.seed, runner.train_dataloader.batch_sampler.seed))
+        batches = runner.train_dataloader.batch_sampler
+        seeds.append((runner.seed, batches.sampler.seed, batches.seed))
     assert seeds[0] == seeds[1]
     assert len(set(seeds[0])) == 1
 
