@@ -9,7 +9,6 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from . import zoo
-from ._arguments import is_integer
 from .networks import SKResNet, SKShuffleNetV2
 from .networks.resnet import count_stages
 from .weights import hub
@@ -22,12 +21,8 @@ __all__: list[str] = []
 def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
     spec = zoo.MODELS[variant]
     args = {'pretrained_filter_fn': _require_fit, **spec.arguments(**kwargs)}
-    num_maps = 5
     if spec.network is SKResNet:
-        num_maps = count_stages(args['layers']) + 1
-        args['feature_cfg'] = dict(out_indices=tuple(range(num_maps)))
-    if args.get('features_only'):
-        _check_out_indices(args.get('out_indices', 1), num_maps)
+        args['feature_cfg'] = dict(out_indices=tuple(range(count_stages(args['layers']) + 1)))
     if not pretrained:
         return build_model_with_cfg(spec.network, variant, False, **args)
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
@@ -55,16 +50,6 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
             ) from error
     with hub.explain_errors(cfg.hf_hub_id, kwargs.get('cache_dir'), cfg.hf_hub_filename or hub.WEIGHTS_NAME):
         return build_model_with_cfg(spec.network, variant, True, **args)
-
-
-def _check_out_indices(out_indices: Any, num_maps: int) -> None:
-    several = isinstance(out_indices, (list, tuple)) and len(out_indices) > 0
-    if several and all(is_integer(i, -num_maps, num_maps - 1) for i in out_indices):
-        return
-    if not is_integer(out_indices, 1, num_maps):
-        raise ValueError(
-            f'out_indices={out_indices!r} must be feature maps from 0 to {num_maps - 1}, or how many of the last ones'
-        )
 
 
 def _require_fit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

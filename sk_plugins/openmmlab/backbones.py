@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.models.utils import build_norm_layer
-from mmpretrain.registry import MODELS
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import networks, zoo
-from .._arguments import check_flags, check_integer, is_integer
+from .._arguments import check_flags, is_integer
 from ..networks.resnet import count_stages
 from ..weights.files import CheckpointError, HubError
 from ..weights.names import BACKBONE, require_fit
@@ -61,16 +60,12 @@ class Backbone(TimmNames):
             raise ValueError(f'out_indices={out_indices!r} must name no stage twice')
         if not is_integer(frozen_stages, -1, num_stages):
             raise ValueError(f'frozen_stages={frozen_stages!r} must be from -1 (none) to {num_stages}')
-        check_integer('in_channels', in_channels)
         check_flags(norm_eval=norm_eval, with_cp=with_cp, channels_last=channels_last)
         for name in ('num_classes', 'in_chans'):
             if name in spec_args:
                 ours = 'in_channels' if name == 'in_chans' else "the head's"
                 raise ValueError(f'{name}={spec_args[name]!r} is no argument of a backbone: it is {ours}')
         if norm_cfg is not None:
-            kind = norm_cfg.get('type') if isinstance(norm_cfg, dict) else None
-            if not isinstance(kind, str) or MODELS.get(kind) is None:
-                raise ValueError(f"norm_cfg={norm_cfg!r} must be a dict with the type of a norm, such as 'BN'")
             spec_args['norm_layer'] = lambda channels, **_: build_norm_layer(norm_cfg, channels)
         super().__init__(**spec_args, num_classes=0, in_chans=in_channels)
         del self.num_classes  # OpenMMLab's hooks compare it, in whatever module has it, with the data set's
