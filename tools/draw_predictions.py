@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from _common import add_common_arguments, build_runner, load_config, run
+from _common import add_common_arguments, load_config, run
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
@@ -23,6 +23,7 @@ from mmengine.config import Config
 from mmengine.structures import BaseDataElement
 from PIL import Image
 
+from sk_plugins.openmmlab.runtime.runner import build_runner
 from sk_plugins.weights import load_checkpoint
 from sk_plugins.weights.names import load_strictly
 

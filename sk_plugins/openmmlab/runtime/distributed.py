@@ -4,7 +4,9 @@ import datetime
 import os
 import time
 
+import torch
 import torch.distributed as dist
+from mmengine.config import Config, ConfigDict
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
@@ -14,7 +16,15 @@ from torch import nn
 
 from .sync_batchnorm import synchronise
 
-__all__ = ['CPUDistributedDataParallel', 'TotalBatchHook', 'init_gloo', 'is_lost_peer', 'unwrap', 'wait_for_agent']
+__all__ = [
+    'CPUDistributedDataParallel',
+    'TotalBatchHook',
+    'init_gloo',
+    'is_lost_peer',
+    'unwrap',
+    'use_gloo',
+    'wait_for_agent',
+]
 
 
 @MODEL_WRAPPERS.register_module()
@@ -82,6 +92,33 @@ def init_gloo(timeout: float | None = None) -> None:
         # addresses in it. On several nodes the numbers of restarts may differ, so that they are no common name.
         store = dist.PrefixStore(f'restart_{os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     dist.init_process_group('gloo', store=store, rank=rank, world_size=world_size, timeout=limit)
+
+
+def use_gloo(cfg: Config) -> None:
+    """Where a config has a launcher and there is no GPU, make the process group and name the wrapper for CPUs.
+
+    mmengine's own launcher calls CUDA whatever the backend, so on CPUs the group is made before the runner.
+
+    Raises:
+        ValueError: a launcher other than torchrun's, or no torchrun.
+    """
+    launcher = cfg.get('launcher', 'none')
+    if launcher == 'none' or torch.cuda.is_available():
+        return
+    if launcher != 'pytorch':
+        raise ValueError(f'launcher={launcher!r} needs GPUs; on CPUs use torchrun and --launcher pytorch')
+    missing = [name for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if missing:
+        raise ValueError(f"launcher='pytorch' needs torchrun, which sets {', '.join(missing)}: see tools/dist_train.sh")
+    if not dist.is_initialized():
+        init_gloo(cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout'))
+    if cfg.get('model_wrapper_cfg') is None:
+        cfg.model_wrapper_cfg = ConfigDict(
+            type='CPUDistributedDataParallel',
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
 
 
 def is_lost_peer(error: BaseException) -> bool:
