@@ -8,7 +8,6 @@ OpenMMLab stays as it is: loaders that run nothing, and training that survives, 
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -147,8 +146,8 @@ class SKShuffleNetV2(ShuffleNetBackbone):
     Args:
         widen_factor: 0.5, 1.0, 1.5 or 2.0.
         unit: 'sk', 'se' or 'plain'.
-        out_indices: stages whose outputs are returned, 0 to 3, none twice. The outputs come in the network's order,
-            as ResNet's do. Stages after them are neither run nor trained.
+        out_indices: stages whose outputs are returned, 0 to 3, none twice; the last where None. The outputs come in the
+            network's order, as ResNet's do. Stages after them are neither run nor trained.
         frozen_stages: stages whose parameters and BatchNorm statistics stay as they are: 0 the stem, 1 to 4 the
             stem and so many stages; -1 none.
         norm_eval: keep every BatchNorm in eval mode in training.
@@ -167,39 +166,12 @@ class SKShuffleNetV2(ShuffleNetBackbone):
         TypeError: an argument that the network does not have.
     """
 
-    def __init__(
-        self,
-        widen_factor: float = 1.0,
-        unit: str = 'sk',
-        out_indices: Sequence[int] = (3,),
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        output_stride: int = 32,
-        in_channels: int = 3,
-        norm_cfg: dict[str, Any] | None = None,
-        channels_last: bool = False,
-        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
-        **kwargs,
-    ) -> None:
-        factors = {
-            factor: zoo.find('SKShuffleNetV2', widen_factor=factor, unit='plain') for factor in (0.5, 1.0, 1.5, 2.0)
-        }
-        spec = _choose(widen_factor=(widen_factor, factors))
-        self._build(
-            spec.arguments(**kwargs, unit=unit, output_stride=output_stride),
-            out_indices=out_indices,
-            frozen_stages=frozen_stages,
-            norm_eval=norm_eval,
-            with_cp=with_cp,
-            in_channels=in_channels,
-            norm_cfg=norm_cfg,
-            channels_last=channels_last,
-            init_cfg=init_cfg,
-            num_stages=len(self.stages),
-        )
-        self.widen_factor = widen_factor
-        self.unit = unit
+    factors: dict[float, zoo.ModelSpec] = {
+        factor: zoo.find('SKShuffleNetV2', widen_factor=factor, unit='plain') for factor in (0.5, 1.0, 1.5, 2.0)
+    }
+
+    def __init__(self, widen_factor: float = 1.0, unit: str = 'sk', **kwargs) -> None:
+        super().__init__(_choose(widen_factor=(widen_factor, self.factors)), widen_factor, unit, **kwargs)
 
 
 @CheckpointLoader.register_scheme(prefixes='hf-hub:')

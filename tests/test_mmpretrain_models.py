@@ -511,7 +511,6 @@ class TestEveryBackbone:
             ('SKNet-29', dict(out_indices=(3,)), r'out_indices=\(3,\) must be a sequence of stages from 0 to 2'),
             ('SKNet-29', dict(frozen_stages=4), r'frozen_stages=4 must be from -1 \(none\) to 3'),
             ('SKShuffleNetV2', dict(out_indices=(4,)), r'out_indices=\(4,\) must be a sequence of stages from 0 to 3'),
-            ('SKShuffleNetV2', dict(out_indices=None), 'out_indices=None must be'),
             ('SKShuffleNetV2', dict(out_indices=[3, 0, 3]), r'out_indices=\[3, 0, 3\] must name no stage twice'),
             ('SKShuffleNetV2', dict(frozen_stages=5), r'frozen_stages=5 must be from -1 \(none\) to 4'),
             ('SKShuffleNetV2', dict(channels=(15, 32, 64)), r'channels=\(15, 32, 64\) must be three even integers'),

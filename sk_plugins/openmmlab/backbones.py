@@ -38,21 +38,22 @@ class Backbone(TimmNames):
     stages: tuple[str, ...]
     _sources: Sequence[str] = ()  # the checkpoints that init_cfg names, while they load
 
-    def _build(
+    def __init__(
         self,
-        spec_args: dict[str, Any],
-        out_indices: Sequence[int],
-        frozen_stages: int,
-        norm_eval: bool,
-        with_cp: bool,
-        in_channels: int,
-        norm_cfg: dict[str, Any] | None,
-        channels_last: bool,
-        init_cfg: dict[str, Any] | list[dict[str, Any]] | None,
+        arguments: dict[str, Any],
         num_stages: int,
+        out_indices: Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        in_channels: int = 3,
+        norm_cfg: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
-        """Check the arguments, run the network's constructor, and set what the other methods need."""
-        self._require_known(spec_args)
+        """``arguments`` are the network's own, and it has so many stages; the rest is OpenMMLab's."""
+        out_indices = (num_stages - 1,) if out_indices is None else out_indices
+        self._require_known(arguments)
         is_sequence = isinstance(out_indices, Sequence) and len(out_indices) > 0
         if not is_sequence or not all(is_integer(i, 0, num_stages - 1) for i in out_indices):
             raise ValueError(f'out_indices={out_indices!r} must be a sequence of stages from 0 to {num_stages - 1}')
@@ -62,12 +63,12 @@ class Backbone(TimmNames):
             raise ValueError(f'frozen_stages={frozen_stages!r} must be from -1 (none) to {num_stages}')
         check_flags(norm_eval=norm_eval, with_cp=with_cp, channels_last=channels_last)
         for name in ('num_classes', 'in_chans'):
-            if name in spec_args:
+            if name in arguments:
                 ours = 'in_channels' if name == 'in_chans' else "the head's"
-                raise ValueError(f'{name}={spec_args[name]!r} is no argument of a backbone: it is {ours}')
+                raise ValueError(f'{name}={arguments[name]!r} is no argument of a backbone: it is {ours}')
         if norm_cfg is not None:
-            spec_args['norm_layer'] = lambda channels, **_: build_norm_layer(norm_cfg, channels)
-        super().__init__(**spec_args, num_classes=0, in_chans=in_channels)
+            arguments['norm_layer'] = lambda channels, **_: build_norm_layer(norm_cfg, channels)
+        super().__init__(**arguments, num_classes=0, in_chans=in_channels)
         del self.num_classes  # OpenMMLab's hooks compare it, in whatever module has it, with the data set's
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
@@ -78,10 +79,10 @@ class Backbone(TimmNames):
             self.to(memory_format=torch.channels_last)
         self._freeze()
 
-    def _require_known(self, spec_args: dict[str, Any]) -> None:
+    def _require_known(self, arguments: dict[str, Any]) -> None:
         """Name arguments that the network would refuse one at a time, in timm's name."""
         known = {name for cls in self.network.__mro__ for name in inspect.signature(cls.__init__).parameters}
-        unknown = {k: v for k, v in spec_args.items() if k not in known - {'self', 'args', 'kwargs'}}
+        unknown = {k: v for k, v in arguments.items() if k not in known - {'self', 'args', 'kwargs'}}
         if unknown:
             raise TypeError(
                 f'{type(self).__name__} has no argument {", ".join(f"{k}={v!r}" for k, v in unknown.items())}: if a '
@@ -175,45 +176,25 @@ class Backbone(TimmNames):
         raise NotImplementedError
 
 
+def _split(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """OpenMMLab's arguments and the network's."""
+    names = inspect.signature(Backbone).parameters.keys() - {'arguments', 'num_stages'}
+    return {k: v for k, v in kwargs.items() if k in names}, {k: v for k, v in kwargs.items() if k not in names}
+
+
 class ResNetBackbone(Backbone, networks.SKResNet, BaseBackbone):
-    """The ResNets' part of the door: ``spec`` is the network, and ``kwargs`` override its arguments."""
+    """The ResNets' part of the door: ``spec`` is the network; ``kwargs`` override its arguments, or are OpenMMLab's."""
 
     network = networks.SKResNet
     stem = ('conv1', 'bn1', 'maxpool')
     stages = ('layer1', 'layer2', 'layer3', 'layer4')
 
-    def __init__(
-        self,
-        spec: zoo.ModelSpec,
-        depth: int | str,
-        out_indices: Sequence[int] | None = None,
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        drop_path_rate: float = 0.0,
-        output_stride: int = 32,
-        in_channels: int = 3,
-        norm_cfg: dict[str, Any] | None = None,
-        channels_last: bool = False,
-        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
-        **kwargs,
-    ) -> None:
+    def __init__(self, spec: zoo.ModelSpec, depth: int | str, **kwargs) -> None:
+        own, kwargs = _split(kwargs)
         if kwargs.get('unit', 'sk') != 'sk':  # what the row says of SK convolutions does not concern other units
             spec = replace(spec, args={k: v for k, v in spec.args.items() if k != 'sk_kwargs'})
-        args = spec.arguments(**kwargs)
-        num_stages = count_stages(args['layers'])
-        self._build(
-            {**args, 'output_stride': output_stride, 'drop_path_rate': drop_path_rate},
-            out_indices=(num_stages - 1,) if out_indices is None else out_indices,
-            frozen_stages=frozen_stages,
-            norm_eval=norm_eval,
-            with_cp=with_cp,
-            in_channels=in_channels,
-            norm_cfg=norm_cfg,
-            channels_last=channels_last,
-            init_cfg=init_cfg,
-            num_stages=num_stages,
-        )
+        arguments = spec.arguments(**kwargs)
+        super().__init__(arguments, count_stages(arguments['layers']), **own)
         self.depth = depth
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -231,6 +212,12 @@ class ShuffleNetBackbone(Backbone, networks.SKShuffleNetV2, BaseBackbone):
     network = networks.SKShuffleNetV2
     stem = ('conv1',)
     stages = ('stage2', 'stage3', 'stage4', 'conv5')
+
+    def __init__(self, spec: zoo.ModelSpec, widen_factor: float, unit: str, **kwargs) -> None:
+        own, kwargs = _split(kwargs)
+        super().__init__(spec.arguments(**kwargs, unit=unit), len(self.stages), **own)
+        self.widen_factor = widen_factor
+        self.unit = unit
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         # timm's feature maps begin with the stem and its pooling, and leave out the last convolution.
