@@ -1,5 +1,6 @@
 """What importing OpenMMLab's door, and the runtime, changes in mmengine, mmcv and mmpretrain: only registries."""
 
+import ast
 import json
 import os
 import subprocess
@@ -124,3 +125,22 @@ def test_a_change_would_be_seen(changes):
         {},
         ['mmengine.hook', 'mmengine.hooks.ema_hook.EMAHook.another', 'mmengine.hooks.ema_hook.EMAHook.before_run'],
     ]
+
+
+def test_private_names_stand_in_one_file():
+    """What begins with an underscore of anything but the object itself; torch's ``_metadata`` of a state dict apart."""
+    package = Path(sk_plugins.__file__).parent
+    found = {}
+    for path in [package / 'mmpretrain_models.py', *sorted((package / 'openmmlab').rglob('*.py'))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            imported = isinstance(node, ast.ImportFrom) and (node.module or '').startswith(('mmengine', 'mmpretrain'))
+            names = [alias.name for alias in node.names] if imported else []
+            if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == 'self'):
+                names = [node.attr]
+            private = {name for name in names if name.startswith('_') and not name.startswith('__')} - {'_metadata'}
+            if private:
+                found.setdefault(path.name, set()).update(private)
+    assert found == {
+        '_internals.py': {'_load_from', '_resume', '_save_best_checkpoint', '_save_checkpoint_with_step'},
+        'backbones.py': {'_load_from_state_dict'},  # super()'s, of nn.Module
+    }
