@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-import re
 
 import pytest
 
@@ -15,34 +14,24 @@ pytest.importorskip('mmpretrain')
 import safetensors.torch
 import timm
 import torch
-import torchvision
-from hub_server import FAULTS
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 from mmengine.runner import load_checkpoint as mmengine_load_checkpoint
 from mmpretrain.registry import MODELS
 from mmpretrain.utils import register_all_modules
-from randomised import randomise
+from weight_files import TINY, RunsCode, assert_identical, differ, saved
 
-from sk_plugins import mmpretrain_models, zoo
-from sk_plugins._resources import ROOT, find_config
+from sk_plugins._resources import find_config
 from sk_plugins.weights import (
     CheckpointError,
-    HubError,
     load_checkpoint,
-    load_partial,
     save_hub_folder,
     save_mmengine_checkpoint,
     save_state_dict,
     timm_arguments,
     to_mmpretrain,
-    to_timm,
 )
-from sk_plugins.weights.names import is_timm_format
-
-TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), cardinality=8, base_width=16, in_chans=1, small_stem=True)
-CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 
 
 @pytest.fixture(scope='module')
@@ -90,17 +79,6 @@ def plain_run(train):
 @pytest.fixture(scope='module')
 def ema_run(train):
     return train(ema=True)
-
-
-def assert_identical(got, expected):
-    assert list(got) == list(expected)
-    for name, tensor in expected.items():
-        assert got[name].dtype == tensor.dtype, name
-        assert torch.equal(got[name].cpu(), tensor.cpu()), name
-
-
-def differ(a, b):
-    return [name for name in a if not torch.equal(a[name].cpu(), b[name].cpu())]
 
 
 # Reading
@@ -182,16 +160,6 @@ def test_mmengine_checkpoint_with_ema(ema_run):
 # What is refused
 
 
-class RunsCode:
-    """Calls a function as it is unpickled."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
 def payloads(marker):
     return {
         'os.system': RunsCode(os.system, f'mkdir {marker}'),
@@ -240,12 +208,6 @@ def test_plain_pickle_runs_nothing(tmp_path):
     with pytest.raises(CheckpointError, match=r'model\.pth'):
         load_checkpoint(path)
     assert not marker.exists()
-
-
-def saved(checkpoint, **kwargs):
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer, **kwargs)
-    return buffer.getvalue()
 
 
 WEIGHTS = {'conv1.weight': torch.arange(108.0).reshape(4, 3, 3, 3), 'fc.bias': torch.zeros(5)}
@@ -333,187 +295,6 @@ def test_no_state_dict(tmp_path, checkpoint):
 def test_no_such_file(tmp_path, name):
     with pytest.raises(FileNotFoundError, match='no such checkpoint file'):
         load_checkpoint(tmp_path / name)
-
-
-# Renaming
-
-
-def test_round_trip_of_names(model):
-    timm_names = model.state_dict()
-    mm_names = to_mmpretrain(timm_names)
-    assert is_timm_format(timm_names)
-    assert not is_timm_format(mm_names)
-    assert {name.split('.')[0] for name in mm_names} == {'backbone', 'head'}
-    assert mm_names['head.fc.weight'] is timm_names['fc.weight']
-    assert_identical(to_timm(mm_names), timm_names)
-    assert_identical(to_timm(timm_names), timm_names)
-    assert_identical(to_mmpretrain(mm_names), mm_names)
-
-
-def test_to_timm_leaves_a_neck_out(model):
-    mm_names = to_mmpretrain(model.state_dict())
-    mm_names['neck.convs.0.weight'] = mm_names['head.mlp.weight'] = torch.zeros(1)
-    assert_identical(to_timm(mm_names), model.state_dict())
-
-
-@pytest.mark.parametrize('rename', [to_timm, to_mmpretrain])
-@pytest.mark.parametrize('prefix', ['', 'backbone.'])
-@pytest.mark.parametrize('name', ['vgg11', 'mobilenetv3_small_050', 'resnetv2_18'])
-def test_foreign_names(rename, prefix, name):
-    with torch.device('meta'):
-        foreign = {prefix + k: v for k, v in timm.create_model(name, num_classes=2).state_dict().items()}
-    assert not is_timm_format(foreign)
-    with pytest.raises(CheckpointError) as caught:
-        rename(foreign)
-    assert str(caught.value) == (
-        "no 'layer1.0.conv2.paths.0.conv.weight' and no 'stage2.0.branch1.0.weight', with 'backbone.' before them or "
-        f'without, among its {len(foreign)} names ({", ".join(list(foreign)[:3])}, ...): expected the names of timm or '
-        'of mmpretrain'
-    )
-
-
-# Partial loading
-
-
-@pytest.fixture(scope='module')
-def torchvisions():
-    """torchvision's ShuffleNetV2, whose names ours are, as training could leave it."""
-    torch.manual_seed(0)
-    return randomise(torchvision.models.shufflenet_v2_x0_5())
-
-
-def names_of(state_dict):
-    return {name for name in state_dict if not name.endswith('num_batches_tracked')}
-
-
-@pytest.mark.parametrize(
-    ('unit', 'counts'), [('plain', (282, 0, 0)), ('se', (282, 64, 0)), ('sk', (217, 208, 65))], ids=str
-)
-@pytest.mark.parametrize('factor', ['x0_5', 'x1_0'])
-def test_load_partial_of_torchvisions(torchvisions, factor, unit, counts):
-    tv = torchvisions if factor == 'x0_5' else torchvision.models.shufflenet_v2_x1_0()
-    model = timm.create_model(f'{"" if unit == "plain" else unit}shufflenetv2_{factor}')
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    report = load_partial(model, tv.state_dict())
-    assert (len(report.loaded), len(report.initialised), len(report.unused)) == counts
-    after, given = model.state_dict(), tv.state_dict()
-    assert {*report.loaded, *report.initialised} == names_of(after)
-    assert {*report.loaded, *report.unused} == names_of(given)
-    assert all(torch.equal(after[name], given[name]) for name in report.loaded)
-    assert all(torch.equal(after[name], before[name]) for name in report.initialised)
-    assert not any(torch.equal(given[name], before[name]) for name in report.loaded if name.endswith('conv1.0.weight'))
-    # Every tensor of the SK convolutions and of squeeze-and-excitation, and nothing else.
-    assert all('.branch2.3.' in name or '.branch2.8.' in name for name in report.initialised)
-    assert all(name.split('.')[3] in ('3', '4') for name in report.unused)
-
-
-def test_report_of_load_partial(torchvisions):
-    report = load_partial(timm.create_model('skshufflenetv2_x0_5'), torchvisions.state_dict())
-    assert str(report).splitlines() == [
-        'loaded 217 of 425 tensors',
-        'left as initialised: 208 tensors (stage2.1.branch2.3.attn.bn.bias, stage2.1.branch2.3.attn.bn.running_mean, '
-        'stage2.1.branch2.3.attn.bn.running_var, stage2.1.branch2.3.attn.bn.weight, '
-        'stage2.1.branch2.3.attn.fc_reduce.weight, stage2.1.branch2.3.attn.fc_select.weight and 202 more)',
-        'not used: 65 tensors (stage2.1.branch2.3.weight, stage2.1.branch2.4.bias, stage2.1.branch2.4.running_mean, '
-        'stage2.1.branch2.4.running_var, stage2.1.branch2.4.weight, stage2.2.branch2.3.weight and 59 more)',
-    ]
-    report = load_partial(timm.create_model('shufflenetv2_x0_5'), torchvisions.state_dict())
-    assert str(report) == 'loaded 282 of 282 tensors\nleft as initialised: none\nnot used: none'
-
-
-def test_load_partial_leaves_another_classifier(torchvisions):
-    model = timm.create_model('shufflenetv2_x0_5', num_classes=10)
-    before = model.fc.weight.clone()
-    report = load_partial(model, torchvisions.state_dict())
-    assert report.initialised == report.unused == ('fc.weight', 'fc.bias')
-    assert torch.equal(model.fc.weight, before)
-    assert str(report).splitlines()[1] == 'left as initialised: 2 tensors (fc.bias, fc.weight)'
-
-
-SOURCES = ['dict', 'mmpretrain dict', 'file', 'path', 'mmengine file', 'safetensors', 'hf-hub', 'http']
-
-
-@pytest.mark.parametrize('kind', SOURCES)
-def test_sources_of_load_partial(hub, tmp_path, torchvisions, kind):
-    weights = torchvisions.state_dict()
-    source = {
-        'dict': weights,
-        'mmpretrain dict': to_mmpretrain(weights),
-        'file': str(tmp_path / 'tv.pth'),
-        'path': tmp_path / 'tv.pth',
-        'mmengine file': tmp_path / 'mm.pth',
-        'safetensors': tmp_path / 'tv.safetensors',
-        'hf-hub': 'hf-hub:me/tv',
-        'http': f'{hub.url}/me/tv/resolve/main/tv.pth',
-    }[kind]
-    save_state_dict(weights, tmp_path / 'tv.pth')
-    save_state_dict(weights, tmp_path / 'tv.safetensors')
-    save_mmengine_checkpoint(weights, tmp_path / 'mm.pth')
-    files = {'tv.pth': 'tv.pth', 'model.safetensors': 'tv.safetensors'}
-    hub.add('me/tv', {name: (tmp_path / file).read_bytes() for name, file in files.items()})
-    model = timm.create_model('shufflenetv2_x0_5')
-    report = load_partial(model, source)
-    assert (len(report.loaded), report.initialised, report.unused) == (282, (), ())
-    assert not differ(weights, model.state_dict())
-
-
-def test_load_partial_into_a_backbone_of_openmmlab(torchvisions):
-    backbone = MODELS.build(dict(type='SKShuffleNetV2', widen_factor=0.5, unit='se'))
-    report = load_partial(backbone, torchvisions.state_dict())
-    assert (len(report.loaded), len(report.initialised), report.unused) == (280, 64, ('fc.weight', 'fc.bias'))
-
-
-@pytest.mark.parametrize(
-    ('source', 'error', 'said'),
-    [
-        ({}, CheckpointError, 'holds no state dict of tensors'),
-        ({'conv1.0.weight': torch.zeros(1)}, CheckpointError, 'state dict: none of its 1 tensors fits SKShuffleNetV2'),
-        ('FOLDER/vgg.pth', CheckpointError, r'vgg\.pth: none of its \d+ tensors fits SKShuffleNetV2'),
-        ('FOLDER/gone.pth', FileNotFoundError, r'gone\.pth: no such checkpoint file'),
-        ('FOLDER/text.pth', CheckpointError, r'text\.pth: cannot be read as weights'),
-        ('FOLDER/text.safetensors', CheckpointError, r'text\.safetensors: not a safetensors file'),
-        ('hf-hub:me/gone', HubError, 'me/gone: repository not found'),
-        ('hf-hub:gone', ValueError, "'gone' must be OWNER/NAME"),
-        ('HUB/me/x/resolve/main/gone.pth', CheckpointError, r'^http://127.*gone\.pth: cannot be downloaded: .*404'),
-        ('HUB/me/x/resolve/main/text.pth', CheckpointError, r'^http://127.*text\.pth: cannot be read as weights: '),
-        ('http://127.0.0.1:9/x.pth', CheckpointError, r'x\.pth: cannot be downloaded: .*refused'),
-    ],
-    ids=str,
-)
-def test_load_partial_of_what_cannot_be_loaded(hub, tmp_path, source, error, said):
-    (tmp_path / 'text.pth').write_text('no weights')
-    (tmp_path / 'text.safetensors').write_text('no weights')
-    torch.save({'features.0.weight': torch.zeros(8, 3, 3, 3)}, tmp_path / 'vgg.pth')
-    hub.add('me/x', {'text.pth': b'no weights'})
-    if isinstance(source, str):
-        source = source.replace('FOLDER', str(tmp_path)).replace('HUB', hub.url)
-    model = timm.create_model('shufflenetv2_x0_5')
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(error, match=said):
-        load_partial(model, source)
-    assert not differ(before, model.state_dict())
-
-
-def test_load_partial_after_a_broken_download(hub, tmp_path, monkeypatch, torchvisions):
-    """What came of the first try is not what the second finds."""
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    monkeypatch.setattr(torch.hub, '_hub_dir', None)
-    hub.add('me/x', {'tv.pth': saved(torchvisions.state_dict())})
-    source = f'{hub.url}/me/x/resolve/main/tv.pth'
-    model = timm.create_model('shufflenetv2_x0_5')
-    hub.faults['me/x'] = FAULTS['truncated']
-    with pytest.raises(CheckpointError, match=r'tv\.pth: not a file of torch\.save, or a damaged one: '):
-        load_partial(model, source)
-    assert [path for path in tmp_path.rglob('*.pth') if path.is_file()] == []
-    hub.faults.clear()
-    assert len(load_partial(model, source).loaded) == 282
-
-
-def test_load_partial_runs_nothing(hub, tmp_path):
-    hub.add('me/x', {'evil.pth': saved(RunsCode(os.mkdir, str(tmp_path / 'marker')))})
-    with pytest.raises(CheckpointError, match=r'evil\.pth: '):
-        load_partial(timm.create_model('shufflenetv2_x0_5'), f'{hub.url}/me/x/resolve/main/evil.pth')
-    assert not (tmp_path / 'marker').exists()
 
 
 # Writing
@@ -698,198 +479,11 @@ def test_hub_folder_back_to_mmengine(hub_folder, ema_run, tmp_path):
     assert_identical(classifier.state_dict(), expected)
 
 
-# Configs in timm's terms
-
-
-@pytest.mark.parametrize('name', CONFIGS)
-def test_timm_arguments_of_each_config(name):
-    register_all_modules()
-    cfg = Config.fromfile(find_config(name))
-    architecture, args, data = timm_arguments(cfg)
-    json.dumps([args, data])
-    assert args['num_classes'] == cfg.data_preprocessor.num_classes
-    # That a row's network is the same at both doors test_mmpretrain_models.py shows.
-    if args != dict(in_chans=3, num_classes=args['num_classes']):
-        with torch.device('meta'):
-            model = timm.create_model(architecture, **args)
-            classifier = MODELS.build(cfg.model)
-        expected = to_timm(classifier.state_dict())
-        assert len(expected) == len(classifier.state_dict())
-        assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in expected.items()}
-    assert [255 * v for v in data['mean']] == pytest.approx(cfg.data_preprocessor.mean)
-    assert [255 * v for v in data['std']] == pytest.approx(cfg.data_preprocessor.std)
-
-
-def test_preprocessing_of_the_recipe():
-    _, args, data = timm_arguments(Config.fromfile(find_config('sknet50_in1k')))
-    assert args == dict(in_chans=3, num_classes=1000)
-    cfg = timm.get_pretrained_cfg('sknet50')
-    assert data['input_size'] == cfg.input_size
-    assert data['crop_pct'] == cfg.crop_pct
-    assert data['interpolation'] == cfg.interpolation
-    assert data['mean'] == pytest.approx(cfg.mean)
-    assert data['std'] == pytest.approx(cfg.std)
-
-
-def test_timm_arguments_drop_what_only_openmmlab_has():
-    backbone = dict(type='mmpretrain.SKNet', depth=101, frozen_stages=1, norm_eval=True, with_cp=True, in_channels=4)
-    backbone.update(out_indices=(0, 3), init_cfg=dict(type='Pretrained', checkpoint='x'), drop_path_rate=0.1)
-    with torch.device('meta'):
-        assert isinstance(MODELS.build({**backbone, 'init_cfg': None}), mmpretrain_models.SKNet)
-    architecture, args, data = timm_arguments(dict(model=dict(backbone=backbone)))
-    assert architecture == 'sknet101'
-    assert args == dict(in_chans=4, num_classes=0, drop_path_rate=0.1)
-    assert data == {}
-
-
-@pytest.mark.parametrize('scope', ['', 'mmpretrain.'])
-@pytest.mark.parametrize('spec', zoo.MODELS.values(), ids=zoo.MODELS.keys())
-def test_timm_arguments_of_every_network(spec, scope):
-    kind, args = spec.openmmlab
-    model = dict(backbone=dict(type=scope + kind, **args), head=dict(num_classes=spec.num_classes))
-    assert timm_arguments(dict(model=model)) == (
-        spec.name,
-        dict(in_chans=3, num_classes=spec.num_classes),
-        {},
-    )
-
-
-@pytest.mark.parametrize(
-    ('backbone', 'architecture', 'args'),
-    [
-        (dict(type='SKNet', depth=50, unit='se'), 'sknet50', dict(unit='se')),
-        (dict(type='SKNet', depth=29, unit='sk'), 'sknet29_16x32d', dict(unit='sk')),
-        (dict(type='SKNet', depth=29, unit='se', drop_path_rate=0.1), 'seresnext29_16x32d', dict(drop_path_rate=0.1)),
-        (dict(type='SKResNeXt', depth=101), 'skresnext101_32x4d', {}),
-        (dict(type='SKResNeXt', depth=101, groups=64), 'skresnext101_64x4d', {}),
-        (dict(type='SKResNeXt', depth=101, width_per_group=8), 'skresnext101_32x8d', {}),
-        (
-            dict(type='SKResNeXt', depth=101, groups=16, width_per_group=4),
-            'sknet50',
-            dict(layers=[3, 4, 23, 3], cardinality=16, base_width=4),
-        ),
-        (dict(type='SKResNeXt', depth=152), 'sknet50', dict(layers=[3, 8, 36, 3])),
-        (dict(type='SKResNeXt', depth=50, unit='plain'), 'sknet50', dict(layers=[3, 4, 6, 3], unit='plain')),
-        (dict(type='SKResNet', depth=18, split_input=True), 'skresnet18', {}),
-        (dict(type='SKResNet', depth='50d', drop_path_rate=0.1), 'skresnet50d', dict(drop_path_rate=0.1)),
-        (dict(type='SKShuffleNetV2'), 'skshufflenetv2_x1_0', {}),
-        (dict(type='SKShuffleNetV2', widen_factor=2, unit='se'), 'seshufflenetv2_x2_0', {}),
-        (
-            dict(type='SKShuffleNetV2', widen_factor=0.5, unit='sk', sk_kwargs=dict(kernel_sizes=(3, 5, 7))),
-            'skshufflenetv2_x0_5',
-            dict(sk_kwargs=dict(kernel_sizes=[3, 5, 7])),
-        ),
-    ],
-    ids=str,
-)
-def test_timm_arguments(backbone, architecture, args):
-    """And timm's model with them takes the backbone's weights, strictly."""
-    got = timm_arguments(dict(model=dict(backbone=backbone)))
-    assert got == (architecture, dict(in_chans=3, num_classes=0, **args), {})
-    with torch.device('meta'):
-        model = timm.create_model(got[0], **got[1])
-        expected = MODELS.build(backbone)
-    assert [(k, v.shape) for k, v in model.state_dict().items()] == [
-        (k, v.shape) for k, v in expected.state_dict().items()
-    ]
-
-
-SHUFFLE = dict(channels=(16, 32, 64), head_channels=64, layers=(2, 2, 2))
-SMALL = dict(channels=(16, 32, 64), cardinality=8, base_width=16)
-
-
-@pytest.mark.parametrize(
-    ('backbone', 'features'),
-    [
-        (dict(type='SKNet', depth=29, in_channels=1, **SMALL), 256),
-        (dict(type='SKNet', depth=29, unit='plain', **SMALL), 256),
-        (dict(type='SKResNeXt', depth=26, groups=8, width_per_group=16, channels=(16, 32, 64, 128)), 512),
-        (dict(type='SKResNet', depth=18, channels=(16, 32, 64, 128)), 128),
-        (dict(type='SKShuffleNetV2', norm_cfg=dict(type='SyncBN'), **SHUFFLE), 64),
-        (dict(type='SKShuffleNetV2', widen_factor=0.5, unit='plain', **SHUFFLE), 64),
-    ],
-    ids=str,
-)
-def test_hub_folder_of_every_class(tmp_path, backbone, features):
-    """From a classifier of mmpretrain's to a Hub folder, and by timm from there."""
-    head = dict(type='LinearClsHead', num_classes=10, in_channels=features, topk=(1,))
-    model = dict(type='ImageClassifier', backbone=backbone, neck=dict(type='GlobalAveragePooling'), head=head)
-    classifier = randomise(MODELS.build(model))
-    architecture, args, data_config = timm_arguments(dict(model=model))
-    save_hub_folder(classifier.state_dict(), tmp_path / 'hub', architecture, args, data_config)
-    restored = timm.create_model(f'local-dir:{tmp_path / "hub"}', pretrained=True).eval()
-    assert_identical(to_mmpretrain(restored.state_dict()), classifier.state_dict())
-    images = torch.randn(2, args['in_chans'], 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with torch.no_grad():
-        expected, got = classifier.double()(images), restored.double()(images)
-    assert expected.shape == got.shape == (2, 10)
-    assert expected.std() > 1e-3
-    assert (expected - got).abs().max() < 1e-9
-
-
-@pytest.mark.parametrize(
-    'backbone',
-    [
-        dict(type='VGG', depth=11),
-        dict(type='ResNet', depth=50),
-        dict(type='mmpretrain.ShuffleNetV2', widen_factor=1.0),
-        dict(type='SKNet', depth=34),
-        dict(type='SKNet'),
-        dict(type='SKResNeXt', depth=29),
-        dict(type='SKResNet', depth=101),
-        dict(type='SKShuffleNetV2', widen_factor=3.0),
-        dict(type='SKShuffleNetV2', unit='cbam'),
-        dict(depth=50),
-    ],
-    ids=str,
-)
-def test_timm_arguments_of_another_network(backbone):
-    args = {k: v for k, v in backbone.items() if k != 'type'}
-    kind = str(backbone.get('type')).removeprefix('mmpretrain.')
-    message = f'model.backbone={args} of type {kind!r} is not a network of this project'
-    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
-        timm_arguments(dict(model=dict(backbone=backbone)))
-
-
-@pytest.mark.parametrize(
-    'args',
-    [
-        dict(split_input=False),
-        dict(sk_kwargs=dict(kernel_sizes=(3, 7))),
-        dict(small_stem=True),
-        dict(unit='plain'),
-        dict(block='bottleneck'),
-    ],
-    ids=str,
-)
-def test_what_timms_own_networks_cannot_be_is_refused(args):
-    backbone = dict(type='SKResNet', depth=18, **args)
-    message = f'model.backbone={backbone} is not what timm calls skresnet18'
-    with pytest.raises(ValueError, match=f'^{re.escape(message)}$'):
-        timm_arguments(dict(model=dict(backbone=backbone)))
-
-
-@pytest.mark.parametrize('norm_cfg', [dict(type='GN', num_groups=4), dict(type='BN', eps=0.1)])
-def test_norms_that_timm_arguments_cannot_say_are_refused(norm_cfg):
-    model = dict(backbone=dict(type='SKNet', depth=26, norm_cfg=norm_cfg))
-    with pytest.raises(ValueError, match=r'norm_cfg=.* is not plain BatchNorm'):
-        timm_arguments(dict(model=model))
-
-
 def test_a_folder_is_not_replaced_by_a_file(tmp_path):
     for save in (save_state_dict, save_mmengine_checkpoint):
         with pytest.raises(FileExistsError, match='is a folder; name a file'):
             save({'layer1.0.conv2.weight': torch.zeros(1)}, tmp_path)
     assert tmp_path.is_dir()
-
-
-@pytest.mark.parametrize('wrap', [lambda sd: {'state_dict': sd}, lambda sd: {f'module.{k}': v for k, v in sd.items()}])
-def test_load_partial_takes_what_training_scripts_save(wrap):
-    network = timm.create_model('skshufflenetv2_x0_5')
-    given = {'conv1.0.weight': torch.ones_like(network.conv1[0].weight)}
-    report = load_partial(network, wrap(given))
-    assert report.loaded == ('conv1.0.weight',)
-    assert (network.conv1[0].weight == 1).all()
 
 
 @pytest.mark.parametrize('name', ['out.safetensors', 'out.pth'])
@@ -924,28 +518,6 @@ def test_a_flipped_bit_is_seen(tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     assert torch.equal(load_checkpoint(path)[0]['layer1.weight'], weights)
-
-
-@pytest.mark.parametrize(
-    ('spoil', 'said'),
-    [
-        (lambda t: t.long(), r'of torch\.int64'),
-        (lambda t: t > 0, r'of torch\.bool'),
-        (lambda t: t.cfloat(), r'of torch\.complex64'),
-        (lambda t: t.to_sparse(), 'sparse, quantised or nested'),
-        (lambda t: t.to('meta'), 'without data'),
-    ],
-    ids=['integers', 'booleans', 'complex', 'sparse', 'meta'],
-)
-def test_a_partial_load_that_fails_changes_nothing(spoil, said):
-    shape = dict(layers=(1, 1, 1), channels=(4, 4, 4), cardinality=2, base_width=32)
-    model, other = (timm.create_model('sknet26', **shape) for _ in range(2))
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    weights = {**other.state_dict(), 'fc.bias': spoil(other.fc.bias.detach())}
-    with pytest.raises(CheckpointError, match=rf'fc\.bias is {said}'):
-        load_partial(model, weights)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert not torch.equal(other.conv1.weight, model.conv1.weight)
 
 
 @pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
