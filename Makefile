@@ -39,11 +39,11 @@ test-slow: $(VENV)/.installed
 
 # A run that is killed 24 times and ends as if it had never been.
 test-kill: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/reliability/test_kill_and_resume.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/openmmlab/runtime/test_kill_and_resume.py
 
 # All slow proofs of docs/reliability.md.
 test-reliability: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow tests/reliability
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow tests/openmmlab/runtime
 
 # Arguments and checkpoints drawn at random, some 500 a test.
 fuzz: $(VENV)/.installed
@@ -51,15 +51,15 @@ fuzz: $(VENV)/.installed
 
 # The OpenMMLab side on mmengine, mmcv and mmpretrain themselves, which cannot be installed beside their continuation.
 test-openmmlab: $(OPENMMLAB_VENV)/.installed
-	OMP_NUM_THREADS=1 $(OPENMMLAB_VENV)/bin/python $(PYTEST) tests/test_mmpretrain_models.py tests/test_mmpretrain_datasets.py \
-		tests/test_checkpoints.py tests/test_foreign.py tests/tools tests/configs
+	OMP_NUM_THREADS=1 $(OPENMMLAB_VENV)/bin/python $(PYTEST) tests/test_mmpretrain_models.py tests/openmmlab/test_datasets.py \
+		tests/weights/test_files.py tests/weights/test_names.py tests/weights/test_convert.py tests/tools tests/configs
 
 det: $(DET_VENV)/.installed
 
 test-det: $(DET_VENV)/.installed
 	OMP_NUM_THREADS=1 $(DET_VENV)/bin/python $(PYTEST) tests/configs/test_detection.py tests/tools/test_benchmark_detection.py \
 		tests/tools/test_frameworks.py tests/configs/test_scenes.py tests/tools/test_prepare_scenes.py \
-		tests/tools/test_draw_predictions.py tests/test_folding.py::test_mmdet
+		tests/tools/test_draw_predictions.py tests/test_fuse.py::test_mmdet
 
 # The figures of results/scenes, shortened: half an hour on one core.
 test-scenes: $(DET_VENV)/.installed

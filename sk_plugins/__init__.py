@@ -1,10 +1,11 @@
 """Selective Kernel Networks for timm and OpenMMLab. Importing this package registers its models in timm."""
 
 from . import timm_models as timm_models
-from .folding import fuse
+from .fuse import fold_batch_norm
+from .fuse import fold_batch_norm as fuse  # its former name; import statements find the file all the same
 from .layers import SelectiveKernel
 from .networks import SKResNet
 
 __version__ = '0.1.0'
 
-__all__ = ['SKResNet', 'SelectiveKernel', '__version__', 'fuse']
+__all__ = ['SKResNet', 'SelectiveKernel', '__version__', 'fold_batch_norm', 'fuse']

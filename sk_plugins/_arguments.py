@@ -1,33 +1,26 @@
-"""Checks of arguments, with errors that name the argument, its value and what is right."""
+"""Checks of the project's own arguments, with errors that name the argument, its value and what is right."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
-from timm.layers import get_act_layer, get_norm_layer
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = [
     'MOST_CHANNELS',
-    'activation',
     'check_choice',
     'check_dtype',
     'check_flags',
     'check_integer',
     'check_integers',
     'check_layers',
-    'check_pool',
-    'check_rate',
     'check_sk_kwargs',
-    'find_fault',
     'is_integer',
-    'norm',
 ]
 
 MOST_CHANNELS = 2**20  # twice as many, and the weights of one convolution could be more than torch can count
-POOLS = tuple(fast + kind for fast in ('', 'fast') for kind in ('avg', 'max', 'avgmax', 'catavgmax'))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FACTORIES = (FunctionType, functools.partial)
 
@@ -64,11 +57,6 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(map(repr, choices))}')
 
 
-def check_rate(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ValueError(f'{name}={value!r} must be a number from 0 to 1')
-
-
 def check_dtype(dtype: Any) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f'dtype={dtype!r} must be one of {", ".join(map(str, DTYPES))}')
@@ -100,38 +88,3 @@ def check_sk_kwargs(sk_kwargs: Any, unit: str) -> None:
     for name in networks_own:
         if name in sk_kwargs:
             raise ValueError(f'sk_kwargs={sk_kwargs!r} has {name}, which the network itself sets')
-
-
-def check_pool(global_pool: Any, num_classes: int) -> None:
-    if global_pool != '' or num_classes > 0:
-        check_choice('global_pool', global_pool, (*POOLS, '') if num_classes == 0 else POOLS)
-
-
-def find_fault(tensor: Tensor, wanted: Tensor | None = None) -> str | None:
-    """What keeps a tensor from being a network's weight, or the one it is ``wanted`` for, besides its shape."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        return 'sparse, quantised or nested'
-    if tensor.is_meta:
-        return 'without data'
-    floating = True if wanted is None else wanted.is_floating_point()
-    return None if tensor.is_floating_point() == floating and not tensor.is_complex() else f'of {tensor.dtype}'
-
-
-def activation(act_layer: Any) -> Callable[..., nn.Module]:
-    """The class that timm has under a name; other classes as they are."""
-    return _layer('act_layer', act_layer, get_act_layer)
-
-
-def norm(norm_layer: Any) -> Callable[..., nn.Module]:
-    """The class that timm has under a name; other classes as they are."""
-    return _layer('norm_layer', norm_layer, get_norm_layer)
-
-
-def _layer(name: str, layer: Any, named: Callable[[Any], Any]) -> Callable[..., nn.Module]:
-    try:
-        found = named(layer) if isinstance(layer, str) or is_layer(layer) else None
-    except KeyError:
-        found = None
-    if not is_layer(found):
-        raise ValueError(f"{name}={layer!r} must be a class of layers, or timm's name of one")
-    return found

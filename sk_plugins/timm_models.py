@@ -6,27 +6,23 @@ from typing import Any
 
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
-from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
-from . import hub, zoo
-from ._arguments import find_fault, is_integer
-from .checkpoints import CheckpointError, load_checkpoint
+from . import zoo
 from .networks import SKResNet, SKShuffleNetV2
 from .networks.resnet import count_stages
+from .weights import hub
+from .weights.files import CheckpointError, first_lines, load_checkpoint
+from .weights.names import require_fit
 
 __all__: list[str] = []
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
     spec = zoo.MODELS[variant]
-    args = {'pretrained_filter_fn': _require_same_names, **spec.arguments(**kwargs)}
-    num_maps = 5
+    args = {'pretrained_filter_fn': _require_fit, **spec.arguments(**kwargs)}
     if spec.network is SKResNet:
-        num_maps = count_stages(args['layers']) + 1
-        args['feature_cfg'] = dict(out_indices=tuple(range(num_maps)))
-    if args.get('features_only'):
-        _check_out_indices(args.get('out_indices', 1), num_maps)
+        args['feature_cfg'] = dict(out_indices=tuple(range(count_stages(args['layers']) + 1)))
     if not pretrained:
         return build_model_with_cfg(spec.network, variant, False, **args)
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
@@ -35,49 +31,37 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
             f'{variant} has no published weights (pretrained=True); these models have: {", ".join(zoo.with_weights())}'
         )
     if cfg.hf_hub_id is None or cfg.file or cfg.state_dict:
+        where = cfg.file or cfg.url or 'state_dict'
         try:
-            if cfg.file and not cfg.state_dict and not Path(cfg.file).is_dir():  # a Hub folder is timm's to read
-                # Any checkpoint's, and only tensors of it that are whole.
-                overlay = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'state_dict': load_checkpoint(cfg.file)[0]}
-                model = build_model_with_cfg(spec.network, variant, True, **{**args, 'pretrained_cfg_overlay': overlay})
-                model.pretrained_cfg.pop('state_dict')  # or it would stay in memory
-                return model
-            if cfg.url and not (cfg.file or cfg.state_dict):
-                # timm would leave a damaged download in the cache; where the name holds a hash, this does not.
-                download_cached_file(cfg.url, check_hash=True, cache_dir=kwargs.get('cache_dir'))
-            return build_model_with_cfg(spec.network, variant, True, **args)
+            if cfg.state_dict or (cfg.file and Path(cfg.file).is_dir()):  # a Hub folder is timm's to read
+                return build_model_with_cfg(spec.network, variant, True, **args)
+            # Any checkpoint's, and only tensors of it that are whole; of a damaged download timm would keep the file.
+            if cfg.file:
+                state_dict, _ = load_checkpoint(cfg.file)
+            else:
+                state_dict, _ = hub.download(cfg.url, load_checkpoint, kwargs.get('cache_dir'))
+            overlay = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'state_dict': state_dict}
+            model = build_model_with_cfg(spec.network, variant, True, **{**args, 'pretrained_cfg_overlay': overlay})
+            model.pretrained_cfg.pop('state_dict')  # or it would stay in memory
+            return model
         except (RuntimeError, CheckpointError, SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
-            where = cfg.file or cfg.url or 'state_dict'
-            raise RuntimeError(f'{variant}: the weights of {where} cannot be loaded: {hub.shorten(error)}') from error
+            raise RuntimeError(
+                f'{variant}: the weights of {where} cannot be loaded: {first_lines(error, width=400)}'
+            ) from error
     with hub.explain_errors(cfg.hf_hub_id, kwargs.get('cache_dir'), cfg.hf_hub_filename or hub.WEIGHTS_NAME):
         return build_model_with_cfg(spec.network, variant, True, **args)
 
 
-def _check_out_indices(out_indices: Any, num_maps: int) -> None:
-    several = isinstance(out_indices, (list, tuple)) and len(out_indices) > 0
-    if several and all(is_integer(i, -num_maps, num_maps - 1) for i in out_indices):
-        return
-    if not is_integer(out_indices, 1, num_maps):
-        raise ValueError(
-            f'out_indices={out_indices!r} must be feature maps from 0 to {num_maps - 1}, or how many of the last ones'
-        )
-
-
-def _require_same_names(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _require_fit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm loads loosely where the classifier is replaced, and would leave layers that don't match at random."""
     wanted, given = (
-        {name for name in names if not name.startswith('fc.') and not name.endswith('num_batches_tracked')}
-        for names in (model.state_dict(), state_dict)
+        {name: tensor for name, tensor in tensors.items() if not name.startswith('fc.')}
+        for tensors in (model.state_dict(), state_dict)
     )
-    own = model.state_dict()
-    for name in wanted & given:
-        if fault := find_fault(state_dict[name], own[name]):
-            raise RuntimeError(f'{name} is {fault}')
-    differ = {'missing': wanted - given, 'unexpected': given - wanted}
-    if wanted != given:
-        raise RuntimeError(
-            ', '.join(f'{len(names)} tensors {what} (such as {min(names)})' for what, names in differ.items() if names)
-        )
+    first = f'{model.pretrained_cfg.get("first_conv")}.weight'  # which timm adapts to in_chans
+    if {first} <= given.keys() & wanted.keys():
+        wanted[first] = wanted[first].new_empty(given[first].shape)
+    require_fit(given, wanted, None, 'this network')
     return state_dict
 
 

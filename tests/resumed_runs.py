@@ -1,4 +1,4 @@
-"""Runs that are stopped or killed, and the comparison of their ends: for tests/reliability."""
+"""Runs that are stopped or killed, and the comparison of their ends: for tests/openmmlab/runtime."""
 
 import contextlib
 import importlib

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sk_plugins.layers import SelectiveKernel
-from sk_plugins.reliability.sync_batchnorm import SyncBatchNorm, synchronise
+from sk_plugins.openmmlab.runtime.sync_batchnorm import SyncBatchNorm, synchronise
 
 DEFAULTS = dict(shape=(7, 6, 4, 5), shares=(5, 2), mean=0.0, dtype='float64', training=True, layer=False, kwargs={})
 CASES = {

@@ -16,7 +16,7 @@ from hub_server import HubServer
 from safetensors.torch import save
 
 import sk_plugins
-from sk_plugins.checkpoints import load_checkpoint
+from sk_plugins.weights import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

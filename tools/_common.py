@@ -5,25 +5,20 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from _errors import fail
-from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import RUNNERS, DefaultScope
-from mmengine.runner import Runner
+from mmengine.config import Config, DictAction
 from mmengine.utils import import_modules_from_strings
 
 from sk_plugins._resources import find_config
-from sk_plugins.checkpoints import CheckpointError
-from sk_plugins.hub import HubError
-from sk_plugins.reliability.configs import check_hooks, check_keys, check_sections, explain_config, explain_parsing
-from sk_plugins.reliability.distributed import TotalBatchHook, init_gloo, is_lost_peer, wait_for_agent
-from sk_plugins.reliability.images import skip_unreadable
-from sk_plugins.reliability.loading import CheckpointFitHook
+from sk_plugins.openmmlab.runtime.configs import (
+    check_sections,
+    explain_parsing,
+)
+from sk_plugins.openmmlab.runtime.distributed import is_lost_peer, wait_for_agent
+from sk_plugins.weights import CheckpointError, HubError
 
 # What a config of another scope than mmpretrain's needs, and what installs it.
 FRAMEWORKS = {
@@ -64,6 +59,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_config(args: argparse.Namespace) -> Config:
     """The config with the common arguments merged in."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = find_config(args.config)
     cfg = read_config(path, args.cfg_options)
     cfg.launcher = args.launcher
@@ -103,54 +99,6 @@ def read_config(path: Path, options: dict | None = None) -> Config:
         message = f'{path} needs {missing[0]}, which is not installed: {FRAMEWORKS[missing[0]]}'
         raise ModuleNotFoundError(message, name=missing[0]) from error
     return cfg
-
-
-def build_runner(cfg: Config, local_rank: int = 0, leave_out: Sequence[str] = ()) -> Runner:
-    """mmengine's runner for a config; with a launcher, in a process group that also works without a GPU.
-
-    Its data sets of image files skip, or stop at, those that cannot be read: ``unreadable_images`` in the config.
-    What it loads must fit the model, but for the tensors whose names begin as ``leave_out`` says.
-
-    Raises:
-        ConfigError: the config cannot be built.
-    """
-    os.environ.setdefault('LOCAL_RANK', str(local_rank))
-    if cfg.launcher != 'none' and not torch.cuda.is_available():
-        _init_gloo(cfg)
-    check_keys(cfg)
-    own = deepcopy(cfg)
-    skip_unreadable(cfg)
-    with explain_config(own, constructing=True):
-        if 'runner_type' in cfg:
-            with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-                runner = RUNNERS.build(cfg)
-        else:
-            runner = Runner.from_cfg(cfg)
-    # What is written into the work dir and into checkpoints can be read as the config that it comes from.
-    runner.cfg = own
-    runner.dump_config()
-    check_hooks(runner)
-    runner.register_hook(CheckpointFitHook(leave_out))
-    runner.register_hook(TotalBatchHook())
-    return runner
-
-
-def _init_gloo(cfg: Config) -> None:
-    """mmengine's own launcher calls CUDA whatever the backend, so on CPUs the group is made before the runner."""
-    if cfg.launcher != 'pytorch':
-        raise ValueError(f'launcher={cfg.launcher!r} needs GPUs; on CPUs use torchrun and --launcher pytorch')
-    missing = [name for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
-    if missing:
-        raise ValueError(f"launcher='pytorch' needs torchrun, which sets {', '.join(missing)}: see tools/dist_train.sh")
-    if not dist.is_initialized():
-        init_gloo(cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout'))
-    if cfg.get('model_wrapper_cfg') is None:
-        cfg.model_wrapper_cfg = ConfigDict(
-            type='CPUDistributedDataParallel',
-            device_ids=None,
-            broadcast_buffers=False,
-            find_unused_parameters=cfg.get('find_unused_parameters', False),
-        )
 
 
 def run(main) -> None:

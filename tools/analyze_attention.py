@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from sk_plugins.analysis import ImageStream, record, study
 from sk_plugins.analysis.study import typical_units
-from sk_plugins.hub import HubError, shorten
+from sk_plugins.weights import HubError
+from sk_plugins.weights.files import first_lines
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     try:
         model = model.to(args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'--device {args.device}: {shorten(error)}') from error
+        raise ValueError(f'--device {args.device}: {first_lines(error)}') from error
     args.out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(images), unit='image', desc=args.model) as bar:
 

@@ -20,7 +20,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
-from sk_plugins.mmpretrain_datasets import Digits
+from sk_plugins.openmmlab.datasets import Digits
 
 
 def classify(folder: Path, images: list) -> Tensor:

@@ -9,8 +9,8 @@ python tools/convert_checkpoint.py someone_elses_sknet50.pth sknet50.safetensors
 safetensors or by another ending with torch.save) or mmengine (a checkpoint); where it is not given, it is hub with
 --config, else the ending of OUT says which: none, .safetensors, or another.
 
-CHECKPOINT may also be another project's (sk_plugins.foreign says whose): it is recognised, put under our names, and
-what it was recognised as is printed with the network that it belongs to.
+CHECKPOINT may also be another project's (sk_plugins.weights.convert says whose): it is recognised, put under our
+names, and what it was recognised as is printed with the network that it belongs to.
 """
 
 import argparse
@@ -19,9 +19,20 @@ from pathlib import Path
 from _common import run
 from mmengine.config import Config
 
-from sk_plugins import checkpoints, foreign
 from sk_plugins._resources import find_config
 from sk_plugins.networks import SKResNet
+from sk_plugins.weights import (
+    CheckpointError,
+    load_checkpoint,
+    recognise_foreign,
+    save_hub_folder,
+    save_mmengine_checkpoint,
+    save_state_dict,
+    timm_arguments,
+    to_timm,
+)
+from sk_plugins.weights.convert import Foreign, is_foreign
+from sk_plugins.weights.names import is_own
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,21 +55,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def convert(checkpoint: Path, out: Path, to: str, config: str | None = None, use_ema: bool = True) -> None:
     """Convert ``checkpoint`` to ``out``; ``to`` is 'hub', 'timm' or 'mmengine'. Errors as in ``checkpoints``."""
-    state_dict, meta = checkpoints.load_checkpoint(checkpoint, use_ema=use_ema)
+    state_dict, meta = load_checkpoint(checkpoint, use_ema=use_ema)
     classes = (meta.get('dataset_meta') or {}).get('classes')
     try:
-        if foreign.is_foreign(state_dict) or not checkpoints.is_own(state_dict):
-            convert_foreign(checkpoints.recognise_foreign(state_dict), out, to, config)
+        if is_foreign(state_dict) or not is_own(state_dict):
+            convert_foreign(recognise_foreign(state_dict), out, to, config)
             return
         if to == 'hub' and config is None:
-            raise checkpoints.CheckpointError('a Hub folder needs --config, the config that it was trained with')
+            raise CheckpointError('a Hub folder needs --config, the config that it was trained with')
         if to == 'timm':
-            checkpoints.save_state_dict(checkpoints.to_timm(state_dict), out)
+            save_state_dict(to_timm(state_dict), out)
         elif to == 'mmengine':
-            checkpoints.save_mmengine_checkpoint(state_dict, out, meta)
+            save_mmengine_checkpoint(state_dict, out, meta)
         else:
-            architecture, model_args, data_config = checkpoints.timm_arguments(Config.fromfile(find_config(config)))
-            checkpoints.save_hub_folder(
+            architecture, model_args, data_config = timm_arguments(Config.fromfile(find_config(config)))
+            save_hub_folder(
                 state_dict,
                 out,
                 architecture,
@@ -67,18 +78,18 @@ def convert(checkpoint: Path, out: Path, to: str, config: str | None = None, use
                 label_names=list(classes) if classes else None,
                 description=f'{architecture} trained with the config {Path(config).stem} of sk-plugins.',
             )
-    except checkpoints.CheckpointError as error:
-        raise checkpoints.CheckpointError(f'{checkpoint}: {error}') from error
+    except CheckpointError as error:
+        raise CheckpointError(f'{checkpoint}: {error}') from error
 
 
-def convert_foreign(found: foreign.Foreign, out: Path, to: str, config: str | None = None) -> None:
+def convert_foreign(found: Foreign, out: Path, to: str, config: str | None = None) -> None:
     """Write another project's network to ``out``, and print what it is. Errors as in ``checkpoints``."""
     if found.network is not SKResNet:
-        raise checkpoints.CheckpointError(
-            f'recognised as {found.origin}, which is no network: sk_plugins.checkpoints.load_foreign builds it'
+        raise CheckpointError(
+            f'recognised as {found.origin}, which is no network: sk_plugins.weights.load_foreign builds it'
         )
     if config is not None:
-        raise checkpoints.CheckpointError(f'recognised as {found.origin}, which no --config of this project describes')
+        raise CheckpointError(f'recognised as {found.origin}, which no --config of this project describes')
     try:
         architecture, model_args = found.timm_model()
         words = ''.join(f', {name}={value!r}' for name, value in model_args.items())
@@ -88,15 +99,15 @@ def convert_foreign(found: foreign.Foreign, out: Path, to: str, config: str | No
             network = f'backbone=dict({words})'
     except ValueError as error:
         if to == 'hub':
-            raise checkpoints.CheckpointError(f'{error}; sk_plugins.checkpoints.load_foreign builds it') from error
-        network = f'sk_plugins.checkpoints.load_foreign, for it is no registered model ({error})'
+            raise CheckpointError(f'{error}; sk_plugins.weights.load_foreign builds it') from error
+        network = f'sk_plugins.weights.load_foreign, for it is no registered model ({error})'
     if to == 'timm':
-        checkpoints.save_state_dict(found.state_dict, out)
+        save_state_dict(found.state_dict, out)
     elif to == 'mmengine':
-        checkpoints.save_mmengine_checkpoint(found.state_dict, out)
+        save_mmengine_checkpoint(found.state_dict, out)
     else:
         description = f'{architecture} with the weights of {found.origin}.'
-        checkpoints.save_hub_folder(found.state_dict, out, architecture, model_args, description=description)
+        save_hub_folder(found.state_dict, out, architecture, model_args, description=description)
     print('\n'.join([f'recognised as {found.origin}', *found.notes, f'its network: {network}']))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from _common import add_common_arguments, build_runner, load_config, run
+from _common import add_common_arguments, load_config, run
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
@@ -23,8 +23,9 @@ from mmengine.config import Config
 from mmengine.structures import BaseDataElement
 from PIL import Image
 
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint
-from sk_plugins.hub import shorten
+from sk_plugins.openmmlab.runtime.runner import build_runner
+from sk_plugins.weights import load_checkpoint
+from sk_plugins.weights.names import load_strictly
 
 CELL = 2.2  # inches
 KINDS = ('pred_instances', 'pred_sem_seg')
@@ -41,10 +42,7 @@ def predict(cfg: Config, checkpoint: str, count: int) -> tuple[list[dict[str, An
     state_dict, _ = load_checkpoint(checkpoint)
     cfg.load_from = None
     runner = build_runner(cfg)
-    try:
-        runner.model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise CheckpointError(f'{checkpoint}: {shorten(error)}') from error
+    load_strictly(runner.model, state_dict, checkpoint)
     runner.model.eval()
     loader = runner.build_dataloader(cfg.test_dataloader)
     samples = []

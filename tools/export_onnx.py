@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +23,12 @@ import torch
 from _errors import run
 from torch import Tensor, nn
 
-from sk_plugins import fuse
+from sk_plugins import fold_batch_norm
 from sk_plugins._resources import find_config
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint, timm_arguments, to_timm
-from sk_plugins.hub import HubError, explain_errors, load_state_dict, shorten
+from sk_plugins.weights import HubError, load_checkpoint, timm_arguments, to_timm
+from sk_plugins.weights.files import first_lines, write_atomically
+from sk_plugins.weights.hub import explain_errors, load_state_dict
+from sk_plugins.weights.names import load_strictly
 
 TOLERANCE = 1e-4
 
@@ -95,12 +96,9 @@ def build(name: str, checkpoint: str | None = None, pretrained: bool = False) ->
     except HubError:
         raise
     except RuntimeError as error:
-        raise ValueError(f'{name}: {shorten(error)}') from error
+        raise ValueError(f'{name}: {first_lines(error)}') from error
     if state_dict is not None:
-        try:
-            model.load_state_dict(state_dict)
-        except RuntimeError as error:
-            raise CheckpointError(f'{checkpoint}: its weights do not fit {name}: {shorten(error)}') from error
+        load_strictly(model, state_dict, checkpoint, name)
     elif not pretrained and not from_folder:
         print(f'{name}: random weights, for want of --checkpoint or --pretrained', file=sys.stderr)
     return model.eval(), {**timm.data.resolve_model_data_config(model), **preprocessing}
@@ -175,15 +173,10 @@ def export(
     program.model.metadata_props.update(
         {name: value if isinstance(value, str) else json.dumps(value) for name, value in (metadata or {}).items()}
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f'.{out.name}.part')
-    try:
-        program.save(part)
+    with write_atomically(out) as partial:
+        program.save(partial)
         if reference is not None:
-            check(reference, part, _shapes(input_size, dynamic))
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+            check(reference, partial, _shapes(input_size, dynamic))
 
 
 def _shapes(input_size: tuple[int, int, int], dynamic: bool) -> Iterator[tuple[int, int, int, int]]:
@@ -223,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     input_size = (channels, *((args.size, args.size) if args.size else size))
     names = ('mean', 'std', 'interpolation', 'crop_pct')
     export(
-        fuse(model) if args.fuse else model,
+        fold_batch_norm(model) if args.fuse else model,
         args.out,
         input_size,
         dynamic=args.dynamic,

@@ -7,12 +7,13 @@ python tools/prepare_fashion_mnist.py
 import argparse
 import gzip
 import math
-import os
 import struct
 import zlib
 from pathlib import Path
 
 from _common import run
+
+from sk_plugins.weights.files import write_atomically
 
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')
 # Magic number, images and, for images, their sides.
@@ -41,15 +42,11 @@ def prepare(source: Path, out: Path) -> list[Path]:
             f'Ubuntu), or train with a network connection and mmpretrain downloads them'
         )
     contents = {name: _unpack(source / name, header) for name, header in HEADERS.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, data in contents.items():
-        target = out / name.removesuffix('.gz')
-        part = target.with_suffix('.part')
-        part.write_bytes(data)
-        os.replace(part, target)
-        written.append(target)
-    return written
+    written = {out / name.removesuffix('.gz'): data for name, data in contents.items()}
+    for path, data in written.items():
+        with write_atomically(path) as partial:
+            partial.write_bytes(data)
+    return list(written)
 
 
 def _unpack(path: Path, header: tuple[int, ...]) -> bytes:

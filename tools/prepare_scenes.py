@@ -16,8 +16,6 @@ classes, 0 to 9, in annotations/garments_{train,val}.txt.
 import argparse
 import importlib.util
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +28,8 @@ from mmpretrain.datasets import FashionMNIST
 from numpy.random import Generator
 from PIL import Image
 from scipy.ndimage import binary_fill_holes
+
+from sk_plugins.weights.files import write_atomically
 
 # By their names in skimage.data, or in sklearn.datasets where they end in .jpg: those that need no download. The held
 # out ones are free of conditions (public domain, CC0), so that pictures of predictions can be shown.
@@ -237,12 +237,9 @@ def prepare(out: Path, garments: Path, train: int, val: int, size: int, seed: in
         raise ModuleNotFoundError(f"scenes need {', '.join(missing)}: pip install 'sk-plugins[scenes]'")
     if out.exists():
         raise FileExistsError(f'--out {out}: is there already; remove it, or name another folder')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}-') as part:
-        folder = Path(part) / out.name
+    with write_atomically(out, folder=True) as folder:
         for split, count in (('train', train), ('val', val)):
             write_split(folder, split, count, garments, size, seed)
-        os.rename(folder, out)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,15 +11,16 @@ from copy import deepcopy
 from pathlib import Path
 
 import mmengine
-from _common import add_common_arguments, build_runner, load_config, run
+from _common import add_common_arguments, load_config, run
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.evaluator import DumpResults
 from mmengine.runner import CheckpointLoader, Runner, load_state_dict
 
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint
-from sk_plugins.hub import HubError, shorten
-from sk_plugins.reliability.configs import explain_config
+from sk_plugins.openmmlab.runtime.configs import explain_config
+from sk_plugins.openmmlab.runtime.runner import build_runner
+from sk_plugins.weights import load_checkpoint
+from sk_plugins.weights.names import load_strictly
 
 # How mmdet and mmpretrain merge the predictions of augmented copies where the config does not say.
 TTA_MODELS = {
@@ -168,12 +169,7 @@ def load_weights(runner: Runner, checkpoint: str) -> None:
         state_dict = loaded.get('state_dict', loaded)
     else:
         raise FileNotFoundError(f'{checkpoint}: no such checkpoint file')
-    try:
-        load_state_dict(runner.model, state_dict, strict=True)
-    except HubError:
-        raise
-    except RuntimeError as error:
-        raise CheckpointError(f'{checkpoint}: {shorten(error)}') from error
+    load_strictly(runner.model, state_dict, checkpoint, load=load_state_dict)
 
 
 def dump_metric(cfg: Config) -> type[DumpResults]:
@@ -187,7 +183,7 @@ def dump_metric(cfg: Config) -> type[DumpResults]:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
-    runner = build_runner(merge_args(load_config(args), args), args.local_rank)
+    runner = build_runner(merge_args(load_config(args), args))
     load_weights(runner, args.checkpoint)
     if args.out is not None and args.out.suffix == '.pkl':
         runner.test_evaluator.metrics.append(dump_metric(runner.cfg)(out_file_path=str(args.out)))

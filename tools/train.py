@@ -7,14 +7,15 @@ python tools/train.py sknet_digits --work-dir work_dirs/digits --resume
 import argparse
 from pathlib import Path
 
-from _common import add_common_arguments, build_runner, load_config, run
+from _common import add_common_arguments, load_config, run
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint
-from sk_plugins.reliability.configs import explain_config
-from sk_plugins.reliability.losses import watch_losses
-from sk_plugins.reliability.resuming import make_resumable
+from sk_plugins.openmmlab.runtime.configs import explain_config
+from sk_plugins.openmmlab.runtime.losses import watch_losses
+from sk_plugins.openmmlab.runtime.resuming import make_resumable
+from sk_plugins.openmmlab.runtime.runner import build_runner
+from sk_plugins.weights import CheckpointError, load_checkpoint
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = make_resumable(merge_args(cfg, args), start_from if args.resume == 'auto' else None)
     require_amp_device(cfg, args)
     watch_losses(cfg)
-    runner = build_runner(cfg, args.local_rank, args.leave_out)
+    runner = build_runner(cfg, args.leave_out)
     with explain_config(runner.cfg):
         runner.train()
 

@@ -1,8 +1,8 @@
 """Figures of an :class:`~sk_plugins.analysis.AttentionStudy` after the paper's Fig. 3 and 4, and its numbers as CSV."""
 
+import contextlib
 import csv
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 
+from ..weights.files import write_atomically
 from .study import AttentionStudy, typical_units
 
 __all__ = ['draw_channels', 'draw_classes', 'draw_depth', 'draw_field', 'write']
@@ -284,20 +285,18 @@ def write(
         figures['receptive_field'] = draw_field(study)
         tables['receptive_field'] = _field_rows(study)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.part-') as part:
+    names = [f'{name}.{kind}' for name in figures for kind in ('png', 'svg')] + [f'{name}.csv' for name in tables]
+    with contextlib.ExitStack() as stack:
+        partial = {name: stack.enter_context(write_atomically(folder / name)) for name in names}
         for name, figure in figures.items():
             with matplotlib.rc_context(_STYLE):
-                figure.savefig(Path(part, f'{name}.png'), dpi=150)
-                figure.savefig(Path(part, f'{name}.svg'), metadata={'Date': None})
+                figure.savefig(partial[f'{name}.png'], dpi=150)
+                figure.savefig(partial[f'{name}.svg'], metadata={'Date': None})
         for name, rows in tables.items():
-            _write_csv(Path(part, f'{name}.csv'), rows)
-        names = sorted(os.listdir(part))
-        for name in names:
-            os.replace(Path(part, name), folder / name)
+            _write_csv(partial[f'{name}.csv'], rows)
     for name in _FILES - set(names):
         (folder / name).unlink(missing_ok=True)
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(names)]
 
 
 def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:

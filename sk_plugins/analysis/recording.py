@@ -203,7 +203,7 @@ def record(model: nn.Module, units: Sequence[str] | None = None) -> Recording:
 
     Args:
         model: anything that holds SK units (:func:`sk_units`): a network of timm or OpenMMLab, a detector, wrapped
-            for distributed training, compiled, or fused by :func:`sk_plugins.fuse`.
+            for distributed training, compiled, or fused by :func:`sk_plugins.fold_batch_norm`.
         units: names of the units to record; all where None.
 
     Raises:

@@ -77,7 +77,7 @@ def log_attention(
             ...
 
     A step is a forward of the model in training mode with gradients on. Between the steps that are written nothing is
-    recorded. The same in mmengine is :class:`~sk_plugins.mmpretrain_hooks.SKAttentionHook`.
+    recorded. The same in mmengine is :class:`~sk_plugins.openmmlab.hooks.SKAttentionHook`.
 
     Args:
         model: what the loop calls; where it is compiled or distributed, what ``torch.compile`` or the wrapper gave.

@@ -5,7 +5,7 @@ come from there. This file adds the units, the paper's initialisation and a stem
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,19 +15,7 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from .._arguments import (
-    MOST_CHANNELS,
-    activation,
-    check_choice,
-    check_dtype,
-    check_flags,
-    check_integer,
-    check_integers,
-    check_pool,
-    check_rate,
-    check_sk_kwargs,
-    norm,
-)
+from .._arguments import MOST_CHANNELS, check_choice, check_flags, check_integer, check_integers, check_sk_kwargs
 from ..layers import ConvBNAct, SelectiveKernel, SelectiveKernelAttention
 from ..ops import Fusable, convolve, norm_act, register
 
@@ -276,7 +264,8 @@ class SKResNet(ResNet):
             ``act_layer``, ``norm_layer``, ``drop_rate``, ``drop_path_rate``, ``block_args``, ...
 
     Raises:
-        ValueError: an argument out of its range; the message names it, its value and what is right.
+        ValueError: an argument out of its range; the message names it, its value and what is right. What timm's
+            ``ResNet`` says of its own arguments is timm's.
     """
 
     def __init__(
@@ -315,13 +304,9 @@ class SKResNet(ResNet):
         bottleneck = issubclass(block, (SKBottleneck, Bottleneck))
         # A unit's width is base_width / 64 * planes * cardinality.
         check_integer('base_width', base_width, least=math.ceil(64 / min(channels)) if bottleneck else 1)
-        if type(output_stride) is not int or output_stride not in (8, 16, 32):
-            raise ValueError(f'output_stride={output_stride!r} must be 8, 16 or 32')
-        check_flags(small_stem=small_stem, zero_init_last=zero_init_last)
-        _check_timms(kwargs)
+        check_flags(small_stem=small_stem)
         if bottleneck:
-            groups = 1 if unit == 'sk' else cardinality  # an SK convolution looks after its own
-            _check_widths(channels, base_width, cardinality, groups, kwargs.get('block_reduce_first', 1))
+            _check_widths(channels, base_width, cardinality)
         block_args = {**(kwargs.pop('block_args', None) or {})}
         if sk_kwargs:
             block_args['sk_kwargs'] = {**block_args.get('sk_kwargs', {}), **sk_kwargs}
@@ -393,44 +378,15 @@ def count_stages(layers: Sequence[int]) -> int:
     return len(layers)
 
 
-def _check_timms(kwargs: dict[str, Any]) -> None:
-    """Those of the arguments of timm's ``ResNet`` that it would take unseen, or refuse by an assertion."""
-    least = dict(in_chans=1, num_classes=0, stem_width=1, block_reduce_first=1, down_kernel_size=1)
-    for name in kwargs.keys() & least.keys():
-        check_integer(name, kwargs[name], least[name])
-    if kwargs.get('down_kernel_size', 1) % 2 == 0:
-        raise ValueError(f'down_kernel_size={kwargs["down_kernel_size"]!r} must be odd')
-    for name in kwargs.keys() & {'drop_rate', 'drop_path_rate', 'drop_block_rate'}:
-        check_rate(name, kwargs[name])
-    check_flags(**{name: kwargs[name] for name in kwargs.keys() & {'avg_down', 'replace_stem_pool'}})
-    check_choice('stem_type', kwargs.get('stem_type', ''), ('', 'deep', 'deep_tiered'))
-    if kwargs.get('stem_type') == 'deep_tiered' and kwargs.get('stem_width', 64) < 4:
-        raise ValueError(f"stem_width={kwargs['stem_width']!r} must be at least 4 where stem_type='deep_tiered'")
-    check_pool(kwargs.get('global_pool', 'avg'), kwargs.get('num_classes', 1000))
-    activation(kwargs.get('act_layer', nn.ReLU))
-    norm(kwargs.get('norm_layer', nn.BatchNorm2d))
-    aa_layer = kwargs.get('aa_layer')
-    if aa_layer is not None and not _is_module_class(aa_layer):
-        raise ValueError(f'{aa_layer=} must be a class of layers')
-    if not isinstance(kwargs.get('block_args'), (type(None), Mapping)):
-        raise ValueError(f'block_args={kwargs["block_args"]!r} must be a dict of arguments by name')
-    check_dtype(kwargs.get('dtype'))
-
-
 def _is_module_class(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, nn.Module)
 
 
-def _check_widths(channels: Sequence[int], base_width: int, cardinality: int, groups: int, reduce_first: int) -> None:
+def _check_widths(channels: Sequence[int], base_width: int, cardinality: int) -> None:
     for planes in channels:
         width = int(planes * (base_width / 64)) * cardinality
         if width > MOST_CHANNELS:
             raise ValueError(
                 f'{cardinality=} and {base_width=} give the unit of {planes} planes {width} channels: at most '
                 f'{MOST_CHANNELS}'
-            )
-        if (width // reduce_first) % groups or width < reduce_first:
-            raise ValueError(
-                f'block_reduce_first={reduce_first!r} leaves the unit of {width} channels {width // reduce_first}, '
-                f'where it needs a multiple of {groups}'
             )

@@ -10,22 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import SqueezeExcite, create_classifier
+from timm.layers import SqueezeExcite, create_classifier, get_act_layer, get_norm_layer
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .._arguments import (
-    activation,
-    check_choice,
-    check_dtype,
-    check_integer,
-    check_integers,
-    check_pool,
-    check_rate,
-    check_sk_kwargs,
-    norm,
-)
+from .._arguments import check_choice, check_integer, check_integers, check_sk_kwargs
 from ..layers import SelectiveKernel, SelectiveKernelAttention
 from .resnet import MOST_UNITS, UNITS
 
@@ -135,7 +125,8 @@ class SKShuffleNetV2(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: an argument out of its range; the message names it, its value and what is right.
+        ValueError: an argument out of its range; the message names it, its value and what is right. timm and torch say
+            what is wrong with layers, pooling and the classifier.
     """
 
     def __init__(
@@ -160,18 +151,14 @@ class SKShuffleNetV2(nn.Module):
         check_integers('channels', channels, (3,), 'three even integers, one for each stage', step=2)
         what = f'three integers of at least 1 and at most {MOST_UNITS}, one for each stage'
         check_integers('layers', layers, (3,), what, most=MOST_UNITS)
-        for name, value in (('stem_channels', stem_channels), ('head_channels', head_channels), ('in_chans', in_chans)):
+        for name, value in (('stem_channels', stem_channels), ('head_channels', head_channels)):
             check_integer(name, value)
-        check_integer('num_classes', num_classes, least=0)
         check_choice('unit', unit, UNITS)
         check_sk_kwargs(sk_kwargs, unit)
         if type(output_stride) is not int or output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride={output_stride!r} must be 8, 16 or 32')
-        check_rate('drop_rate', drop_rate)
-        check_pool(global_pool, num_classes)
-        check_dtype(dtype)
         dd = {'device': device, 'dtype': dtype}
-        act_layer, norm_layer = activation(act_layer), norm(norm_layer)
+        act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate

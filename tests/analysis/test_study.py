@@ -13,7 +13,7 @@ from PIL import Image
 from randomised import randomise
 from torch import nn
 
-from sk_plugins import SelectiveKernel, SKResNet, fuse
+from sk_plugins import SelectiveKernel, SKResNet, fold_batch_norm
 from sk_plugins.analysis import ImageStream, enlarge, receptive_field, sk_units, study
 from sk_plugins.analysis.images import Batch
 from sk_plugins.analysis.study import ReceptiveField, typical_units
@@ -87,7 +87,7 @@ def test_a_network_that_always_picks_5x5(folder, folded):
         with torch.no_grad():
             unit.layer.attn.fc_select.weight.zero_()
             unit.layer.attn.fc_select.bias.copy_(torch.tensor([-20.0, 20.0]).repeat_interleave(unit.channels))
-    result = run(fuse(model) if folded else model, folder)
+    result = run(fold_batch_norm(model) if folded else model, folder)
     assert list(result.differences) == ['SK_2_1', 'SK_3_1', 'SK_3_2', 'SK_4_1']
     assert result.images == 7
     assert result.broken == 1
@@ -170,7 +170,9 @@ def test_receptive_field_in_a_network():
     plain = SKResNet(**settings, sk_kwargs=dict(backend='plain')).eval()
     plain.load_state_dict(model.state_dict())
     assert_close(receptive_field(plain, 'SK_3_2', images)[0], shares, dtype=torch.float32, length=model)
-    assert_close(receptive_field(fuse(model), 'SK_3_2', images)[0], shares, dtype=torch.float32, length=model)
+    assert_close(
+        receptive_field(fold_batch_norm(model), 'SK_3_2', images)[0], shares, dtype=torch.float32, length=model
+    )
     # The same as by hand, with the attention of the units up to there as constants.
     held = [(u.layer.attn, u.layer.attn.forward) for u in sk_units(plain).values()]
     for attn, forward in held:

@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sk_plugins
 from sk_plugins import zoo
 from sk_plugins._resources import ROOT
-from sk_plugins.hub import HubError
+from sk_plugins.weights import HubError
 
 FOLDER = ROOT / 'configs' / 'detection'
 # Those of tools/prepare_scenes.py's scenes have their own tests.
@@ -497,7 +497,7 @@ def test_without_delete():
 def test_fuse(name):
     """Every norm of the detector is folded, but for RTMDet's where levels share a convolution; detections stay."""
     detector = build(name)
-    fused = sk_plugins.fuse(detector)
+    fused = sk_plugins.fold_batch_norm(detector)
     assert norms(detector)
     assert norms(fused) == ([] if name != LIGHT else norms(fused.bbox_head))
     inputs, samples = batch(name)

@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sk_plugins
 from sk_plugins import zoo
 from sk_plugins._resources import ROOT
-from sk_plugins.hub import HubError
+from sk_plugins.weights import HubError
 
 FOLDER = ROOT / 'configs' / 'segmentation'
 MMSEG = mmseg.__path__[0]
@@ -373,7 +373,7 @@ def test_wrong_output_stride(output_stride):
 def test_fuse(name):
     """Every norm of the segmenter is folded, the heads' included, and its logits stay."""
     model = build(name)
-    fused = sk_plugins.fuse(model)
+    fused = sk_plugins.fold_batch_norm(model)
     assert norms(model)
     assert norms(fused) == []
     data = batch(model)

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sk_plugins  # noqa: F401 - registers the models
-from sk_plugins import checkpoints
 from sk_plugins._resources import ROOT
-from sk_plugins.checkpoints import CheckpointError
+from sk_plugins.weights import CheckpointError, load_checkpoint, load_foreign, load_partial
 
 MODELS = pytest.importorskip('mmpretrain.registry').MODELS
 pytest.importorskip('sk_plugins.mmpretrain_models')
@@ -106,7 +105,7 @@ def damaged(draw):
 def load(path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return checkpoints.load_checkpoint(path)[0]
+        return load_checkpoint(path)[0]
 
 
 @fuzz(quick=150, share=4)
@@ -222,7 +221,7 @@ def through_load_partial(path):
     network = make_network()
     before = {k: v.clone() for k, v in network.state_dict().items()}
     try:
-        report = checkpoints.load_partial(network, path)
+        report = load_partial(network, path)
     except CheckpointError:
         assert same(network.state_dict(), before), 'a load that failed changed the network'
         raise
@@ -304,7 +303,7 @@ def test_tampered_foreign_tensors(folder, data):
     path = folder / 'foreign.pth'
     path.write_bytes(write('pth', tensors))
     try:
-        layer = checkpoints.load_foreign(path)
+        layer = load_foreign(path)
     except CheckpointError as error:
         assert str(error).startswith(f'{path}: ')
         assert what not in ('nothing', *CAST), error

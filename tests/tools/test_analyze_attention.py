@@ -16,8 +16,7 @@ from timm.models import save_for_hf
 
 import sk_plugins  # noqa: F401 - registers the models
 from sk_plugins.analysis import record
-from sk_plugins.checkpoints import save_state_dict, to_mmpretrain
-from sk_plugins.hub import HubError
+from sk_plugins.weights import HubError, save_state_dict, to_mmpretrain
 
 SMALL = dict(channels=(16, 32, 64), layers=(1, 2, 1), cardinality=4, base_width=16, num_classes=10)
 QUICK = ['--size', '32', '--workers', '0', '--scales', '1', '2', '--field-images', '2']

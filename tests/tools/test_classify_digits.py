@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 
-from sk_plugins.checkpoints import CheckpointError
-from sk_plugins.mmpretrain_datasets import Digits
+from sk_plugins.openmmlab.datasets import Digits
+from sk_plugins.weights import CheckpointError
 
 
 @pytest.fixture(scope='module')

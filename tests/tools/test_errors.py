@@ -18,9 +18,9 @@ import torch
 from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 
 from sk_plugins._resources import find_config
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint, load_foreign, save_state_dict, to_timm
-from sk_plugins.reliability.configs import ConfigError
-from sk_plugins.reliability.loading import load_from_http, load_from_local
+from sk_plugins.openmmlab.runtime.configs import ConfigError
+from sk_plugins.openmmlab.runtime.loading import load_from_http, load_from_local
+from sk_plugins.weights import CheckpointError, load_checkpoint, load_foreign, save_state_dict, to_timm
 
 NO_FILES = ('default_hooks.checkpoint.interval=-1', 'default_hooks.checkpoint.save_last=False')
 NARROW = ('model.backbone.layers=1,1,1,1',)
@@ -478,7 +478,7 @@ def test_full_disk_in_training(start, run, full, load_tool, capsys):
         load_tool('train').run(go_on)
     assert caught.value.code == 1
     error = capsys.readouterr().err.strip().splitlines()[-2]
-    assert re.search(rf'error: .*{said}.*epoch_2\.pth', error)
+    assert re.search(rf'error: .*epoch_2\.pth: cannot be written: {said}', error)
     assert (folder / 'epoch_1.pth').read_bytes() == first
     assert (folder / 'last_checkpoint').read_text() == str(folder / 'epoch_1.pth')
     assert [path.name for path in folder.glob('*') if path.is_file() and 'epoch_2' in path.name] == []

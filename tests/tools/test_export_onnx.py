@@ -16,9 +16,8 @@ from safetensors.torch import save
 from timm.models import save_for_hf
 from tolerances import assert_close
 
-from sk_plugins import fuse, zoo
-from sk_plugins.checkpoints import CheckpointError, save_state_dict, to_mmpretrain
-from sk_plugins.hub import HubError
+from sk_plugins import fold_batch_norm, zoo
+from sk_plugins.weights import CheckpointError, HubError, save_state_dict, to_mmpretrain
 
 RESNET = dict(channels=(16, 32, 64), layers=(1, 1, 1), num_classes=10)
 SHUFFLE = dict(channels=(16, 32, 64), layers=(1, 2, 1), head_channels=32, num_classes=10)
@@ -63,7 +62,7 @@ def session(path):
 @torch.no_grad()
 def test_every_kind_of_network(tool, tmp_path, name, folded):
     model = randomise(zoo.MODELS[name].build(**FAMILIES[name]))
-    tool.export(fuse(model) if folded else model, tmp_path / 'model.onnx', (3, 64, 64))
+    tool.export(fold_batch_norm(model) if folded else model, tmp_path / 'model.onnx', (3, 64, 64))
     assert [path.name for path in tmp_path.iterdir()] == ['model.onnx']
     run = session(tmp_path / 'model.onnx')
     assert run.get_inputs()[0].shape == ['batch', 3, 'height', 'width']
@@ -122,7 +121,7 @@ def test_repository_that_is_not_there(tool, hub, tmp_path):
 def test_opset_that_torch_cannot_write(tool, tmp_path):
     model = randomise(zoo.MODELS['skshufflenetv2_x1_0'].build(**SHUFFLE))
     with pytest.raises(ValueError, match='--opset 99: '):
-        tool.export(fuse(model), tmp_path / 'model.onnx', (3, 64, 64), opset=99)
+        tool.export(fold_batch_norm(model), tmp_path / 'model.onnx', (3, 64, 64), opset=99)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,7 +156,7 @@ def test_check_refuses_other_outputs_and_leaves_nothing(tool, tmp_path):
     out = tmp_path / 'model.onnx'
     out.write_bytes(b'older')
     with pytest.raises(ValueError, match=r"--check: for images of \(1, 3, 64, 64\) onnxruntime's logits differ"):
-        tool.export(fuse(model), out, (3, 64, 64), dynamic=False, reference=other)
+        tool.export(fold_batch_norm(model), out, (3, 64, 64), dynamic=False, reference=other)
     assert out.read_bytes() == b'older'
     assert [path.name for path in tmp_path.iterdir()] == ['model.onnx']
 

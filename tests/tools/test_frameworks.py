@@ -16,7 +16,7 @@ from PIL import Image
 from small_segmentation import SIZES, as_words, make_cityscapes, small_options
 
 from sk_plugins._resources import find_config
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint
+from sk_plugins.weights import CheckpointError, load_checkpoint
 
 FCN = 'fcn_sknet50-d8_4xb2-80k_cityscapes-512x1024'
 VALIDATION = [f'ulm_{i:06d}_000019' for i in range(len(SIZES['val']))]

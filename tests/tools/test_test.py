@@ -13,7 +13,7 @@ from mmengine.config import Config
 from tolerances import assert_close
 
 from sk_plugins._resources import find_config
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint, save_state_dict, to_timm
+from sk_plugins.weights import CheckpointError, load_checkpoint, save_state_dict, to_timm
 
 
 @pytest.fixture(scope='module')

@@ -28,9 +28,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sk_plugins.__main__ import main as sk_plugins_main
 from sk_plugins._resources import ROOT, find_config
-from sk_plugins.checkpoints import CheckpointError, load_checkpoint
-from sk_plugins.mmpretrain_datasets import Digits
-from sk_plugins.reliability.sync_batchnorm import SyncBatchNorm
+from sk_plugins.openmmlab.datasets import Digits
+from sk_plugins.openmmlab.runtime.sync_batchnorm import SyncBatchNorm
+from sk_plugins.weights import CheckpointError, load_checkpoint
 
 
 @pytest.fixture

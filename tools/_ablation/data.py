@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sk_plugins.mmpretrain_datasets import ScaledFashionMNIST
+from sk_plugins.openmmlab.datasets import ScaledFashionMNIST
 
 from .rows import Settings
 

@@ -1,0 +1,98 @@
+"""The project's hooks in mmengine's runner."""
+
+import importlib.util
+import json
+
+import pytest
+
+pytest.importorskip('mmpretrain')
+
+from mmengine.config import Config
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+import sk_plugins.mmpretrain_models  # noqa: F401 - registers the hook
+from sk_plugins._resources import find_config
+from sk_plugins.analysis import attention_scalars, recording
+from sk_plugins.openmmlab.hooks import SKAttentionHook
+
+OPTIONS = {
+    'train_cfg.max_epochs': 1,
+    'train_dataloader.batch_size': 8,
+    'train_dataloader.dataset.indices': 32,
+    'val_dataloader.dataset.indices': 8,
+    'model.backbone.norm_cfg.type': 'BN',
+    'model.backbone.channels': (16, 16, 16, 16),
+    'model.head.in_channels': 64,
+    'default_hooks.checkpoint': None,
+}
+
+
+def runner(work_dir, name, backends=('LocalVisBackend',), **hook):
+    config = Config.fromfile(find_config('sknet_digits'))
+    config.merge_from_dict(OPTIONS)
+    config.work_dir = str(work_dir)
+    config.experiment_name = name
+    config.custom_hooks = [dict(type='SKAttentionHook', **hook)]
+    backends = [dict(type=backend) for backend in backends]
+    config.visualizer = dict(type='UniversalVisualizer', name=name, vis_backends=backends)
+    config.randomness = dict(seed=0)
+    return Runner.from_cfg(config)
+
+
+class Witness(SKAttentionHook):
+    """Keeps what a record of its own around the same iterations gives."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seen = {}
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if self._recording is not None:
+            self._recording.__exit__()
+            self.seen[runner.iter + 1] = attention_scalars(self._recording)
+            self._recording = None
+
+
+def scalars(work_dir):
+    (path,) = work_dir.rglob('vis_data/scalars.json')
+    rows = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+    return {row['step']: row for row in rows if any(key.startswith('attention/') for key in row)}
+
+
+def test_writes_to_the_visualizer(tmp_path):
+    tensorboard = importlib.util.find_spec('tensorboard') is not None
+    backends = ('LocalVisBackend', *(['TensorboardVisBackend'] if tensorboard else []))
+    run = runner(tmp_path, 'attention', backends, interval=2)
+    witness = Witness(interval=2, units=['SK_2_1', 'SK_5_2'])
+    run.register_hook(witness)
+    run.train()
+    written = scalars(tmp_path)
+    assert list(written) == [2, 4]
+    names = [f'SK_{stage}_{i}' for stage in range(2, 6) for i in (1, 2)]
+    own = {key: value for key, value in written[2].items() if key != 'step'}
+    assert list(own) == [f'attention/{name}/{what}' for name in names for what in ('3x3', '5x5', 'entropy')]
+    for step, row in written.items():
+        assert len(witness.seen[step]) == 2 * 3
+        for key, value in witness.seen[step].items():
+            assert row[key] == value
+        for name in names:
+            assert row[f'attention/{name}/3x3'] + row[f'attention/{name}/5x5'] == pytest.approx(1, abs=1e-6)
+            assert 0 < row[f'attention/{name}/entropy'] <= 0.6932
+    assert not recording._watchers  # nothing is recorded any more
+    if tensorboard:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        (path,) = tmp_path.rglob('events.out.tfevents*')
+        events = EventAccumulator(str(path)).Reload()
+        assert set(own) <= set(events.Tags()['scalars'])
+        for event in events.Scalars('attention/SK_2_1/entropy'):
+            assert event.value == pytest.approx(written[event.step]['attention/SK_2_1/entropy'], abs=1e-6)
+
+
+def test_arguments(tmp_path):
+    assert HOOKS.get('mmpretrain.SKAttentionHook') is SKAttentionHook
+    with pytest.raises(ValueError, match='interval=0 must be an integer of at least 1'):
+        SKAttentionHook(interval=0)
+    with pytest.raises(ValueError, match="units has 'SK_9_1', a unit that does not exist: choose from SK_2_1"):
+        runner(tmp_path, 'wrong', units=['SK_9_1']).train()
