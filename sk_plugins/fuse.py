@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers import SelectiveKernel
+from .ops import has_hooks
 
 __all__ = ['fold_batch_norm']
 
@@ -151,7 +152,7 @@ def _flatten(parent: nn.Module, names: Sequence[str], users: Counter) -> Iterato
         child = parent._modules.get(name)
         if child is None or type(child) is nn.Identity:
             continue
-        if _known_as(child, _SEQUENTIAL) and users[id(child)] == 1 and not _is_hooked(child):
+        if _known_as(child, _SEQUENTIAL) and users[id(child)] == 1 and not has_hooks(child):
             yield from _flatten(child, list(child._modules), users)
         else:
             yield parent, name
@@ -188,23 +189,19 @@ def _folded(conv: nn.Module, norm: nn.Module) -> nn.Module:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    return type(module) in _CONVS and not _is_hooked(module)
+    return type(module) in _CONVS and not has_hooks(module)
 
 
 def _is_norm(module: nn.Module) -> bool:
     names = (_FROZEN_NORM, *_NORM_ACTS)
     known = _is_plain_norm(module) or any(_known_as(module, name) for name in names)
-    return known and module.running_mean is not None and not _is_hooked(module)
+    return known and module.running_mean is not None and not has_hooks(module)
 
 
 def _is_plain_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and (
         type(module).forward in _NORM_FORWARDS or _known_as(module, _SYNCHRONISED_NORM)
     )
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module))
 
 
 def _fold_graph(module: fx.GraphModule) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import SelectiveKernel
+from ..ops import private
 
 __all__ = ['Recording', 'SKUnit', 'record', 'sk_units']
 
@@ -274,7 +275,7 @@ def _observe(logits: Tensor, number: int) -> Tensor:
 
 def _tell(logits: Tensor, number: int) -> None:
     # In a backward pass, it is a checkpointed forward's repetition.
-    if torch._C._current_graph_task_id() == -1:
+    if not private.in_backward():
         for watcher in _watchers.get(number, ()):
             watcher(logits)
 

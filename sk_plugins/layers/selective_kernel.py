@@ -84,6 +84,14 @@ class SelectiveKernelAttention(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
+    def __call__(self, branches: list[Tensor]) -> Tensor:
+        try:
+            return super().__call__(branches)
+        except ValueError as error:
+            if 'more than 1 value per channel' in str(error):
+                raise ValueError(_BATCH_OF_ONE) from error
+            raise
+
     def forward(self, branches: list[Tensor]) -> Tensor:
         s = fuse(branches)
         z = self.act(self.bn(self.fc_reduce(s)))

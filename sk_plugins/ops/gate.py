@@ -40,8 +40,14 @@ def register(cls: type) -> type:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody's code runs when this module is called: hooks, another ``forward``, or a compiled one."""
-    state = module.__dict__
-    return any(_HOOKS(state)) or 'forward' in state or '_compiled_call_impl' in state
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or 'forward' in module.__dict__
+        or '_compiled_call_impl' in module.__dict__
+    )
 
 
 def has_parts(module: nn.Module, **kinds: type | tuple[type, ...]) -> bool:
@@ -100,8 +106,13 @@ class Fusable(nn.Module):
 
 def _agree(norms: list[nn.BatchNorm2d]) -> bool:
     """Whether norms are affine, keep running statistics, and have the same settings."""
-    return len({_NORM(norm.__dict__) for norm in norms}) == 1 and all(
-        norm.affine and norm.track_running_stats and norm.momentum is not None and norm.running_mean is not None
+    first = norms[0] if norms else None
+    return first is not None and all(
+        (norm.training, norm.momentum, norm.eps) == (first.training, first.momentum, first.eps)
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and norm.running_mean is not None
         for norm in norms
     )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-__all__ = ['MODULE_CALL', 'add_one', 'is_ordinary']
+__all__ = ['MODULE_CALL', 'add_one', 'in_backward', 'is_ordinary']
 
 MODULE_CALL = nn.Module.__call__
 _HOOKS = (
@@ -59,3 +59,11 @@ def add_one(counts: list[Tensor]) -> None:
 
 
 _foreach_add_ = getattr(torch, '_foreach_add_', None)
+
+
+def in_backward() -> bool:
+    """Whether autograd's backward pass calls; False where torch does not tell, which counts a repetition as a call."""
+    return _graph_task is not None and _graph_task() != -1
+
+
+_graph_task = getattr(torch._C, '_current_graph_task_id', None)
