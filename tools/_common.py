@@ -59,7 +59,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_config(args: argparse.Namespace) -> Config:
     """The config with the common arguments merged in."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    os.environ.setdefault('LOCAL_RANK', str(getattr(args, 'local_rank', 0)))
     path = find_config(args.config)
     cfg = read_config(path, args.cfg_options)
     cfg.launcher = args.launcher
