@@ -25,12 +25,14 @@ _BRANCHES = (
 
 def apply(spec: BranchSpec, branches: Branches) -> Tensor:
     """V, (B, C, H, W), as an operator; running statistics are updated by operations of the graph."""
-    attention = branches.attention or [None] * 7
-    v, saved = torch.ops.sk_plugins.norm_relu_select(*branches[:5], *attention, spec.batch, spec.eps)
+    ys, weights, biases, means, variances, of_attention = branches
+    attention = [None] * 7 if of_attention is None else list(of_attention)
+    tensors = [ys, weights, biases, means, variances, *attention]
+    v, saved = torch.ops.sk_plugins.norm_relu_select(*tensors, spec.batch, spec.eps)
     if spec.running:
-        y = branches.ys[0]
+        y = ys[0]
         counts = [y.shape[0] * y.shape[2] * y.shape[3]] * spec.num_branches + [y.shape[0]]
-        engine = _spec(branches.ys, *attention[:1], spec.batch, spec.eps).engine
+        engine = _spec(ys, attention[0], spec.batch, spec.eps).engine
         found = engine.statistics(spec, saved)
         for (mean, var), (batch_mean, invstd), count in zip(spec.running, found, counts):
             batch_var = (invstd.detach().pow(-2) - spec.eps) * (count / (count - 1))
