@@ -195,7 +195,7 @@ def test_empty_batches(training):
 NETWORKS = {
     'sknet26': dict(layers=(1, 1, 1, 1), channels=(8, 16, 16, 16), cardinality=4, base_width=16),
     'skresnet18': dict(layers=(1, 1, 1, 1), channels=(8, 16, 16, 16)),
-    'skshufflenetv2_x0_5': dict(layers=(1, 1, 1)),
+    'skshufflenetv2_x0_5': dict(layers=(2, 2, 2)),
 }
 
 

@@ -218,10 +218,8 @@ def test_a_graph_is_gone_after_its_backward(pair):
 def test_compiled_units_run_in_inference():
     timm = pytest.importorskip('timm')
     torch.compiler.reset()
-    model, ran = (
-        timm.create_model('sknet26', layers=(2, 1, 1, 1), channels=(8, 8, 8, 8), cardinality=2, base_width=16).eval(),
-        [],
-    )
+    narrow = dict(layers=(2, 1, 1, 1), channels=(8, 8, 8, 8), cardinality=2, base_width=16)
+    model, ran = timm.create_model('sknet26', **narrow).eval(), []
     for unit in model.layer1:
         unit.compile(backend=lambda graph, _: lambda *args: (ran.append(1), graph(*args))[1])
     with torch.no_grad():
