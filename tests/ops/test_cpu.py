@@ -194,7 +194,6 @@ def test_empty_batches(training):
 
 NETWORKS = {
     'sknet26': dict(layers=(1, 1, 1, 1), channels=(8, 16, 16, 16), cardinality=4, base_width=16),
-    'skresnet18': dict(layers=(1, 1, 1, 1), channels=(8, 16, 16, 16)),
     'skshufflenetv2_x0_5': dict(layers=(2, 2, 2)),
 }
 
@@ -204,7 +203,7 @@ def make_network(name):
     return randomise(timm.create_model(name, num_classes=5, **NETWORKS[name])).double().train()
 
 
-@pytest.mark.parametrize('name', [name for name in NETWORKS if name in timm.list_models(module='timm_models')])
+@pytest.mark.parametrize('name', NETWORKS)
 def test_networks(name):
     """Outputs of a training step bit for bit, features of intermediate layers as they were, gradients to rounding."""
     model = make_network(name)
@@ -224,9 +223,10 @@ def test_networks(name):
     assert set(ways(plain)) == {'plain'}
     assert torch.equal(*outputs)
     assert all(map(torch.equal, *features))
+    largest = max(parameter.grad.abs().max() for parameter in plain.parameters())
     for (key, got), expected in zip(model.named_parameters(), plain.parameters()):
-        # Through a network's norms of few values, differences of rounding grow.
-        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-7, atol=1e-9 * expected.grad.abs().max(), msg=key)
+        # A norm of few values magnifies differences of rounding, and some gradients are zero but for these.
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-7, atol=1e-11 * largest, msg=key)
 
 
 def test_twenty_steps_of_an_optimiser():
