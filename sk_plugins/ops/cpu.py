@@ -24,6 +24,8 @@ NAME = 'recompute'
 def forward(spec, branches: Branches) -> tuple[Tensor, list[Tensor | None]]:
     """V, (B, C, H, W), and what the backward pass needs beside the branches."""
     ys, weights, biases, means, variances, attention = branches
+    if spec.batch and ys[0].numel() == ys[0].shape[1]:
+        raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(ys[0].shape)}')
     us, saved = [], []
     for m, y in enumerate(ys):
         running = (means[m], variances[m]) if means else spec.running[m] if spec.running else (None, None)

@@ -68,7 +68,8 @@ class NormReluSelect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        spec, tensors, saved = ctx.spec, ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        spec, kept = ctx.spec, ctx.saved_tensors  # once: checkpointing lets nobody ask again
+        tensors, saved = kept[: ctx.count], kept[ctx.count :]
         if not _is_ordinary(grad):
             grads = _differentiate(lambda *t: norm_relu_select(spec.unflatten(t), spec.eps), tensors, ctx, grad)
         else:
@@ -104,7 +105,8 @@ class NormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        spec, tensors, saved = ctx.spec, ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        spec, kept = ctx.spec, ctx.saved_tensors  # once: checkpointing lets nobody ask again
+        tensors, saved = kept[: ctx.count], kept[ctx.count :]
         if not _is_ordinary(grad):
             grads = _differentiate(lambda *t: _norm_act(spec, *t), tensors, ctx, grad)
         else:

@@ -23,7 +23,7 @@ BACKENDS = ('auto', 'plain', 'recompute', 'triton')
 # These read a module's __dict__ and run in C: what is asked at every call must cost no Python calls.
 _HOOKS = itemgetter('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 _CHILDREN, _PARAMETERS, _BUFFERS = itemgetter('_modules'), itemgetter('_parameters'), itemgetter('_buffers')
-_TRAINING, _BACKEND = itemgetter('training'), itemgetter('backend')
+_TRAINING, _BACKEND, _PADDING = itemgetter('training'), itemgetter('backend'), itemgetter('padding_mode')
 _NORM = itemgetter('training', 'momentum', 'eps', 'track_running_stats', 'affine')
 _CALLS = attrgetter('forward', '__call__')
 _known = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Softmax, nn.Sequential, nn.AvgPool2d, nn.ModuleList]
@@ -126,6 +126,7 @@ class _Plan:
         self.modules = modules
         self.states = [m.__dict__ for m in modules]
         self.norms = [m.__dict__ for m in modules if isinstance(m, nn.BatchNorm2d)]
+        self.convs = [m.__dict__ for m in modules if isinstance(m, nn.Conv2d)]
         self.fusables = [m.__dict__ for m in modules if isinstance(m, Fusable)]
         self.signature = self._look()
         fits = (
@@ -146,6 +147,7 @@ class _Plan:
             list(map(type, chain.from_iterable(map(dict.values, map(_PARAMETERS, self.states))))),
             list(map(type, chain.from_iterable(map(dict.values, map(_BUFFERS, self.norms))))),
             list(map(_NORM, self.norms)),
+            list(map(_PADDING, self.convs)),
             list(map(_BACKEND, self.fusables)),
         )
 
@@ -160,6 +162,7 @@ class _Plan:
             any(chain.from_iterable(map(_HOOKS, states)))
             or any(map(contains, states, repeat('forward')))
             or any(map(contains, states, repeat('_compiled_call_impl')))
+            or any(map(contains, self.convs, repeat('_conv_forward')))
         )
 
     def __reduce__(self):
@@ -175,7 +178,8 @@ def _choose(module: Fusable, x: Tensor) -> ModuleType | None:
     on_gpu = x.is_cuda or _stubbed or gpu.INTERPRETS
     if not on_gpu and not (module.fuses_on_cpu and torch.is_grad_enabled()):
         return None
-    if x.ndim != 4 or x.layout != torch.strided or x.numel() == 0 or not private.is_ordinary():
+    # A tracer, asked first, would keep the answers about the map.
+    if not private.is_ordinary() or x.ndim != 4 or x.layout != torch.strided or x.numel() == 0:
         return None
     plan = module._plan
     if plan is None or not plan.holds(module):

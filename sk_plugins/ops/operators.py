@@ -102,7 +102,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    attention, rest = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    kept = ctx.saved_tensors  # once: checkpointing lets nobody ask again
+    attention, rest = kept[:7], list(kept[7:])
     lists = []
     for length in ctx.lengths:
         lists.append(rest[:length])

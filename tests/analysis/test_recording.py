@@ -117,7 +117,8 @@ def test_a_training_step_is_the_same(backend, checkpointed):
         recording.__exit__()
     assert torch.equal(*losses)
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
-        assert torch.equal(p.grad, q.grad), name
+        # A unit that is recorded goes the plain way, whose backward pass takes its sums in another order.
+        assert_close(p.grad, q.grad, length=models[0], msg=name)
     for (name, p), q in zip(models[0].state_dict().items(), models[1].state_dict().values()):
         # What a checkpoint repeats, it counts twice in BatchNorm's statistics, recorded or not.
         assert torch.equal(p, q), name

@@ -4,24 +4,12 @@ import copy
 
 import pytest
 import torch
-from norm_calls import count_norms
+from plain_engine import put_in_place
 from randomised import randomise
-from timm.models.resnet import downsample_avg, downsample_conv
-from tolerances import assert_close
+from timm.layers import BlurPool2d, DropBlock2d
 from torch import nn
 
 from sk_plugins.layers import ConvBNAct
-from sk_plugins.layers.conv_bn_act import shorten
-
-
-def make(**kwargs):
-    torch.manual_seed(0)
-    return randomise(ConvBNAct(8, 12, **kwargs).double()).eval()
-
-
-def make_input(size=32):
-    return torch.randn(3, 8, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
 
 VARIANTS = [
     dict(),
@@ -29,108 +17,74 @@ VARIANTS = [
     dict(bias=True),
     dict(apply_act=False),
     dict(apply_norm=False),
+    dict(act_layer=nn.SiLU),
+    dict(kernel_size=3, stride=2, aa_layer=BlurPool2d),
+    dict(drop_layer=DropBlock2d),
 ]
+FUSED = VARIANTS[:4]
+each_variant = pytest.mark.parametrize('kwargs', VARIANTS, ids=str)
+each_mode = pytest.mark.parametrize('training', [False, True], ids=['inference', 'training'])
 
 
-@pytest.mark.parametrize('kwargs', VARIANTS, ids=str)
-def test_inference_folds_the_norm_on_the_fly(kwargs):
+def make(**kwargs):
+    torch.manual_seed(0)
+    return randomise(ConvBNAct(8, 12, **kwargs).double()).eval()
+
+
+def make_input(size=9, batch=3):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 8, size, size, generator=generator, dtype=torch.float64)
+
+
+@each_variant
+def test_is_its_modules_in_a_row(kwargs):
     layer, x = make(**kwargs), make_input()
-    expected = layer.act(layer.bn(layer.conv(x)))
-    assert count_norms(layer, x) == (type(layer.bn) is nn.BatchNorm2d)  # autograd is on
-    before = copy.deepcopy(layer.state_dict())
+    expected = layer.aa(layer.act(layer.drop(layer.bn(layer.conv(x)))))
+    assert torch.equal(layer(x), expected)
+    stride = kwargs.get('stride', 1)
+    assert layer(x).shape == (3, 12, -(-9 // stride), -(-9 // stride))
     with torch.no_grad():
-        assert_close(layer(x), expected, length=layer)
-        assert count_norms(layer, x) == 0
-    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+        assert torch.equal(layer(x), expected)
 
 
-@pytest.mark.parametrize(
-    'change',
-    [
-        lambda layer: layer.train(),
-        lambda layer: layer.bn.register_forward_hook(lambda module, inputs, output: None),
-        lambda layer: layer.conv.register_forward_hook(lambda module, inputs, output: None),
-        lambda layer: setattr(layer.bn, 'forward', layer.bn.forward),
-    ],
-    ids=['training', 'norm watched', 'convolution watched', 'forward replaced'],
-)
-@torch.no_grad()
-def test_the_norm_is_called_where_it_must_be(change):
-    layer = make()
-    change(layer)
-    assert count_norms(layer, make_input()) == 1
+@each_mode
+@each_variant
+def test_an_engine_computes_the_same(kwargs, training, monkeypatch):
+    """A convolution with BatchNorm and ReLU or nothing; others are for the modules."""
+    layer = make(**kwargs).train(training)
+    layer.drop.eval()
+    plain = copy.deepcopy(layer)
+    plain.backend = 'plain'
+    put_in_place(monkeypatch)
+    results = []
+    for module in (layer, plain):
+        x = make_input().requires_grad_()
+        output = module(x)
+        output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output))
+        with torch.no_grad():
+            again = module.eval()(x)
+        results.append([output, again, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    assert layer._way == ('triton' if kwargs in FUSED else 'plain')
+    assert plain._way == 'plain'
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
-@torch.no_grad()
-def test_a_weight_larger_than_the_map_is_left_alone():
-    assert count_norms(make(), make_input(1)) == 1
+def test_parameters_have_timms_names():
+    names = ['conv.weight', 'bn.weight', 'bn.bias', 'bn.running_mean', 'bn.running_var', 'bn.num_batches_tracked']
+    assert list(make().state_dict()) == names
+    assert [name for name, _ in make().named_children()] == ['conv', 'bn', 'drop', 'act', 'aa']
 
 
-@torch.no_grad()
 def test_a_norm_of_float32_after_a_convolution_of_bfloat16():
     layer = make(kernel_size=3).bfloat16()
     layer.bn.float()
     x = make_input().bfloat16()
-    with torch.enable_grad():
-        expected = layer(x)
-    result = layer(x)
-    assert result.dtype == torch.bfloat16
-    assert_close(result, expected, length=layer)
-    downsample = nn.Sequential(layer.conv, layer.bn)
-    assert_close(shorten(downsample, x), downsample(x), length=downsample)
+    expected = torch.relu(layer.bn(layer.conv(x)))
+    assert expected.dtype == torch.bfloat16
+    assert torch.equal(layer(x), expected)
 
 
-SHORTCUTS = [
-    lambda: downsample_conv(8, 12, kernel_size=1, stride=2),
-    lambda: downsample_conv(8, 12, kernel_size=3, dilation=2),
-    lambda: downsample_avg(8, 12, kernel_size=1, stride=2),
-    lambda: downsample_avg(8, 12, kernel_size=1),
-]
-
-
-class Shortened(nn.Module):
-    def __init__(self, downsample):
-        super().__init__()
-        self.downsample = downsample
-
-    def forward(self, x):
-        return shorten(self.downsample, x)
-
-
-@pytest.mark.parametrize('make_downsample', SHORTCUTS, ids=['strided', 'dilated', 'pooled and strided', 'pooled'])
-def test_shortcuts_fold_the_norm_on_the_fly(make_downsample):
-    torch.manual_seed(0)
-    layer, x = Shortened(randomise(make_downsample().double()).eval()), make_input()
-    expected = layer.downsample(x)
-    assert count_norms(layer, x) == 1  # autograd is on
-    with torch.no_grad():
-        assert_close(layer(x), expected, length=layer)
-        assert count_norms(layer, x) == 0
-        assert count_norms(layer, make_input(1)) == 1
-        assert count_norms(layer.train(), x) == 1
-
-
-def test_shortcuts_are_shown_to_exporters():
-    layer = Shortened(downsample_conv(8, 12, kernel_size=1).double()).eval()
-    with torch.no_grad():
-        called = str(torch.export.export(layer, (make_input(),)).graph)
-    assert 'conv2d' in called
-    assert 'batch_norm' in called
-
-
-@pytest.mark.parametrize('name', ['', '0', '1', '2'])
-@torch.no_grad()
-def test_shortcuts_that_are_watched_are_called(name):
-    layer, x, seen = Shortened(downsample_avg(8, 12, kernel_size=1, stride=2).double()).eval(), make_input(), []
-    expected = layer(x)
-    layer.downsample.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(module))
-    assert_close(layer(x), expected, length=layer)
-    assert len(seen) == 1
-
-
-@pytest.mark.parametrize('downsample', [nn.Identity(), nn.Sequential(), nn.Sequential(nn.Conv2d(8, 12, 1)), nn.ReLU()])
-@torch.no_grad()
-def test_other_shortcuts_are_called(downsample):
-    x = make_input()
-    downsample = downsample.double()
-    assert torch.equal(shorten(downsample, x), downsample(x))
+def test_exporters_see_convolution_norm_and_activation():
+    exported = torch.export.export(make(), (make_input(),))
+    called = [str(node.target) for node in exported.graph.nodes if node.op == 'call_function']
+    assert [name.split('.')[1] for name in called] == ['conv2d', 'batch_norm', 'relu_']

@@ -115,6 +115,7 @@ def test_the_runtime(changes):
         'mmengine.dataset': ['SkipUnreadable'],
         'mmengine.hook': ['CheckpointFitHook', 'InvalidLossHook', 'ResumableCheckpointHook', 'TotalBatchHook'],
         'mmengine.model_wrapper': ['CPUDistributedDataParallel'],
+        'mmengine.runner': ['SurvivingRunner'],
         'mmengine.transform': ['LoadSoundImage'],
         **{name: ['whole'] for name in BACKENDS},
     }
