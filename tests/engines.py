@@ -2,10 +2,24 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
-from sk_plugins.ops import Fusable
+from sk_plugins.ops import Fusable, gpu
+
+RUNS = gpu.HAS_TRITON and (gpu.INTERPRETS or torch.cuda.is_available())
+DEVICE = 'cuda' if torch.cuda.is_available() and not gpu.INTERPRETS else 'cpu'
+runs = pytest.mark.skipif(not RUNS, reason='needs a GPU; test_gpu runs it again in the interpreter')
+
+if RUNS:
+    gpu.load()
+
+
+def draw(*size, seed=0, dtype=torch.float32, scale=1.0, shift=0.0):
+    """Normal numbers on the device where the kernels run."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(size, generator=generator, dtype=torch.float64) * scale + shift).to(dtype).to(DEVICE)
 
 
 def set_backend(module, backend):

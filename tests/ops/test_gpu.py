@@ -13,29 +13,17 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import sizes_kept
+from engines import DEVICE, RUNS, draw, runs, sizes_kept
 
 from sk_plugins.ops import functions, gpu
 from sk_plugins.ops.functions import BranchSpec, NormAct, NormReluSelect, NormSpec
-from sk_plugins.ops.reference import norm_relu_select
+from sk_plugins.ops.reference import fuse, norm_relu_select
 
-RUNS = gpu.HAS_TRITON and (gpu.INTERPRETS or torch.cuda.is_available())
-DEVICE = 'cpu' if gpu.INTERPRETS or not torch.cuda.is_available() else 'cuda'
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 HALVES = [torch.bfloat16, torch.float16]
 EPS, MOMENTUM = 1e-5, 0.3
-runs = pytest.mark.skipif(not RUNS, reason='needs a GPU; runs again in the interpreter')
 each_format = pytest.mark.parametrize('memory_format', FORMATS.values(), ids=FORMATS.keys())
 each_statistics = pytest.mark.parametrize('batch', [True, False], ids=['batch', 'running'])
-
-
-if RUNS:
-    gpu.load()
-
-
-def draw(*size, seed=0, dtype=torch.float32, scale=1.0, shift=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(size, generator=generator, dtype=torch.float64) * scale + shift).to(dtype).to(DEVICE)
 
 
 def assert_near(actual, expected, terms):
@@ -109,9 +97,19 @@ class Case:
         attention = [] if self.attention is None else [t for t in self.attention[:5] if t is not None]
         return [*self.ys, *self.norms[0], *self.norms[1], *attention]
 
+    @torch.no_grad()
+    def condition(self):
+        """By how much the attention's BatchNorm, over a few images, magnifies the rounding of what it is given."""
+        if self.attention is None or not self.batch:
+            return 1
+        norms = [(w.double(), b.double()) for w, b in zip(*self.norms[:2])]
+        us = [F.relu(F.batch_norm(y.double(), None, None, *n, True, 0.0, EPS)) for y, n in zip(self.ys, norms)]
+        r = F.conv2d(fuse(us), self.attention[0].double()).flatten(1)
+        return max(1.0, (r.abs() / (r.var(0, correction=0) + EPS).sqrt()).max().item())
+
     def check(self):
         """V, every gradient and the running statistics, by the engine, against float64."""
-        terms = self.ys[0].numel() // self.ys[0].shape[1]
+        terms = self.ys[0].numel() // self.ys[0].shape[1] * self.condition()
         updated = batch_norm_updates(self.spec.running[: self.num], self.ys)
         before = [tuple(t.clone() for t in pair) for pair in self.spec.running]
         v = NormReluSelect.apply(self.spec, *self.tensors())
@@ -145,9 +143,11 @@ def small_tiles(monkeypatch):
 @runs
 class TestBranches:
     @each_statistics
-    @each_format
-    @pytest.mark.parametrize('num', [1, 2, 3, 4])
-    def test_every_number_of_branches(self, num, memory_format, batch):
+    @pytest.mark.parametrize(
+        ('num', 'name'), [(1, 'contiguous'), *((2, n) for n in FORMATS), (3, 'channels_last'), (4, 'contiguous')]
+    )
+    def test_every_number_of_branches(self, num, name, batch):
+        memory_format = FORMATS[name]
         v, grads = Case(num, (3, 5, 4, 3), memory_format=memory_format, batch=batch).check()
         for tensor in (v, *grads[:num]):
             assert tensor.is_contiguous(memory_format=memory_format)
@@ -157,21 +157,18 @@ class TestBranches:
         ('select', 'bias'), [('channel', True), ('shared', False), ('shared', True), ('sum', False)]
     )
     def test_every_attention(self, select, bias, batch):
-        for num in (2, 3):
-            Case(num, (3, 5, 3, 4), select=select, bias=bias, batch=batch).check()
+        Case(2 if batch else 3, (3, 5, 3, 4), select=select, bias=bias, batch=batch).check()
 
-    @each_format
-    @each_statistics
     @pytest.mark.parametrize('dtype', HALVES)
-    def test_maps_of_half_precision(self, dtype, batch, memory_format):
-        Case(2, (3, 5, 4, 3), dtype, memory_format, batch=batch).check()
+    def test_maps_of_half_precision(self, dtype):
+        Case(2, (3, 5, 4, 3), dtype).check()
+        Case(2, (3, 5, 4, 3), dtype, torch.contiguous_format, batch=False).check()
 
     @pytest.mark.parametrize('dtype', HALVES)
     def test_parameters_of_half_precision(self, dtype):
-        for batch in (True, False):
-            Case(2, (3, 6, 4, 3), dtype, batch=batch, parameters=dtype, bias=True).check()
+        Case(2, (3, 6, 4, 3), dtype, batch=dtype == torch.float16, parameters=dtype, bias=True).check()
 
-    @pytest.mark.parametrize('programs', [1, 20, 1024])
+    @pytest.mark.parametrize('programs', [1, 20])
     @each_format
     def test_maps_of_several_tiles_and_splits(self, memory_format, programs, small_tiles, monkeypatch):
         monkeypatch.setattr(gpu.kernels, '_PROGRAMS', programs)
@@ -181,10 +178,9 @@ class TestBranches:
         assert (splits == {1}) == (programs == 1)
 
     @pytest.mark.parametrize('shape', [(3, 6, 1, 1), (1, 4, 9, 3), (2, 1, 3, 4), (5, 7, 2, 1), (2, 17, 1, 5)])
-    @each_format
-    def test_odd_shapes(self, shape, memory_format):
-        for batch in (True, False) if shape[0] > 1 else (False,):
-            Case(2, shape, memory_format=memory_format, batch=batch).check()
+    def test_odd_shapes(self, shape):
+        memory_format = FORMATS['contiguous' if shape[2] == 1 else 'channels_last']
+        Case(2, shape, memory_format=memory_format, batch=shape[0] > 1).check()
 
     def test_sixty_four_bit_offsets(self, monkeypatch):
         """Images of 2**31 elements need them; here they are taken for a small one."""
@@ -270,18 +266,17 @@ class EndCase:
 
 @runs
 class TestNormAct:
-    @each_format
     @each_statistics
     @pytest.mark.parametrize('num', [1, 2])
-    def test_every_end(self, num, batch, memory_format):
+    def test_every_end(self, num, batch):
         for relu, shortcut in itertools.product((True, False), repeat=2):
+            memory_format = FORMATS['contiguous' if relu == shortcut else 'channels_last']
             EndCase(num, (3, 5, 4, 3), relu, shortcut, batch, memory_format=memory_format).check()
 
     @pytest.mark.parametrize('dtype', HALVES)
     def test_half_precision(self, dtype):
         for num, parameters in itertools.product((1, 2), (torch.float32, dtype)):
-            for batch in (True, False):
-                EndCase(num, (3, 5, 4, 3), batch=batch, dtype=dtype, parameters=parameters).check()
+            EndCase(num, (3, 5, 4, 3), batch=num == 1, dtype=dtype, parameters=parameters).check()
 
     def test_a_shortcut_of_another_dtype_or_format(self):
         for dtype in HALVES:
@@ -291,7 +286,7 @@ class TestNormAct:
 
     @pytest.mark.parametrize('shape', [(3, 6, 1, 1), (2, 1, 3, 4), (5, 7, 2, 1), (2, 17, 1, 5)])
     def test_odd_shapes(self, shape):
-        for num, memory_format in itertools.product((1, 2), FORMATS.values()):
+        for num, memory_format in zip((1, 2), FORMATS.values()):
             EndCase(num, shape, shortcut=num == 1, memory_format=memory_format).check()
 
     @pytest.mark.parametrize('programs', [1, 1024])
@@ -375,4 +370,4 @@ def test_numbers_in_tritons_interpreter():
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     summary = re.search(r'(\d+) passed, 1 skipped', result.stdout)
     assert summary, result.stdout[-2000:]
-    assert int(summary[1]) > 90
+    assert int(summary[1]) > 60

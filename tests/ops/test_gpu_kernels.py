@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
 from sk_plugins.ops import gpu, stubbed_launches
