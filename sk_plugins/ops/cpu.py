@@ -40,13 +40,14 @@ def forward(spec, branches: Branches) -> tuple[Tensor, list[Tensor | None]]:
             total = total.add_(u)
         return total, saved
     s = fuse(us)
-    r = F.conv2d(s, attention.reduce)
+    r = F.conv2d(s, attention.reduce.to(s.dtype))  # as autocast does, which does not reach into an operator
     running = (attention.mean, attention.var) if means else spec.running[-1] if spec.running else (None, None)
     z, mean, invstd = torch.native_batch_norm(
         r, attention.weight, attention.bias, *running, spec.batch, spec.momentum, spec.eps
     )
     z = z.relu_()
-    logits = F.conv2d(z, attention.select, attention.select_bias)
+    bias = None if attention.select_bias is None else attention.select_bias.to(z.dtype)
+    logits = F.conv2d(z, attention.select.to(z.dtype), bias)
     a = logits.unflatten(1, (len(ys), -1)).softmax(1)
     return _select_(us, a), [*saved, mean, invstd, s, r, z, a]
 

@@ -29,6 +29,8 @@ def norm_act(
     shortcut: Tensor | None = None,
 ) -> Tensor:
     """act(sum_m BN_m(y_m) + shortcut), (B, C, H, W), of one norm or two, updated as ``nn.BatchNorm2d`` does."""
+    if shortcut is not None and shortcut.shape != ys[0].shape:
+        shortcut = shortcut.expand_as(ys[0])
     first = norms[0]
     batch = first.training
     spec = NormSpec(engine, relu, batch, first.momentum, first.eps, _running(norms) if batch else ())

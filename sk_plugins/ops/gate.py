@@ -78,7 +78,7 @@ class Fusable(nn.Module):
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         if torch.compiler.is_compiling():
-            if self._goes_by_operators():
+            if self.fuses_on_cpu and self.backend == 'triton' and self._goes_by_operators():
                 return self.fuse_forward(operators, x, self.parts())
             return super().__call__(x, *args, **kwargs)
         engine = None if args or kwargs else _choose(self, x)
@@ -96,9 +96,10 @@ class Fusable(nn.Module):
         """``forward`` by an engine's passes."""
         raise NotImplementedError
 
+    @torch.compiler.assume_constant_result  # Dynamo asks in Python, in place of tracing what it cannot
     def _goes_by_operators(self) -> bool:
         # A compiler fuses the plain modules itself, so that its graph has operators only where they are asked for.
-        if not self.fuses_on_cpu or self.backend != 'triton' or any(has_hooks(m) for m in self.modules()):
+        if any(has_hooks(m) for m in self.modules()):
             return False
         norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
         return all(type(m) in _known for m in self.modules()) and _agree(norms) and self.parts() is not None

@@ -225,6 +225,8 @@ def _dense(maps: Sequence[Tensor], like: Tensor | None = None) -> Sequence[Tenso
     channels_last = strides[1] < strides[3]
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     for y in maps:
+        if y.shape != first.shape:
+            raise RuntimeError(f'maps of shapes {tuple(y.shape)} and {tuple(first.shape)}: they must be the same')
         if y.stride() != strides or not y.is_contiguous(memory_format=memory_format):
             return [y.contiguous(memory_format=memory_format) for y in maps]
     return maps

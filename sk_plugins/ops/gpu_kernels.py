@@ -56,6 +56,8 @@ _ELEMENTWISE_TILE = 4096
 # 64 channels of two bytes are one 128-byte line.
 _CHANNELS_LAST_BLOCK_C = 64
 _CONTIGUOUS_BLOCK_HW = 256
+# Elements of an image from which on places in it take 64 bits.
+_WIDE = 2**31
 _ROWS_BLOCK_B = 64
 _ROWS_BLOCK_D = 16
 
@@ -82,14 +84,17 @@ def _pick(p0, p1, p2, p3, m: tl.constexpr):
 
 
 @triton.jit
-def _place(C, HW, rows, splits, BLOCK_C: tl.constexpr):
-    """This program's image, split, channels, their mask, and the range of its positions."""
+def _place(C, HW, rows, splits, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+    """This program's image, split, channels, their mask, and the range of its positions; int64 where WIDE."""
     pid = tl.program_id(0)
     c_blocks = tl.cdiv(C, BLOCK_C)
     channels = (pid % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = (pid // c_blocks) % splits
-    image = pid // (c_blocks * splits)
+    image = (pid // (c_blocks * splits)).to(tl.int64)
     start = split * rows
+    if WIDE:
+        channels = channels.to(tl.int64)
+        start = split.to(tl.int64) * rows
     return image, split, channels, channels < C, start, tl.minimum(start + rows, HW)
 
 
@@ -114,16 +119,16 @@ def _affine(
 @triton.jit(do_not_specialize=['HW', 'rows', 'splits'])
 def _statistics_kernel(
     y0, y1, y2, y3, partials, C, HW, stride_hw, stride_c, rows, splits,
-    M: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+    M: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """partials (B * splits, 2, M, C): the mean over this program's positions, and the squared deviations from it.
 
     Sums are of differences from the first value: squares of the values themselves would cancel where a mean is
     large beside its standard deviation.
     """
-    image, split, channels, c_mask, start, end = _place(C, HW, rows, splits, BLOCK_C)
+    image, split, channels, c_mask, start, end = _place(C, HW, rows, splits, BLOCK_C, WIDE)
     for m in tl.static_range(M):
-        y = _pick(y0, y1, y2, y3, m) + image.to(tl.int64) * (C * HW) + channels * stride_c
+        y = _pick(y0, y1, y2, y3, m) + image * C * HW + channels * stride_c
         shift = tl.load(y + start * stride_hw, mask=c_mask, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
         squares = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
@@ -136,7 +141,7 @@ def _statistics_kernel(
             squares += value * value
         difference = tl.sum(total, 0) / (end - start)
         deviations = tl.maximum(tl.sum(squares, 0) - tl.sum(total, 0) * difference, 0.0)
-        partial = partials + (image * splits + split).to(tl.int64) * (2 * M * C) + m * C + channels
+        partial = partials + (image * splits + split) * (2 * M * C) + m * C + channels
         tl.store(partial, shift + difference, mask=c_mask)
         tl.store(partial + M * C, deviations, mask=c_mask)
 
@@ -202,7 +207,7 @@ def _store_moments(
     q = tl.sum(q, 0)
     at = partials + ((split.to(tl.int64) * 2 * images + image) * M + m) * C + channels
     tl.store(at, p, mask=c_mask)
-    tl.store(at + images * M * C, q * inv, mask=c_mask)
+    tl.store(at + images.to(tl.int64) * M * C, q * inv, mask=c_mask)
     return scale * q + b * p
 
 
@@ -211,11 +216,12 @@ def _moments_kernel(
     y0, y1, y2, y3, w0, w1, w2, w3, bias0, bias1, bias2, bias3, mean0, mean1, mean2, mean3,
     spread0, spread1, spread2, spread3, grad, partials, values, eps,
     images, C, HW, stride_hw, stride_c, rows, splits,
-    HAS_GRAD: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_GRAD: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """partials (splits, 2, B, M, C) and values: (splits, B, M, C) with a gradient, (splits, B, C) without."""
-    image, split, channels, c_mask, start, end = _place(C, HW, rows, splits, BLOCK_C)
-    base = image.to(tl.int64) * (C * HW)
+    image, split, channels, c_mask, start, end = _place(C, HW, rows, splits, BLOCK_C, WIDE)
+    base = image * C * HW
     # Accumulators by name: a loop cannot carry a list. Those that M leaves unused cost nothing.
     zero = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
     p0, p1, p2, p3 = zero, zero, zero, zero
@@ -273,10 +279,11 @@ def _moments_kernel(
 def _select_kernel(
     y0, y1, y2, y3, w0, w1, w2, w3, b0, b1, b2, b3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
     out, attention, attention_b, attention_m, attention_c, eps, C, HW, stride_hw, stride_c, splits,
-    ATTENDS: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+    ATTENDS: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C)
-    base = image.to(tl.int64) * (C * HW)
+    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C, WIDE)
+    base = image * C * HW
     hw = start + tl.arange(0, BLOCK_HW)
     mask = (hw < end)[:, None] & c_mask[None, :]
     offsets = hw[:, None] * stride_hw + channels[None, :] * stride_c
@@ -290,7 +297,7 @@ def _select_kernel(
         z = (y - mu[None, :]) * scale[None, :] + b[None, :]
         u = tl.where(z > 0, z, 0.0)
         if ATTENDS:
-            a = attention + image.to(tl.int64) * attention_b + m * attention_m + channels * attention_c
+            a = attention + image * attention_b + m * attention_m + channels * attention_c
             u = u * tl.load(a, mask=c_mask, other=0.0).to(tl.float32)[None, :]
         total += u
     tl.store(out + base + offsets, total.to(out.dtype.element_ty), mask=mask)
@@ -301,16 +308,17 @@ def _input_grads_kernel(
     y0, y1, y2, y3, w0, w1, w2, w3, b0, b1, b2, b3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
     x0, x1, x2, x3, grad, slope, slope_b, slope_m, slope_c, level, sums, eps, count,
     C, HW, stride_hw, stride_c, splits,
-    ATTENDS: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+    ATTENDS: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C)
-    base = image.to(tl.int64) * (C * HW)
+    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C, WIDE)
+    base = image * C * HW
     hw = start + tl.arange(0, BLOCK_HW)
     mask = (hw < end)[:, None] & c_mask[None, :]
     offsets = hw[:, None] * stride_hw + channels[None, :] * stride_c
     g = tl.load(grad + base + offsets, mask=mask, other=0.0).to(tl.float32)
     if ATTENDS:
-        constant = tl.load(level + image.to(tl.int64) * C + channels, mask=c_mask, other=0.0).to(tl.float32)[None, :]
+        constant = tl.load(level + image * C + channels, mask=c_mask, other=0.0).to(tl.float32)[None, :]
     for m in tl.static_range(M):
         mu, scale, b, inv = _affine(
             w0, w1, w2, w3, b0, b1, b2, b3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
@@ -320,7 +328,7 @@ def _input_grads_kernel(
         deviation = y - mu[None, :]
         g_z = g
         if ATTENDS:
-            a = slope + image.to(tl.int64) * slope_b + m * slope_m + channels * slope_c
+            a = slope + image * slope_b + m * slope_m + channels * slope_c
             g_z = constant + g * tl.load(a, mask=c_mask, other=0.0).to(tl.float32)[None, :]
         g_z = tl.where(deviation * scale[None, :] + b[None, :] > 0, g_z, 0.0)
         if STACKED:
@@ -343,9 +351,9 @@ def _weigh_moments_kernel(
     c_mask = channels < C
     total = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     for i in range(0, images, BLOCK_B):
-        image = i + tl.arange(0, BLOCK_B)
+        image = (i + tl.arange(0, BLOCK_B)).to(tl.int64)
         mask = (image < images)[:, None] & c_mask[None, :]
-        at = ((which * images + image).to(tl.int64) * M + m)[:, None] * C + channels[None, :]
+        at = ((which * images + image) * M + m)[:, None] * C + channels[None, :]
         value = tl.load(given + at, mask=mask, other=0.0)
         if ATTENDS:
             a = attention + image[:, None] * attention_b + m * attention_m + channels[None, :] * attention_c
@@ -360,12 +368,12 @@ def _weigh_moments_kernel(
 def _norm_act_kernel(
     y0, y1, w0, w1, b0, b1, mean0, mean1, spread0, spread1, shortcut, out, eps, C, HW, stride_hw, stride_c, splits,
     RELU: tl.constexpr, HAS_SHORTCUT: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr,
-    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C)
+    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C, WIDE)
     hw = start + tl.arange(0, BLOCK_HW)
     mask = (hw < end)[:, None] & c_mask[None, :]
-    offsets = image.to(tl.int64) * (C * HW) + hw[:, None] * stride_hw + channels[None, :] * stride_c
+    offsets = image * C * HW + hw[:, None] * stride_hw + channels[None, :] * stride_c
     total = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
     for m in tl.static_range(M):
         mu, scale, b, _ = _affine(
@@ -399,11 +407,11 @@ def _norm_act_moments_kernel(
     y0, y1, w0, w1, b0, b1, mean0, mean1, spread0, spread1, grad, out, partials, eps,
     C, HW, stride_hw, stride_c, rows, splits,
     RELU: tl.constexpr, HAS_OUT: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr,
-    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """partials (B * splits, 1 + M, C): sums of the live gradient, and of it times xhat_m."""
-    image, split, channels, c_mask, start, end = _place(C, HW, rows, splits, BLOCK_C)
-    base = image.to(tl.int64) * (C * HW)
+    image, split, channels, c_mask, start, end = _place(C, HW, rows, splits, BLOCK_C, WIDE)
+    base = image * C * HW
     p = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
     q0, q1 = p, p
     mu0, scale, b, inv0 = _affine(
@@ -423,7 +431,7 @@ def _norm_act_moments_kernel(
         q0 += g * (tl.load(y0 + offsets, mask=mask, other=0.0).to(tl.float32) - mu0[None, :])
         if M > 1:
             q1 += g * (tl.load(y1 + offsets, mask=mask, other=0.0).to(tl.float32) - mu1[None, :])
-    at = partials + (image * splits + split).to(tl.int64) * ((1 + M) * C) + channels
+    at = partials + (image * splits + split) * ((1 + M) * C) + channels
     tl.store(at, tl.sum(p, 0), mask=c_mask)
     tl.store(at + C, tl.sum(q0, 0) * inv0, mask=c_mask)
     if M > 1:
@@ -435,12 +443,12 @@ def _norm_act_grads_kernel(
     y0, y1, w0, w1, b0, b1, mean0, mean1, spread0, spread1, grad, out, x0, x1, grad_shortcut, sums, eps, count,
     C, HW, stride_hw, stride_c, splits,
     RELU: tl.constexpr, HAS_OUT: tl.constexpr, HAS_SHORTCUT: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr,
-    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C)
+    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C, WIDE)
     hw = start + tl.arange(0, BLOCK_HW)
     mask = (hw < end)[:, None] & c_mask[None, :]
-    offsets = image.to(tl.int64) * (C * HW) + hw[:, None] * stride_hw + channels[None, :] * stride_c
+    offsets = image * C * HW + hw[:, None] * stride_hw + channels[None, :] * stride_c
     mu, scale, b, inv = _affine(
         w0, w1, w0, w0, b0, b1, b0, b0, mean0, mean1, mean0, mean0, spread0, spread1, spread0, spread0,
         0, eps, C, channels, c_mask, STACKED,
@@ -476,13 +484,13 @@ def _norm_relu_rows_kernel(
     if BATCH:
         total = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
         for i in range(0, rows, BLOCK_B):
-            row = i + tl.arange(0, BLOCK_B)
+            row = (i + tl.arange(0, BLOCK_B)).to(tl.int64)
             mask = (row < rows)[:, None] & d_mask[None, :]
             total += tl.load(r + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
         mu = tl.sum(total, 0) / rows
         squares = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
         for i in range(0, rows, BLOCK_B):
-            row = i + tl.arange(0, BLOCK_B)
+            row = (i + tl.arange(0, BLOCK_B)).to(tl.int64)
             mask = (row < rows)[:, None] & d_mask[None, :]
             value = tl.load(r + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
             value = tl.where(mask, value - mu[None, :], 0.0)
@@ -502,7 +510,7 @@ def _norm_relu_rows_kernel(
     scale = inv * tl.load(weight + d, mask=d_mask, other=0.0).to(tl.float32)
     b = tl.load(bias + d, mask=d_mask, other=0.0).to(tl.float32)
     for i in range(0, rows, BLOCK_B):
-        row = i + tl.arange(0, BLOCK_B)
+        row = (i + tl.arange(0, BLOCK_B)).to(tl.int64)
         mask = (row < rows)[:, None] & d_mask[None, :]
         at = row[:, None] * D + d[None, :]
         value = (tl.load(r + at, mask=mask, other=0.0).to(tl.float32) - mu[None, :]) * scale[None, :] + b[None, :]
@@ -522,7 +530,7 @@ def _norm_relu_rows_grads_kernel(
     p = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     q = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     for i in range(0, rows, BLOCK_B):
-        row = i + tl.arange(0, BLOCK_B)
+        row = (i + tl.arange(0, BLOCK_B)).to(tl.int64)
         mask = (row < rows)[:, None] & d_mask[None, :]
         at = row[:, None] * D + d[None, :]
         g = tl.where(tl.load(z + at, mask=mask, other=0.0) > 0, tl.load(grad + at, mask=mask, other=0.0), 0.0)
@@ -533,7 +541,7 @@ def _norm_relu_rows_grads_kernel(
     tl.store(grad_bias + d, sum_p, mask=d_mask)
     tl.store(grad_weight + d, sum_q, mask=d_mask)
     for i in range(0, rows, BLOCK_B):
-        row = i + tl.arange(0, BLOCK_B)
+        row = (i + tl.arange(0, BLOCK_B)).to(tl.int64)
         mask = (row < rows)[:, None] & d_mask[None, :]
         at = row[:, None] * D + d[None, :]
         g = tl.where(tl.load(z + at, mask=mask, other=0.0) > 0, tl.load(grad + at, mask=mask, other=0.0), 0.0)
@@ -771,7 +779,8 @@ def _lay_out(y: Tensor, layout: tuple) -> tuple[tuple[int], tuple[int, ...], dic
     rows = -(-tiles // splits) * block_hw  # positions that a program takes
     splits = -(-positions // rows)
     place = (channels, positions, *strides, rows, splits) if reduces else (channels, positions, *strides, splits)
-    made = (batch * splits * columns,), place, dict(BLOCK_HW=block_hw, BLOCK_C=block_c)
+    blocks = dict(BLOCK_HW=block_hw, BLOCK_C=block_c, WIDE=channels * positions >= _WIDE)
+    made = (batch * splits * columns,), place, blocks
     _layouts[layout] = made
     return made
 

@@ -1,0 +1,297 @@
+"""The trial of the GPU's engine: what it measures decides, once for a device, and nothing it meets stops a user.
+
+No GPU is needed: a stand-in for a tensor says that it is on one, and stand-ins measure what a test says.
+"""
+
+import contextlib
+import json
+import logging
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sk_plugins.ops import gpu, trial
+
+FASTER = {'small training': 0.5, 'small inference': 0.6, 'large training': 0.7, 'large inference': 0.8}
+
+
+class OnGPU:
+    """As much of a tensor on a GPU as a trial asks for."""
+
+    is_cuda = True
+
+    def __init__(self, shape=trial.LARGE, dtype=torch.float32, index=0):
+        self.device, self.dtype, self.shape = torch.device('cuda', index), dtype, torch.Size(shape)
+
+    def get_device(self):
+        return self.device.index
+
+    def numel(self):
+        return self.shape.numel()
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """What the measurements find, settable, and how often they ran: of one process whose verdicts nobody knows."""
+    found = SimpleNamespace(error=0.0, ratios=dict(FASTER), tried=[], devices=[])
+    monkeypatch.setenv('SK_PLUGINS_CACHE', str(tmp_path))
+    monkeypatch.delenv('SK_PLUGINS_ENGINE', raising=False)
+    monkeypatch.setattr(gpu, 'HAS_TRITON', True)
+    monkeypatch.setattr(gpu, 'load', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'A card')
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+
+    @contextlib.contextmanager
+    def device(device):
+        found.devices.append((threading.get_ident(), device))
+        yield
+
+    def error(device, dtype):
+        found.tried.append((device, dtype))
+        if isinstance(found.error, Exception):
+            raise found.error
+        return found.error
+
+    monkeypatch.setattr(torch.cuda, 'device', device)
+    monkeypatch.setattr(trial, '_compile', lambda device, dtype: None)
+    monkeypatch.setattr(trial, '_error', error)
+    monkeypatch.setattr(trial, '_Work', lambda shape, device, dtype: shape)
+
+    def ratio(run, work, device):
+        size = 'small' if work == trial.SMALL else 'large'
+        return found.ratios[f'{size} {"training" if torch.is_grad_enabled() else "inference"}']
+
+    monkeypatch.setattr(trial, '_ratio', ratio)
+    monkeypatch.setattr(trial, '_said', set())
+    trial._verdict.cache_clear()
+    yield found
+    trial._verdict.cache_clear()
+
+
+def new_process():
+    trial._verdict.cache_clear()
+    trial._said.clear()
+
+
+def test_what_is_right_and_faster_is_taken_and_told_in_one_line(bench, caplog):
+    with caplog.at_level(logging.INFO, 'sk_plugins'):
+        for _ in range(3):
+            assert trial.accepts(OnGPU())
+            with torch.no_grad():
+                assert trial.accepts(OnGPU(trial.SMALL))
+    assert len(bench.tried) == 1
+    (record,) = caplog.records
+    assert record.levelname == 'INFO'
+    expected = 'small training 0.50, small inference 0.60, large training 0.70, large inference 0.80'
+    assert expected in record.getMessage()
+    assert 'A card, float32, torch ' in record.getMessage()
+
+
+@pytest.mark.parametrize('slow', FASTER)
+def test_what_is_slower_is_not_taken_for_that_size_and_kind(bench, slow):
+    bench.ratios[slow] = 1.01
+    for size, shape in (('small', trial.SMALL), ('large', trial.LARGE)):
+        for kind in ('training', 'inference'):
+            with torch.set_grad_enabled(kind == 'training'):
+                assert trial.accepts(OnGPU(shape)) == (f'{size} {kind}' != slow)
+                assert trial.accepts(OnGPU(shape), wanted=True)
+
+
+def test_sizes_part_at_the_geometric_mean(bench):
+    """SMALL has 2**17 elements and LARGE 25,690,112: 1,835,008 lie between."""
+    bench.ratios['small training'] = 2.0
+    assert not trial.accepts(OnGPU((1, 1, 1, 1_835_007)))
+    assert trial.accepts(OnGPU((1, 1, 1, 1_835_009)))
+
+
+@pytest.mark.parametrize('error', [0.5, float('nan'), float('inf')])
+def test_what_is_wrong_is_refused_with_a_warning_and_remembered(bench, error, caplog):
+    bench.error = error
+    for _ in range(2):
+        assert not trial.accepts(OnGPU(), wanted=True)
+        assert not trial.accepts(OnGPU())
+        new_process()
+    assert len(bench.tried) == 1
+    (record,) = [r for r in caplog.records if r.levelname == 'WARNING']
+    assert 'not used on A card, float32' in record.getMessage()
+    assert f'they differ from plain torch by {error:.1e}' in record.getMessage()
+
+
+@pytest.mark.parametrize('error', [RuntimeError('no C compiler'), torch.OutOfMemoryError('full')])
+def test_a_failure_gives_way_to_plain_torch_in_this_process_alone(bench, error, caplog):
+    bench.error = error
+    assert not trial.accepts(OnGPU())
+    assert not trial.accepts(OnGPU(), wanted=True)
+    (record,) = caplog.records
+    assert f'a kernel failed ({type(error).__name__}: {error})' in record.getMessage()
+    assert len(bench.tried) == 1
+    new_process()
+    bench.error = 0.0
+    assert trial.accepts(OnGPU())
+
+
+def test_a_verdict_is_of_a_device_a_dtype_and_versions(bench, monkeypatch):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert trial.accepts(OnGPU(dtype=dtype))
+    assert [dtype for _, dtype in bench.tried] == [torch.float32, torch.bfloat16, torch.float16]
+    new_process()
+    assert trial.accepts(OnGPU())  # from disk
+    assert len(bench.tried) == 3
+    kept = json.loads(trial.cache_file().read_text())
+    assert len(kept) == 3
+    assert all(key.startswith('A card, ') and ', triton ' in key and ', sk-plugins ' in key for key in kept)
+    assert all(verdict == {'wrong': None, 'ratios': FASTER} for verdict in kept.values())
+    for name, version in (('get_device_name', None), (None, '0')):
+        new_process()
+        if name:
+            monkeypatch.setattr(torch.cuda, name, lambda device: 'Another card')
+        else:
+            monkeypatch.setattr(trial, '_version', lambda name, version=version: version)
+        assert trial.accepts(OnGPU())
+    assert len(bench.tried) == 5
+    trial.forget()
+    assert not trial.cache_file().exists()
+    assert trial.accepts(OnGPU())
+    assert len(bench.tried) == 6
+
+
+@pytest.fixture
+def autocast(monkeypatch):
+    """bfloat16, as on a GPU: torch takes none where it finds no GPU."""
+    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda device: device == 'cuda')
+    monkeypatch.setattr(torch, 'get_autocast_dtype', lambda device: torch.bfloat16)
+
+
+def test_autocast_says_the_dtype(bench, autocast):
+    trial.accepts(OnGPU())
+    assert [dtype for _, dtype in bench.tried] == [torch.bfloat16]
+
+
+@pytest.mark.parametrize('casts', [False, True])
+def test_float64_is_for_plain_torch_and_said_once(bench, casts, request, caplog):
+    if casts:
+        request.getfixturevalue('autocast')  # which leaves float64 alone
+    for _ in range(2):
+        assert not trial.accepts(OnGPU(dtype=torch.float64), wanted=True)
+    (record,) = caplog.records
+    assert 'torch.float64: the kernels take float32, bfloat16 and float16' in record.getMessage()
+    assert not bench.tried
+
+
+def test_without_triton_plain_torch_runs_and_says_so(bench, monkeypatch, caplog):
+    monkeypatch.setattr(gpu, 'HAS_TRITON', False)
+    assert not trial.accepts(OnGPU())
+    assert 'triton is not installed' in caplog.text
+
+
+def test_the_environment_overrides(bench, monkeypatch, caplog):
+    bench.ratios = dict.fromkeys(FASTER, 5.0)
+    assert not trial.accepts(OnGPU())
+    monkeypatch.setenv('SK_PLUGINS_ENGINE', 'triton')
+    new_process()
+    assert trial.accepts(OnGPU())
+    monkeypatch.setenv('SK_PLUGINS_ENGINE', 'plain')
+    new_process()
+    assert not trial.accepts(OnGPU(), wanted=True)
+    assert not caplog.records
+    assert not trial.accepts(torch.zeros(1, 1, 1, 1))  # in the interpreter, too
+    bench.error = 1.0
+    monkeypatch.setenv('SK_PLUGINS_ENGINE', 'triton')
+    trial.forget()
+    assert not trial.accepts(OnGPU())  # no one gets wrong numbers
+
+
+@pytest.mark.parametrize(
+    'text',
+    ['', '{', '[]', '5', 'null', '{"KEY": null}', '{"KEY": []}', '{"KEY": {}}', '{"KEY": {"wrong": null}}',
+     '{"KEY": {"wrong": null, "ratios": {"small training": 0.5}}}', '{"KEY": {"wrong": 5, "ratios": {}}}', '\udcff'],
+)  # fmt: skip
+def test_a_corrupt_file_is_as_good_as_none(bench, text):
+    key = trial._key(torch.device('cuda', 0), torch.float32)
+    trial.cache_file().write_bytes(text.replace('KEY', key).encode('utf-8', 'surrogateescape'))
+    assert trial.accepts(OnGPU())
+    assert len(bench.tried) == 1
+    assert json.loads(trial.cache_file().read_text()) == {key: {'wrong': None, 'ratios': FASTER}}
+    assert [path.name for path in trial.cache_file().parent.iterdir()] == ['engines.json']
+
+
+def test_where_nothing_can_be_kept_the_verdict_holds_for_the_process(bench, monkeypatch, tmp_path, caplog):
+    (tmp_path / 'file').write_text('')
+    for name, value in (('SK_PLUGINS_CACHE', str(tmp_path / 'file' / 'folder')), ('HOME', None)):
+        if value is None:
+            monkeypatch.delenv('SK_PLUGINS_CACHE')
+            monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+
+            def no_home():
+                raise RuntimeError('Could not determine home directory.')
+
+            monkeypatch.setattr(trial.Path, 'home', no_home)
+        else:
+            monkeypatch.setenv(name, value)
+        new_process()
+        caplog.clear()
+        for _ in range(2):
+            assert trial.accepts(OnGPU())
+        (record,) = [r for r in caplog.records if r.levelname == 'WARNING']
+        assert 'cannot be kept' in record.getMessage()
+    assert len(bench.tried) == 2
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(bench, caplog):
+    trial.cache_file().mkdir(parents=True)
+    assert trial.accepts(OnGPU())
+    assert 'cannot be kept' in caplog.text
+    assert list(trial.cache_file().parent.iterdir()) == [trial.cache_file()]
+
+
+def test_where_the_file_is(monkeypatch, tmp_path):
+    monkeypatch.setenv('SK_PLUGINS_CACHE', str(tmp_path / 'own'))
+    assert trial.cache_file() == tmp_path / 'own' / 'engines.json'
+    monkeypatch.delenv('SK_PLUGINS_CACHE')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    assert trial.cache_file() == tmp_path / 'cache' / 'sk-plugins' / 'engines.json'
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setattr(trial.Path, 'home', lambda: tmp_path)
+    assert trial.cache_file() == tmp_path / '.cache' / 'sk-plugins' / 'engines.json'
+
+
+def test_it_runs_on_the_tensors_device_in_a_thread_of_its_own(bench, monkeypatch, caplog):
+    """A new thread's current device is the first one, on which kernels for another's tensors would be launched."""
+    assert not trial.accepts(OnGPU(index=1))  # cuda:0 is the current one
+    assert 'tensors on cuda:1, which is not the current device' in caplog.text
+    assert not bench.tried
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
+    assert trial.accepts(OnGPU(index=1))
+    ((thread, device),) = bench.devices
+    assert device == torch.device('cuda', 1)
+    assert thread != threading.get_ident()
+
+
+def test_a_known_verdict_costs_few_calls(bench):
+    x = OnGPU()
+    trial.accepts(x)
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(frame.f_code.co_name) if event == 'call' else None)
+    try:
+        trial.accepts(x)
+    finally:
+        sys.setprofile(None)
+    assert [name for name in calls if name != '<lambda>'] == ['accepts', 'get_device', 'numel']
+
+
+@pytest.mark.skipif(not gpu.HAS_TRITON, reason='triton is not installed')
+@pytest.mark.parametrize('batch', [True, False])
+def test_the_work_is_the_same_by_the_engine_and_in_plain_torch(batch):
+    """Without a GPU: the plain way's numbers are those of the network's own equations, and the engine's launch."""
+    from sk_plugins.ops import stubbed_launches
+
+    work = trial._Work((3, 40, 9, 9), torch.device('cpu'), torch.float32)
+    with stubbed_launches(), torch.set_grad_enabled(batch):
+        for function in (work.engine, work.plain):
+            output = function(batch)
+            assert output.shape == (3, 40, 9, 9)
+        if batch:
+            assert [g.shape for g in work.gradients(work.engine)] == [g.shape for g in work.gradients(work.plain)]
