@@ -14,7 +14,7 @@ NAMES = timm.list_models(module='timm_models')
 # Three stages of stride 1, 2 and 2 make 224x224 pixels as much work as 1568x1568 are elsewhere.
 SMALL = [name for name in NAMES if '29_16x32d' in name]
 # One of each kind of network: others of it differ in width and depth.
-KINDS = ('sknet26', 'sknet29_16x32d', 'resnext29_16x32d', 'seresnext29_16x32d', 'skresnext101_32x4d')
+KINDS = ('sknet26', 'sknet29_16x32d', 'resnext29_16x32d', 'seresnext29_16x32d')
 KINDS += ('shufflenetv2_x0_5', 'seshufflenetv2_x0_5', 'skshufflenetv2_x0_5')
 NARROW = {
     'sknet26': dict(layers=(1, 2, 1, 1), channels=(16, 32, 64, 128), cardinality=8, base_width=16),

@@ -99,10 +99,8 @@ class Fusable(nn.Module):
     @torch.compiler.assume_constant_result  # Dynamo asks in Python, in place of tracing what it cannot
     def _goes_by_operators(self) -> bool:
         # A compiler fuses the plain modules itself, so that its graph has operators only where they are asked for.
-        if any(has_hooks(m) for m in self.modules()):
-            return False
-        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
-        return all(type(m) in _known for m in self.modules()) and _agree(norms) and self.parts() is not None
+        plan = _Plan(self)
+        return plan.parts is not None and not plan.has_hooks()
 
 
 def _agree(norms: list[nn.BatchNorm2d]) -> bool:

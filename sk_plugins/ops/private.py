@@ -40,13 +40,23 @@ def is_ordinary() -> bool:
     return not (
         _dispatch_modes is None
         or _dispatch_modes()
-        or _function_modes()
+        or (_function_modes() and not _is_default_device())
         or _transforms()
         or _forward_ad._current_level >= 0
         or any(_global_hooks)
         or _is_tracing()
         or nn.Module.__call__ is not MODULE_CALL
     )
+
+
+def _is_default_device() -> bool:
+    """Whether the function modes at work only choose a device for new tensors, as ``torch.set_default_device`` does."""
+    try:
+        from torch.overrides import _get_current_function_mode_stack
+        from torch.utils._device import DeviceContext
+    except ImportError:
+        return False
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def add_one(counts: list[Tensor]) -> None:

@@ -7,11 +7,10 @@ import timm
 import torch
 from randomised import randomise
 from timm.layers import SelectiveKernel as TimmSelectiveKernel
-from tolerances import assert_close
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sk_plugins import SelectiveKernel, SKResNet, fold_batch_norm
+from sk_plugins import SelectiveKernel, SKResNet, fuse
 from sk_plugins.analysis import record, recording, sk_units
 from sk_plugins.networks import SKShuffleNetV2
 
@@ -79,7 +78,7 @@ def in_float64(model, x):
 
 @pytest.mark.parametrize('folded', [False, True])
 def test_equals_a_direct_computation_and_changes_nothing(model, folded):
-    model = fold_batch_norm(model) if folded else model
+    model = fuse(model) if folded else model
     expected = in_float64(model, X)
     assert any(a.std() > 0.02 for a in expected.values())
     for grad in (False, True):
@@ -94,17 +93,15 @@ def test_equals_a_direct_computation_and_changes_nothing(model, folded):
         for name, values in expected.items():
             assert attention[name].dtype == torch.float32
             assert not attention[name].requires_grad
-            assert_close(
-                attention[name].sum(1), torch.ones_like(attention[name][:, 0]), length=attention[name].shape[1]
-            )
-            assert_close(attention[name].double(), values, dtype=torch.float32, length=model)
+            assert (attention[name].sum(1) - 1).abs().max() < 1e-6
+            torch.testing.assert_close(attention[name].double(), values, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize('backend', ['auto', 'plain', 'recompute', 'triton'])
 @pytest.mark.parametrize('checkpointed', [False, True])
 def test_a_training_step_is_the_same(backend, checkpointed):
     torch.manual_seed(0)
-    models = [randomise(SKResNet(**SMALL, sk_kwargs=dict(backend=backend))).train()]
+    models = [randomise(SKResNet(**SMALL, sk_kwargs=dict(backend=backend))).double().train()]
     models.append(copy.deepcopy(models[0]))
     losses = []
     for i, model in enumerate(models):
@@ -112,13 +109,14 @@ def test_a_training_step_is_the_same(backend, checkpointed):
         recording = record(model)
         if i == 1:
             recording.__enter__()
-        losses.append(model(X).square().sum())
+        losses.append(model(X.double()).square().sum())
         losses[-1].backward()
         recording.__exit__()
     assert torch.equal(*losses)
+    largest = max(p.grad.abs().max() for p in models[0].parameters())
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
-        # A unit that is recorded goes the plain way, whose backward pass takes its sums in another order.
-        assert_close(p.grad, q.grad, length=models[0], msg=name)
+        # Recorded units go the plain way, whose gradients another engine gives but for rounding.
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-11 * largest, msg=name)
     for (name, p), q in zip(models[0].state_dict().items(), models[1].state_dict().values()):
         # What a checkpoint repeats, it counts twice in BatchNorm's statistics, recorded or not.
         assert torch.equal(p, q), name
@@ -159,7 +157,7 @@ def test_compiled_before_and_recorded_again(network, training, backend):
         forward(model)
     for name in attention:
         assert len(attention.forwards(name)) == 2
-        assert_close(attention.forwards(name)[1], eager[name], length=model)
+        torch.testing.assert_close(attention.forwards(name)[1], eager[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -186,14 +184,14 @@ def test_compiled_by_inductor(training):
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
     if training:
-        assert_close(gradients[1], gradients[0], length=model, gain=100)  # by batch statistics of three images
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
     model.load_state_dict(state)
     with record(model) as eager, torch.no_grad():
         model(X)
     for name in recording:
         assert len(recording.forwards(name)) == 1
-        assert_close(recording[name], eager[name], length=model, gain=100 if training else 1)
-        assert_close(recording[name].sum(1), torch.ones_like(recording[name][:, 0]), length=recording[name].shape[1])
+        torch.testing.assert_close(recording[name], eager[name], rtol=0, atol=1e-5)
+        assert (recording[name].sum(1) - 1).abs().max() < 1e-6
 
 
 def test_low_precision_is_recorded_in_float32():
@@ -205,7 +203,7 @@ def test_low_precision_is_recorded_in_float32():
     for recorded in (attention, autocast):
         for values in recorded.values():
             assert values.dtype == torch.float32
-            assert_close(values.sum(1), torch.ones_like(values[:, 0]), length=values.shape[1])
+            assert (values.sum(1) - 1).abs().max() < 1e-6
 
 
 def test_forwards_add_up_until_they_are_cleared():
@@ -215,7 +213,7 @@ def test_forwards_add_up_until_they_are_cleared():
         model(X)
         model(X[:1])
         assert [tuple(a.shape) for a in attention.forwards('SK_3_2')] == [(3, 2, 16), (1, 2, 16)]
-        assert_close(attention['SK_3_2'][3], attention['SK_3_2'][0], length=model)
+        torch.testing.assert_close(attention['SK_3_2'][3], attention['SK_3_2'][0], rtol=0, atol=1e-6)
         attention.clear()
         assert attention['SK_3_2'].shape == (0, 2, 16)
         model(X)
