@@ -63,7 +63,8 @@ def assert_same(got, expected, **tolerance):
 
 def through(layer, x):
     """The autograd functions on the way of an output."""
-    nodes, seen = [layer(x).grad_fn], set()
+    output = layer(x)  # older releases of torch free a Python node with its output
+    nodes, seen = [output.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:

@@ -26,6 +26,7 @@ _CHILDREN, _PARAMETERS, _BUFFERS = itemgetter('_modules'), itemgetter('_paramete
 _TRAINING, _BACKEND, _PADDING = itemgetter('training'), itemgetter('backend'), itemgetter('padding_mode')
 _NORM = itemgetter('training', 'momentum', 'eps', 'track_running_stats', 'affine')
 _CALLS = attrgetter('forward', '__call__')
+_TENSORS = {nn.Parameter, Tensor, type(None)}
 _known = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Softmax, nn.Sequential, nn.AvgPool2d, nn.ModuleList]
 _known_calls = list(map(_CALLS, _known))
 _stubbed = False
@@ -99,7 +100,7 @@ class Fusable(nn.Module):
     @torch.compiler.assume_constant_result  # Dynamo asks in Python, in place of tracing what it cannot
     def _goes_by_operators(self) -> bool:
         # A compiler fuses the plain modules itself, so that its graph has operators only where they are asked for.
-        plan = _Plan(self)
+        plan = _Plan(self, traced=True)  # whose parameters may be fake
         return plan.parts is not None and not plan.has_hooks()
 
 
@@ -119,7 +120,7 @@ def _agree(norms: list[nn.BatchNorm2d]) -> bool:
 class _Plan:
     """What was found of a module and of all modules in it, for as long as that is so."""
 
-    def __init__(self, module: Fusable) -> None:
+    def __init__(self, module: Fusable, traced: bool = False) -> None:
         modules = list(module.modules())
         self.module = module
         self.modules = modules
@@ -130,7 +131,7 @@ class _Plan:
         self.signature = self._look()
         fits = (
             all(type(m) in _known for m in modules)
-            and all(type(p) in (nn.Parameter, Tensor, type(None)) for m in modules for p in m._parameters.values())
+            and (traced or {type(p) for m in modules for p in m._parameters.values()} <= _TENSORS)
             and all(m._parameters.get('weight') is not None for m in modules if type(m) is nn.Conv2d)
             and all(m.padding_mode == 'zeros' for m in modules if type(m) is nn.Conv2d)
             and _agree([m for m in modules if isinstance(m, nn.BatchNorm2d)])
