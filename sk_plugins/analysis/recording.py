@@ -1,9 +1,9 @@
 """A model's SK units under the paper's names, and a record of their attention.
 
-What is watched are the logits on their way into the softmax, which every way through a unit calls: eager or compiled,
-fused or not. Watching it changes no arithmetic, unlike a hook on the attention, around which a unit takes its modules
-one by one. The softmax gets a ``forward`` of its own, which torch.compile notices, as it does not notice hooks, and
-which is gone afterwards: a model that nobody records is as it was.
+What is watched are the logits on their way into the softmax, in eager mode and compiled. The softmax gets a ``forward``
+of its own, which torch.compile notices, as it does not notice hooks, and which is gone afterwards: a model that nobody
+records is as it was. While it is recorded, a unit runs module after module: on a CPU its outputs stay what they are bit
+for bit, in training its gradients, and on a GPU both, to rounding.
 """
 
 import itertools
@@ -189,7 +189,7 @@ class Recording(Mapping[str, Tensor]):
 
 
 def record(model: nn.Module, units: Sequence[str] | None = None) -> Recording:
-    """Within it, every forward of ``model`` leaves the attention of its SK units behind, and its outputs as they are.
+    """Within it, every forward of ``model`` leaves the attention of its SK units behind.
 
     ::
 

@@ -6,7 +6,8 @@ from types import ModuleType
 from timm.layers import create_aa
 from torch import Tensor, nn
 
-from ..ops import Fusable, convolve, has_parts, norm_act, register
+from .._arguments import check_choice
+from ..ops import BACKENDS, Fusable, convolve, has_parts, norm_act, register
 
 __all__ = ['ConvBNAct']
 
@@ -58,6 +59,7 @@ class ConvBNAct(Fusable):
         dtype=None,
     ) -> None:
         super().__init__()
+        check_choice('backend', backend, BACKENDS)
         self.backend = backend
         dd = {'device': device, 'dtype': dtype}
         use_aa = aa_layer is not None and stride > 1

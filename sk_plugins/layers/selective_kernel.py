@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .._arguments import check_choice, check_dtype, check_flags, check_integer, check_layers, is_integer
 from ..ops import BACKENDS, Fusable, convolve, fuse, has_parts, norm_relu_select, register, select
+from ..ops.gpu import MAX_BRANCHES
 from .conv_bn_act import ConvBNAct
 
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
@@ -15,7 +16,6 @@ __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
 SELECT_MODES = ('channel', 'shared', 'sum')
 NORM_POSITIONS = ('branch', 'output', 'none')
 LARGEST_KERNEL = 1023
-MOST_BRANCHES = 4  # of those that an engine takes
 
 
 _BATCH_OF_ONE = (
@@ -275,7 +275,7 @@ class SelectiveKernel(Fusable):
 
     def parts(self) -> tuple | None:
         paths = [path.parts() if type(path) is ConvBNAct else None for path in self.paths]
-        if not all(path is not None and path[2] for path in paths) or len(paths) > MOST_BRANCHES or self.bn is not None:
+        if not all(path is not None and path[2] for path in paths) or len(paths) > MAX_BRANCHES or self.bn is not None:
             return None
         convs, norms, _ = zip(*paths)
         if self.attn is None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, create_attn
-from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from .._arguments import MOST_CHANNELS, check_choice, check_flags, check_integer, check_integers, check_sk_kwargs
+from .._timm import feature_take_indices
 from ..layers import ConvBNAct, SelectiveKernel, SelectiveKernelAttention
 from ..ops import Fusable, convolve, norm_act, register
 
@@ -68,7 +68,8 @@ class SKBottleneck(Fusable):
         first_planes = width // reduce_first
         outplanes = planes * self.expansion
 
-        self.conv1 = ConvBNAct(inplanes, first_planes, kernel_size=1, **layers)
+        self.backend = _unit_backend(sk_kwargs)
+        self.conv1 = ConvBNAct(inplanes, first_planes, kernel_size=1, backend=self.backend, **layers)
         self.conv2 = SelectiveKernel(
             first_planes,
             width,
@@ -79,7 +80,7 @@ class SKBottleneck(Fusable):
             **{'groups': cardinality, **(sk_kwargs or {})},
             **layers,
         )
-        self.conv3 = ConvBNAct(width, outplanes, kernel_size=1, apply_act=False, **layers)
+        self.conv3 = ConvBNAct(width, outplanes, kernel_size=1, apply_act=False, backend=self.backend, **layers)
         self.se = create_attn(attn_layer, outplanes, **dd)
         self.act = act_layer(inplace=True)
         self.downsample = downsample
@@ -163,7 +164,10 @@ class SKBasicBlock(Fusable):
             **{'groups': 1, **(sk_kwargs or {})},
             **layers,
         )
-        self.conv2 = ConvBNAct(first_planes, outplanes, kernel_size=3, dilation=dilation, apply_act=False, **layers)
+        self.backend = _unit_backend(sk_kwargs)
+        self.conv2 = ConvBNAct(
+            first_planes, outplanes, 3, dilation=dilation, apply_act=False, backend=self.backend, **layers
+        )
         self.se = create_attn(attn_layer, outplanes, **dd)
         self.act = act_layer(inplace=True)
         self.downsample = downsample
@@ -199,6 +203,12 @@ class SKBasicBlock(Fusable):
 register(DropPath)
 
 
+def _unit_backend(sk_kwargs: dict[str, Any] | None) -> str:
+    """What a unit's SK convolution goes by, its other convolutions go by: keeping less memory is the former's alone."""
+    backend = (sk_kwargs or {}).get('backend', 'auto')
+    return 'plain' if backend == 'recompute' else backend
+
+
 def _parts(unit: SKBottleneck | SKBasicBlock, sk: nn.Module, last: nn.Module) -> tuple | None:
     """A unit's SK convolution and its parts, the last convolution and norm, and the modules of the shortcut.
 
@@ -210,8 +220,10 @@ def _parts(unit: SKBottleneck | SKBasicBlock, sk: nn.Module, last: nn.Module) ->
     plain = unit.se is None and type(unit.act) is nn.ReLU and keeps_all
     if of_sk is None or of_last is None or of_last[2] or not plain:
         return None
+    if unit.downsample is not None and type(unit.downsample) is not nn.Sequential:
+        return None
     shortcut = () if unit.downsample is None else tuple(unit.downsample.children())
-    if shortcut and [type(module) for module in shortcut[-2:]] != [nn.Conv2d, nn.BatchNorm2d]:
+    if unit.downsample is not None and [type(module) for module in shortcut[-2:]] != [nn.Conv2d, nn.BatchNorm2d]:
         return None
     return sk, of_sk, *of_last[:2], shortcut
 

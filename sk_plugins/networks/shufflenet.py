@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import SqueezeExcite, create_classifier, get_act_layer, get_norm_layer
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .._arguments import check_choice, check_integer, check_integers, check_sk_kwargs
+from .._timm import feature_take_indices
 from ..layers import SelectiveKernel, SelectiveKernelAttention
 from .resnet import MOST_UNITS, UNITS
 

@@ -16,9 +16,14 @@ from torch import Tensor
 
 from .reference import Attention, Branches, fuse
 
-__all__ = ['NAME', 'backward', 'forward', 'saved_like', 'statistics']
+__all__ = ['NAME', 'backward', 'forward', 'pays', 'saved_like', 'statistics']
 
 NAME = 'recompute'
+
+
+def pays() -> bool:
+    """Whether there is anything to keep: in inference the plain modules are as fast."""
+    return torch.is_grad_enabled()
 
 
 def forward(spec, branches: Branches) -> tuple[Tensor, list[Tensor | None]]:

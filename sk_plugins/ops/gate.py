@@ -80,7 +80,10 @@ class Fusable(nn.Module):
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         if torch.compiler.is_compiling():
             if self.fuses_on_cpu and self.backend == 'triton' and self._goes_by_operators():
-                return self.fuse_forward(operators, x, self.parts())
+                parts = self.parts()
+                # Asked in the graph, so that it is made anew where a norm changes.
+                if _agree(parts[1] if parts[2] is None else [*parts[1], parts[2][1]]):
+                    return self.fuse_forward(operators, x, parts)
             return super().__call__(x, *args, **kwargs)
         engine = None if args or kwargs else _choose(self, x)
         if engine is None:
@@ -110,9 +113,13 @@ def _agree(norms: list[nn.BatchNorm2d]) -> bool:
     return first is not None and all(
         (norm.training, norm.momentum, norm.eps) == (first.training, first.momentum, first.eps)
         and norm.affine
+        and norm.weight is not None
+        and norm.bias is not None
         and norm.track_running_stats
         and norm.momentum is not None
         and norm.running_mean is not None
+        and norm.running_var is not None
+        and norm.num_batches_tracked is not None
         for norm in norms
     )
 
@@ -176,7 +183,9 @@ def _choose(module: Fusable, x: Tensor) -> ModuleType | None:
     if backend == 'plain' or (type(x) is not Tensor and type(x) is not nn.Parameter):
         return None
     on_gpu = x.is_cuda or _stubbed or gpu.INTERPRETS
-    if not on_gpu and not (module.fuses_on_cpu and torch.is_grad_enabled()):
+    # On a GPU nobody has timed the CPU's engine: it is for those who ask for it.
+    may_recompute = module.fuses_on_cpu and cpu.pays() and (backend == 'recompute' or not x.is_cuda)
+    if not on_gpu and not may_recompute:
         return None
     # A tracer, asked first, would keep the answers about the map.
     if not private.is_ordinary() or x.ndim != 4 or x.layout != torch.strided or x.numel() == 0:
@@ -190,7 +199,7 @@ def _choose(module: Fusable, x: Tensor) -> ModuleType | None:
         if gpu.kernels is None:
             gpu.load()
         return gpu
-    return cpu if module.fuses_on_cpu and torch.is_grad_enabled() else None
+    return cpu if may_recompute else None
 
 
 def ways(model: nn.Module) -> dict[str, int]:

@@ -35,6 +35,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import private
 from .reference import Attention, Branches
 
 __all__ = ['NAME', 'backward', 'forward', 'norm_act', 'norm_act_backward', 'saved_like', 'statistics', 'why_not']
@@ -201,7 +202,7 @@ def _attend_backward(spec, attention: Attention, kept, grad_a: Tensor, positions
         torch.set_autocast_enabled(device, False)
     try:
         reduce, select = attention.reduce, attention.select
-        grad_logits = torch.ops.aten._softmax_backward_data(grad_a, a, 1, a.dtype).flatten(1)
+        grad_logits = private.softmax_backward(grad_a, a, 1).flatten(1)
         grad_z = grad_logits.mm(select.flatten(1).float())
         grad_select = grad_logits.t().mm(z).view(select.shape)
         norm = z, r, attention.weight, mean, invstd, spec.batch

@@ -117,7 +117,8 @@ def norm_relu_select(branches: Branches, eps: float) -> Tensor:
             total = total + u
         return total
     reduce, weight, bias, select_weight, select_bias, mean, var = attention
-    z = F.conv2d(fuse(us), reduce)
+    dtype = ys[0].dtype  # lower than the parameters' where autocast was on
+    z = F.conv2d(fuse(us), reduce.to(dtype))
     z = F.relu(F.batch_norm(z, mean, var, weight, bias, mean is None, 0.0, eps))
-    logits = F.conv2d(z, select_weight, select_bias)
+    logits = F.conv2d(z, select_weight.to(dtype), None if select_bias is None else select_bias.to(dtype))
     return select(us, logits.unflatten(1, (len(ys), -1)).softmax(1))
