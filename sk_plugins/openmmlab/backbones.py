@@ -228,6 +228,9 @@ class ResNetBackbone(Backbone, networks.SKResNet, BaseBackbone):
         if kwargs.get('unit', 'sk') != 'sk':  # what the row says of SK convolutions does not concern other units
             spec = replace(spec, args={k: v for k, v in spec.args.items() if k != 'sk_kwargs'})
         arguments = spec.arguments(**kwargs)
+        output_stride = arguments.get('output_stride', 32)
+        if output_stride not in (8, 16, 32):  # timm asserts it without a word
+            raise ValueError(f'output_stride={output_stride!r} must be 8, 16 or 32')
         super().__init__(arguments, count_stages(arguments['layers']), **own)
         self.depth = depth
         self.num_stages = len(arguments['layers'])

@@ -365,7 +365,7 @@ def test_wrong_out_indices(name, out_indices, said):
 
 @pytest.mark.parametrize('output_stride', [4, 64])
 def test_wrong_output_stride(output_stride):
-    with pytest.raises(AssertionError):  # timm's, whose argument it is
+    with pytest.raises(ValueError, match=f'output_stride={output_stride} must be 8, 16 or 32'):
         build(output_stride=output_stride)
 
 
