@@ -372,14 +372,10 @@ def test_the_sets_are_the_figures_to_show():
         'compiled inference': (0.95, 1.10),
         'training step, eager': (0.80, 1.20),
         'bytes saved for backward': (0.76, 1.13),
-        'Python calls, inference': (1.0, 1.3),
-        'Python calls, training step': (1.0, 1.3),
     }
     assert goals('host') == {
         'Python calls, inference, GPU path': (1.0, 1.3),
         'Python calls, training step, GPU path': (1.0, 1.3),
-        'Python calls, inference, CPU path': (1.0, 1.3),
-        'Python calls, training step, CPU path': (1.0, 1.3),
     }
     assert goals('gpu') == {
         'training step, eager': (0.45, 1.05),
