@@ -4,8 +4,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from file_reports import pytest_configure as pytest_configure
-from hub_server import HubServer
+from helpers.file_reports import pytest_configure as pytest_configure
+from helpers.hub_server import HubServer
 
 # Before any test imports a Hub client, which reads these once: nothing here may reach the network, so that outside
 # the `hub` fixture the Hub is a port that nothing listens on.

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from randomised import randomise
+from helpers.randomised import randomise
 from timm.models import FeatureGraphNet, get_notrace_functions, get_notrace_modules
 
 import sk_plugins as sk_plugins

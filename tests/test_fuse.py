@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import timm
 import torch
-from randomised import randomise
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from timm.models._features import FeatureListNet
-from tolerances import assert_close
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.modules.batchnorm import _BatchNorm

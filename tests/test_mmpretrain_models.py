@@ -20,7 +20,9 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
-from hub_server import FAULTS
+from helpers.hub_server import FAULTS
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from mmengine.logging import MMLogger
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.registry import MODELS as ROOT_MODELS
@@ -28,9 +30,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import load_checkpoint
 from mmpretrain.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from PIL import Image
-from randomised import randomise
 from safetensors.torch import save, save_file
-from tolerances import assert_close
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

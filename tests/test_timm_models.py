@@ -15,11 +15,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import FAULTS
-from randomised import randomise
+from helpers.hub_server import FAULTS
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from timm.models import FeatureListNet, group_parameters, save_for_hf
 from timm.optim import param_groups_layer_decay
-from tolerances import assert_close
 from torch import nn
 
 import sk_plugins

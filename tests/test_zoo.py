@@ -3,8 +3,8 @@ import re
 import pytest
 import timm
 import torch
-from randomised import randomise
-from tolerances import assert_close
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from sk_plugins import timm_models, zoo

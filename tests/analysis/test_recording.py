@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from randomised import randomise
+from helpers.randomised import randomise
 from timm.layers import SelectiveKernel as TimmSelectiveKernel
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from helpers.randomised import randomise
 from PIL import Image
-from randomised import randomise
 from torch import nn
 
 from sk_plugins import SelectiveKernel, SKResNet, fold_batch_norm
@@ -20,7 +20,7 @@ from sk_plugins.analysis.study import ReceptiveField, typical_units
 
 pytest.importorskip('matplotlib')
 
-from tolerances import assert_close
+from helpers.tolerances import assert_close
 
 from sk_plugins.analysis.figures import draw_channels, draw_classes, draw_depth, draw_field, write
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from randomised import randomise
+from helpers.randomised import randomise
 from torch import nn
 
 from sk_plugins import SelectiveKernel, SKResNet

@@ -14,6 +14,8 @@ import mmpretrain
 import timm
 import torch
 import torchvision
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.optim import build_optim_wrapper
@@ -22,9 +24,7 @@ from mmengine.runner import Runner
 from mmpretrain.registry import DATASETS, MODELS
 from modelindex.load_model_index import load as load_model_index
 from PIL import Image
-from randomised import randomise
 from safetensors.torch import save
-from tolerances import assert_close
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

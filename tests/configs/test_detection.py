@@ -14,6 +14,8 @@ import mmdet
 import numpy as np
 import timm
 import torch
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from mmdet.apis import inference_detector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -24,10 +26,8 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from PIL import Image
-from randomised import randomise
 from safetensors.torch import save
 from sklearn.datasets import load_sample_image
-from tolerances import assert_close
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import sk_plugins

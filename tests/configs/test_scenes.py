@@ -11,7 +11,7 @@ pytest.importorskip('mmpretrain')
 pytest.importorskip('skimage')
 pytest.importorskip('pycocotools')
 
-from digit_garments import write_garments
+from helpers.digit_garments import write_garments
 from mmengine.config import Config
 from mmengine.runner import Runner
 

@@ -15,6 +15,9 @@ pytest.importorskip('mmseg')
 import mmseg
 import timm
 import torch
+from helpers.randomised import randomise
+from helpers.small_segmentation import CROP, as_words, make_ade20k, make_cityscapes, narrow_options, small_options
+from helpers.tolerances import assert_close
 from mmengine.config import Config
 from mmengine.model import convert_sync_batchnorm
 from mmengine.registry import DefaultScope
@@ -22,10 +25,7 @@ from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from randomised import randomise
 from safetensors.torch import save
-from small_segmentation import CROP, as_words, make_ade20k, make_cityscapes, narrow_options, small_options
-from tolerances import assert_close
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

@@ -1,6 +1,6 @@
 import pytest
 import timm
-from randomised import randomise
+from helpers.randomised import randomise
 from safetensors.torch import save
 
 

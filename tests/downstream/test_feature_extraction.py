@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
-from randomised import randomise
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from timm.utils import AttentionExtract
-from tolerances import assert_close
 from torch import nn
 
 from sk_plugins import SelectiveKernel

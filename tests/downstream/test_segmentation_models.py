@@ -5,8 +5,8 @@ import copy
 import pytest
 import timm
 import torch
-from randomised import randomise
-from tolerances import assert_close
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 
 import sk_plugins  # noqa: F401
 

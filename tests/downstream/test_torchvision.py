@@ -5,13 +5,13 @@ import copy
 import pytest
 import timm
 import torch
-from randomised import randomise
+from helpers.randomised import randomise
 from torch import nn
 
 from sk_plugins import zoo
 
 pytest.importorskip('torchvision')
-from tolerances import assert_close
+from helpers.tolerances import assert_close
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN

@@ -5,9 +5,9 @@ import copy
 import pytest
 import timm
 import torch
-from randomised import randomise
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from safetensors.torch import save
-from tolerances import assert_close
 
 import sk_plugins  # noqa: F401
 

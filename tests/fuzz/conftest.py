@@ -1,4 +1,4 @@
-from fuzzing import TALLY, THOROUGH
+from helpers.fuzzing import TALLY, THOROUGH
 
 
 def pytest_terminal_summary(terminalreporter):

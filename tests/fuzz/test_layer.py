@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fuzzing import ANYTHING, assert_named, count_parameters, fuzz, resolved, tally
+from helpers.fuzzing import ANYTHING, assert_named, count_parameters, fuzz, resolved, tally
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import GroupNorm1

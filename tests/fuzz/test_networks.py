@@ -6,7 +6,7 @@ import math
 import pytest
 import timm
 import torch
-from fuzzing import ANYTHING, assert_named, count_parameters, fuzz, tally
+from helpers.fuzzing import ANYTHING, assert_named, count_parameters, fuzz, tally
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.modules.batchnorm import _BatchNorm

@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from foreign_networks import SKConv
-from fuzzing import fuzz, tally
+from helpers.foreign_networks import SKConv
+from helpers.fuzzing import fuzz, tally
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

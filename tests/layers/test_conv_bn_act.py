@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from plain_engine import put_in_place
-from randomised import randomise
+from helpers.plain_engine import put_in_place
+from helpers.randomised import randomise
 from timm.layers import BlurPool2d, DropBlock2d
 from torch import nn
 

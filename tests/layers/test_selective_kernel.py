@@ -5,7 +5,7 @@ import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
-from tolerances import assert_close
+from helpers.tolerances import assert_close
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fold_batch_norms
 from torch.utils._python_dispatch import TorchDispatchMode

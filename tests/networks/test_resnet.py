@@ -3,9 +3,9 @@ import math
 import pytest
 import timm
 import torch
-from randomised import randomise
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from timm.layers import BlurPool2d
-from tolerances import assert_close
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

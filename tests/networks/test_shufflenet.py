@@ -3,8 +3,8 @@ import math
 import pytest
 import timm
 import torch
-from randomised import randomise
-from tolerances import assert_close
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torch.utils.flop_counter import FlopCounterMode

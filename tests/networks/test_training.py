@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.tolerances import assert_close
 from sklearn.datasets import load_digits
-from tolerances import assert_close
 
 from sk_plugins.layers import SelectiveKernel, selective_kernel
 from sk_plugins.ops import fuse_reference, select_reference

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tolerances import assert_close
+from helpers.tolerances import assert_close
 
 import sk_plugins  # noqa: F401
 from sk_plugins.ops import BACKENDS

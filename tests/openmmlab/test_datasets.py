@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip('mmpretrain')
 pytest.importorskip('sklearn')
 
+from helpers.small_fashion_mnist import FILES, GARMENTS, write_fashion_mnist
 from mmpretrain.registry import DATASETS
 from sklearn.datasets import load_digits
-from small_fashion_mnist import FILES, GARMENTS, write_fashion_mnist
 
 from sk_plugins.openmmlab.datasets import Digits, ScaledFashionMNIST
 

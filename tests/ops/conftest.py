@@ -1,5 +1,5 @@
 import pytest
-from plain_engine import put_in_place
+from helpers.plain_engine import put_in_place
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import copy
 import pytest
 import timm
 import torch
-from layer_pairs import SETTINGS, assert_same, make_input, make_pair, step, through
-from randomised import randomise
+from helpers.layer_pairs import SETTINGS, assert_same, make_input, make_pair, step, through
+from helpers.randomised import randomise
 from torch import nn
 
 from sk_plugins.ops import ways

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from fuzzing import fuzz
+from helpers.fuzzing import fuzz
+from helpers.layer_pairs import SETTINGS, make_input, make_pair, through
+from helpers.plain_engine import put_in_place
 from hypothesis import given
 from hypothesis import strategies as st
-from layer_pairs import SETTINGS, make_input, make_pair, through
-from plain_engine import put_in_place
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

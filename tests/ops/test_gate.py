@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from gate_cases import (
+from helpers.gate_cases import (
     BACKWARD_WATCHES,
     GLOBAL_BACKWARD_WATCHES,
     GLOBAL_WATCHES,
@@ -25,7 +25,7 @@ from gate_cases import (
     make_unit,
     run,
 )
-from randomised import randomise
+from helpers.randomised import randomise
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad

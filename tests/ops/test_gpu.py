@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import DEVICE, RUNS, draw, runs, sizes_kept
+from helpers.engines import DEVICE, RUNS, draw, runs, sizes_kept
 
 from sk_plugins.ops import functions, gpu
 from sk_plugins.ops.functions import BranchSpec, NormAct, NormReluSelect, NormSpec

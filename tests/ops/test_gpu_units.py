@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from engines import DEVICE, copies, draw, every_gradient, randomise, runs, set_backend, sizes_kept
+from helpers.engines import DEVICE, copies, draw, every_gradient, randomise, runs, set_backend, sizes_kept
 from torch import nn
 
 from sk_plugins.networks.resnet import SKBasicBlock, SKBottleneck, SKResNet

@@ -8,7 +8,7 @@ import copy
 import pytest
 import timm
 import torch
-from engines import randomise, set_backend
+from helpers.engines import randomise, set_backend
 from torch import nn
 from torch.library import opcheck
 

@@ -9,8 +9,8 @@ pytest.importorskip('matplotlib')
 import numpy as np
 import timm
 import torch
+from helpers.randomised import randomise
 from PIL import Image
-from randomised import randomise
 from safetensors.torch import save
 from timm.models import save_for_hf
 

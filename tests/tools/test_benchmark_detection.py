@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip('mmdet')
 
 import torch
-from randomised import randomise
+from helpers.randomised import randomise
 
 SMALL = ['--size', '64', '--repeats', '2', '--threads', '1']
 

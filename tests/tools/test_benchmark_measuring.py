@@ -11,7 +11,7 @@ from _benchmark import counting, measuring
 from _benchmark.measuring import Result, Task
 from _benchmark.models import Variant
 from _benchmark.settings import Run, Settings
-from tolerances import tolerance
+from helpers.tolerances import tolerance
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

@@ -8,10 +8,10 @@ pytest.importorskip('mmpretrain')
 
 import timm
 import torch
-from foreign_networks import SKConv, SKNet, insight_net, lucid_net
+from helpers.foreign_networks import SKConv, SKNet, insight_net, lucid_net
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from mmpretrain.registry import MODELS
-from randomised import randomise
-from tolerances import assert_close
 
 from sk_plugins._resources import find_config
 from sk_plugins.weights import CheckpointError, load_checkpoint, save_state_dict, to_mmpretrain, to_timm

@@ -11,10 +11,10 @@ pytest.importorskip('onnxruntime')
 import onnxruntime
 import timm
 import torch
-from randomised import randomise
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from safetensors.torch import save
 from timm.models import save_for_hf
-from tolerances import assert_close
 
 from sk_plugins import fold_batch_norm, zoo
 from sk_plugins.weights import CheckpointError, HubError, save_state_dict, to_mmpretrain

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip('mmpretrain')
 
 import torch
+from helpers.small_segmentation import SIZES, as_words, make_cityscapes, small_options
 from mmengine.config import Config
 from PIL import Image
-from small_segmentation import SIZES, as_words, make_cityscapes, small_options
 
 from sk_plugins._resources import find_config
 from sk_plugins.weights import CheckpointError, load_checkpoint

@@ -13,7 +13,7 @@ pytest.importorskip('skimage')
 pytest.importorskip('sklearn')
 pytest.importorskip('pycocotools')
 
-from digit_garments import write_garments
+from helpers.digit_garments import write_garments
 from mmpretrain.datasets import FashionMNIST
 from pycocotools.coco import COCO
 

@@ -24,9 +24,9 @@ from _ablation.reporting import markdown
 from _ablation.rows import Settings, append_row, read_rows
 from _ablation.training import logits_of
 from _ablation.weights import check_weights, weights_path
+from helpers.small_fashion_mnist import write_fashion_mnist
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
-from small_fashion_mnist import write_fashion_mnist
 
 from sk_plugins._resources import ROOT
 

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip('mmpretrain')
 
 import torch
+from helpers.tolerances import assert_close
 from mmengine.config import Config
-from tolerances import assert_close
 
 from sk_plugins._resources import find_config
 from sk_plugins.weights import CheckpointError, load_checkpoint, save_state_dict, to_timm

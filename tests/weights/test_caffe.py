@@ -9,7 +9,7 @@ pytest.importorskip('google.protobuf')
 
 import torch
 import torch.nn.functional as F
-from tolerances import assert_close
+from helpers.tolerances import assert_close
 
 from sk_plugins.weights import CheckpointError, caffe, convert, load_foreign, recognise_foreign
 

@@ -2,14 +2,14 @@
 
 import re
 
-import foreign_networks
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torchvision
-from foreign_networks import LucidKernel, SKConv, SKNet, insight_net, lucid_net
-from tolerances import assert_close
+from helpers import foreign_networks
+from helpers.foreign_networks import LucidKernel, SKConv, SKNet, insight_net, lucid_net
+from helpers.tolerances import assert_close
 from torch import nn
 
 import sk_plugins  # noqa: F401 - registers the models

@@ -14,13 +14,13 @@ pytest.importorskip('mmpretrain')
 import safetensors.torch
 import timm
 import torch
+from helpers.weight_files import TINY, RunsCode, assert_identical, differ, saved
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 from mmengine.runner import load_checkpoint as mmengine_load_checkpoint
 from mmpretrain.registry import MODELS
 from mmpretrain.utils import register_all_modules
-from weight_files import TINY, RunsCode, assert_identical, differ, saved
 
 from sk_plugins._resources import find_config
 from sk_plugins.weights import (

@@ -12,11 +12,11 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from hub_server import FAULTS, Fault
+from helpers.hub_server import FAULTS, Fault
+from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from huggingface_hub import constants
-from randomised import randomise
 from safetensors.torch import save
-from tolerances import assert_close
 
 from sk_plugins.weights import hub as sk_hub
 

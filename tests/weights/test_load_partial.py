@@ -9,10 +9,10 @@ pytest.importorskip('mmpretrain')
 import timm
 import torch
 import torchvision
-from hub_server import FAULTS
+from helpers.hub_server import FAULTS
+from helpers.randomised import randomise
+from helpers.weight_files import RunsCode, differ, saved
 from mmpretrain.registry import MODELS
-from randomised import randomise
-from weight_files import RunsCode, differ, saved
 
 from sk_plugins.weights import (
     CheckpointError,

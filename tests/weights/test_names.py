@@ -9,11 +9,11 @@ pytest.importorskip('mmpretrain')
 
 import timm
 import torch
+from helpers.randomised import randomise
+from helpers.weight_files import TINY, assert_identical
 from mmengine.config import Config
 from mmpretrain.registry import MODELS
 from mmpretrain.utils import register_all_modules
-from randomised import randomise
-from weight_files import TINY, assert_identical
 
 from sk_plugins import mmpretrain_models, zoo
 from sk_plugins._resources import ROOT, find_config

@@ -18,8 +18,8 @@ import pytest
 
 pytest.importorskip('mmpretrain')
 
-import sync_batchnorm_cases as cases
 import torch
+from helpers import sync_batchnorm_cases as cases
 from torch import nn
 
 import sk_plugins
@@ -65,7 +65,7 @@ def free_port():
 def shares(environment, tmp_path_factory):
     """``shares[rank][case]``: what each of two processes got."""
     folder = tmp_path_factory.mktemp('shares')
-    words = [sys.executable, TESTS / 'sync_batchnorm_cases.py', folder]
+    words = [sys.executable, TESTS / 'helpers' / 'sync_batchnorm_cases.py', folder]
     processes = [subprocess.Popen([*words, str(rank), '2'], env=environment) for rank in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     return [torch.load(folder / f'{rank}.pt') for rank in range(2)]
@@ -315,7 +315,7 @@ def test_a_batch_sampler_has_the_size(runner):
 
 CONFIG = f"""
 _base_ = [{str(ROOT / 'configs/sknet_digits.py')!r}]
-imports = ['sk_plugins.mmpretrain_models', 'process_losses', 'double_precision']
+imports = ['sk_plugins.mmpretrain_models', 'helpers.process_losses', 'helpers.double_precision']
 custom_imports = dict(imports=imports, allow_failed_imports=False)
 custom_hooks = [dict(type='ProcessLossHook'), dict(type='DoublePrecisionHook')]
 model = dict(backbone=dict(layers=(1, 1, 1, 1), channels=(4, 8, 8, 16), cardinality=4), head=dict(in_channels=64))

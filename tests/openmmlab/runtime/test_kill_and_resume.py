@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip('mmpretrain')
 
-from resumed_runs import Training, assert_equal, end_of, files_of
+from helpers.resumed_runs import Training, assert_equal, end_of, files_of
 
 from sk_plugins._resources import find_config
 
@@ -22,7 +22,7 @@ EPOCHS = 3 * KILLS // 2
 # Augmentation, drop path, workers that persist, averages, momentum, a schedule by iteration, checkpoints within epochs.
 CONFIG = f"""
 _base_ = [{str(find_config('sknet_digits'))!r}]
-custom_imports = dict(imports=['sk_plugins.mmpretrain_models', 'resumed_runs'])
+custom_imports = dict(imports=['sk_plugins.mmpretrain_models', 'helpers.resumed_runs'])
 model = dict(
     backbone=dict(
         layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), drop_path_rate=0.3, norm_cfg=dict(type='BN', momentum=0.5)

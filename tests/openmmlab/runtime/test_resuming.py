@@ -16,13 +16,13 @@ pytest.importorskip('mmengine')
 
 import torch
 import torch.nn.functional as F
+from helpers.resumed_runs import assert_equal, end_of, files_of
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler, pseudo_collate
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from resumed_runs import assert_equal, end_of, files_of
 from torch import nn
 from torch.utils.data import BatchSampler, Dataset
 

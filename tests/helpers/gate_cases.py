@@ -5,7 +5,7 @@ from types import MethodType
 
 import pytest
 import torch
-from randomised import randomise
+from helpers.randomised import randomise
 from timm.layers import DropPath
 from torch import nn
 from torch.nn.modules import module as torch_module

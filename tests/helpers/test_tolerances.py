@@ -1,8 +1,8 @@
-"""The error model of tests/tolerances.py, held against rounding itself."""
+"""The error model of tests/helpers/tolerances.py, held against rounding itself."""
 
 import pytest
 import torch
-from tolerances import assert_close, sum_length, tolerance
+from helpers.tolerances import assert_close, sum_length, tolerance
 from torch import nn
 
 

@@ -117,7 +117,7 @@ class Training:
         (self.folder / 'phase').write_text(f'{"start":<12}')
         words, log = [str(word) for word in words], self.folder / 'log'
         if command:
-            paths = [str(ROOT), str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]
+            paths = [str(ROOT), str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]
             with open(log, 'ab') as file:
                 self._process = subprocess.Popen(
                     [sys.executable, TOOLS / 'train.py', *words],

@@ -1,0 +1,1 @@
+"""What tests of several files share: comparisons, small data sets and networks, servers, and runs in processes."""
