@@ -1,4 +1,4 @@
-"""timm's and torchvision's ways to features, beyond ``tests/test_timm_models.py``: dilated, of inner layers, frozen."""
+"""timm's and torchvision's ways to features, beyond ``tests/timm_models``: dilated, of inner layers, frozen."""
 
 import pytest
 import timm

@@ -83,7 +83,7 @@ def test_timm_arguments_of_each_config(name):
     architecture, args, data = timm_arguments(cfg)
     json.dumps([args, data])
     assert args['num_classes'] == cfg.data_preprocessor.num_classes
-    # That a row's network is the same at both doors test_mmpretrain_models.py shows.
+    # That a row's network is the same at both doors mmpretrain_models/test_registry.py shows.
     if args != dict(in_chans=3, num_classes=args['num_classes']):
         with torch.device('meta'):
             model = timm.create_model(architecture, **args)
