@@ -17,7 +17,7 @@ import sys
 from tables import Counts, run_tests, table, write
 
 # The tests that compare floats; what compilers and exporters make of a network costs most and is no machine's.
-TESTS = ('tests/ops', 'tests/layers', 'tests/networks', 'tests/timm_models', 'tests/test_fuse.py')
+TESTS = ('tests/ops', 'tests/layers', 'tests/networks', 'tests/timm_models', 'tests/fuse')
 CHOSEN = (
     'not compile and not export and not onnx and not meta and not save_for_hf and not published and not shufflenet_file'
 )

@@ -40,7 +40,7 @@ MATRIX = (
     Row('3.13', '', '', '', 'the newest of all'),
 )
 # What needs neither OpenMMLab nor the Hub: the arithmetic, the layer, the networks, timm's door, folding.
-TESTS = ('tests/ops', 'tests/layers', 'tests/networks', 'tests/timm_models', 'tests/test_fuse.py')
+TESTS = ('tests/ops', 'tests/layers', 'tests/networks', 'tests/timm_models', 'tests/fuse')
 NEEDED = ('pytest', 'pytest-timeout', 'pytest-xdist', 'scikit-learn', 'onnx', 'onnxruntime', 'onnxscript')
 NAMES = ('torch', 'timm')
 VERSIONS = """
