@@ -38,6 +38,9 @@ CONFIGS = {str(path.relative_to(ROOT / 'configs')): path for path in ALL_CONFIGS
 PATHS = {path.stem: path for path in CONFIGS.values()}
 INDEX = {model.name: model for model in load_model_index(str(ROOT / 'model-index.yml')).models}
 each_config = pytest.mark.parametrize('path', CONFIGS.values(), ids=CONFIGS.keys())
+# Of one of a kind: test_recipe_is_the_networks_whole_familys shows that the others differ in the backbone alone.
+RECIPES = ['sknet50_in1k', 'skshufflenetv2_x1_0_in1k', 'sknet29_16x32d_cifar10', 'sknet29_16x32d_cifar100']
+RECIPES += ['sknet_fashion_mnist', 'sknet_digits']
 
 
 def jpeg(folder, index):
@@ -119,12 +122,20 @@ def test_other_frameworks_configs_are_covered(folder):
 
 
 @each_config
-def test_trains_a_step(path, tmp_path):
+def test_imports_and_batch(path):
     cfg = read(path)
     assert 'sk_plugins.mmpretrain_models' in cfg.custom_imports['imports']
     assert cfg.custom_imports['allow_failed_imports'] is False
     assert cfg.auto_scale_lr.base_batch_size % cfg.train_dataloader.batch_size == 0
 
+
+@pytest.mark.parametrize(
+    'name', [name if name in RECIPES else pytest.param(name, marks=pytest.mark.slow) for name in PATHS]
+)
+@pytest.mark.usefixtures('formatted')
+def test_trains_a_step(name, tmp_path):
+    path = PATHS[name]
+    cfg = read(path)
     cfg.work_dir, cfg.experiment_name = str(tmp_path), f'configs_{path.stem}'
     runner = Runner.from_cfg(cfg)
     # The Runner has written the whole config into the work dir, from where it can be run again.
@@ -149,9 +160,9 @@ def test_trains_a_step(path, tmp_path):
     assert all(parameter.isfinite().all() for parameter in runner.model.parameters())
 
 
-@each_config
-def test_tests_a_sample(path, tmp_path):
-    cfg = read(path)
+@pytest.mark.parametrize('name', RECIPES)
+def test_tests_a_sample(name, tmp_path):
+    cfg = read(PATHS[name])
     for loader in ('val', 'test'):
         samples = two_samples(cfg, loader, tmp_path)
         # They must stack, whatever the images' sizes.

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -145,12 +146,18 @@ def test_segmentation(load_tool, tmp_path):
             load_tool('train').main([*words, f'experiment_name={tmp_path.name}_{option.partition("=")[0]}'])
 
 
-def test_one_line_and_the_exit_status(python_tool, tmp_path):
-    done = python_tool('train', 'sknet_digits', '--cfg-options', 'model.backbone.dept=26', status=1, cwd=tmp_path)
-    *_, error, hint = done.stderr.strip().splitlines()
+def test_one_line_and_the_exit_status(load_tool, monkeypatch, capsys, tmp_path):
+    tool = load_tool('train')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['train.py', 'sknet_digits', '--cfg-options', 'model.backbone.dept=26'])
+    with pytest.raises(SystemExit) as caught:
+        tool.run(tool.main)
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    *_, error, hint = said.strip().splitlines()
     assert error.startswith('train.py: error: model.backbone.dept: TypeError: SKNet has no argument dept=26')
     assert hint == '(set SK_PLUGINS_TRACEBACK=1 for the traceback)'
-    assert 'Traceback' not in done.stderr
+    assert 'Traceback' not in said
 
 
 # Checkpoints that cannot be used
