@@ -52,7 +52,7 @@ fuzz: $(VENV)/.installed
 # The OpenMMLab side on mmengine, mmcv and mmpretrain themselves, which cannot be installed beside their continuation.
 test-openmmlab: $(OPENMMLAB_VENV)/.installed
 	OMP_NUM_THREADS=1 $(OPENMMLAB_VENV)/bin/python $(PYTEST) tests/mmpretrain_models tests/openmmlab/test_datasets.py \
-		tests/weights/test_files.py tests/weights/test_names.py tests/weights/test_convert.py tests/tools tests/configs
+		tests/weights/test_files.py tests/weights/test_names.py tests/weights/convert tests/tools tests/configs
 
 det: $(DET_VENV)/.installed
 
