@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from torch import nn
 
 from sk_plugins import SelectiveKernel, SKResNet
@@ -45,7 +46,7 @@ def test_scalars_by_hand(logits, means, entropy):
     scalars = attention_scalars(attention)
     labels = ['3x3', '5x5', '7x7'][: len(logits)]
     assert list(scalars) == [f'attention/0/{label}' for label in (*labels, 'entropy')]
-    assert list(scalars.values()) == pytest.approx([*means, entropy], abs=1e-6)
+    assert_close(list(scalars.values()), [*means, entropy], length=3, dtype=torch.float32, scale=1.0)
     assert next(iter(attention_scalars(attention, prefix='a.'))) == 'a.0/3x3'
 
 
@@ -110,7 +111,7 @@ def test_log_of_a_compiled_model():
     twin(X)
     with record(twin) as attention:
         twin(X)
-    assert written[0][1] == pytest.approx(attention_scalars(attention), abs=1e-6)
+    assert_close(written[0][1], attention_scalars(attention), length=model, dtype=torch.float32, scale=1.0)
     model.compile()
     with pytest.raises(ValueError, match=r'model was compiled in place by model\.compile\(\)'):
         log_attention(model, written.append)
@@ -131,9 +132,8 @@ def test_log_to_tensorboard(tmp_path):
     assert sorted(events.Tags()['scalars']) == sorted(written[0])
     for name in written[0]:
         assert [event.step for event in events.Scalars(name)] == [2, 4]
-        assert [event.value for event in events.Scalars(name)] == pytest.approx(
-            [row[name] for row in written], abs=1e-6
-        )
+        values = [event.value for event in events.Scalars(name)]
+        assert_close(values, [row[name] for row in written], dtype=torch.float32)  # as TensorBoard keeps them
 
 
 def test_bad_arguments(tmp_path):

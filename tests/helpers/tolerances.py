@@ -62,7 +62,7 @@ def assert_close(
     """Asserts that two results differ by no more than rounding (see the model above).
 
     Args:
-        actual, expected: tensors, or sequences or mappings of tensors, of one dtype and shape.
+        actual, expected: tensors of one dtype and shape, numbers or arrays, or sequences or mappings of these.
         length: terms of all sums on the way to a value, or the module that was called, whose sums are counted.
         dtype: what was computed in, where that is coarser than the results' own dtype.
         gain: by how much an error grows on its way; a test that sets it says why.
@@ -81,6 +81,8 @@ def assert_close(
             said = f'{msg}: {index}' if msg else f'result {index}'
             assert_close(one, value, length=length, dtype=dtype, gain=gain, scale=scale, msg=said)
         return
+    if not isinstance(expected, Tensor):
+        actual, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (actual, expected))
     if not expected.dtype.is_floating_point:
         assert torch.equal(actual, expected), msg
         return

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.plain_engine import put_in_place
 from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from timm.layers import BlurPool2d, DropBlock2d
 from torch import nn
 
@@ -66,7 +67,9 @@ def test_an_engine_computes_the_same(kwargs, training, monkeypatch):
         results.append([output, again, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
     assert layer._way == ('triton' if kwargs in FUSED else 'plain')
     assert plain._way == 'plain'
-    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+    largest = max(tensor.abs().max().item() for tensor in results[1])
+    # Batch statistics of small maps make the rounding larger.
+    assert_close(*results, length=plain, gain=1e3, scale=largest)
 
 
 def test_parameters_have_timms_names():

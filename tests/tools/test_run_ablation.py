@@ -25,6 +25,7 @@ from _ablation.rows import Settings, append_row, read_rows
 from _ablation.training import logits_of
 from _ablation.weights import check_weights, weights_path
 from helpers.small_fashion_mnist import write_fashion_mnist
+from helpers.tolerances import assert_close
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
@@ -376,7 +377,7 @@ def test_attention_is_that_of_the_weights(finished, garments):
     logits_of(model, images, 'cpu')
     handle.remove()
     expected = (kept[0][:, 1] - kept[0][:, 0]).mean((1, 2, 3)).numpy()
-    np.testing.assert_allclose(differences(model, images)['SK_3_2'], expected, atol=1e-6)
+    assert_close(differences(model, images)['SK_3_2'], expected, length=model, dtype=torch.float32, scale=1.0)
     found = second['units']['SK_3_2']
     assert found['rho'] == pytest.approx(spearmanr(scales, expected).statistic, abs=0.05)
     assert found['low'] <= found['rho'] <= found['high']

@@ -11,6 +11,7 @@ pytest.importorskip('mmpretrain')
 
 import torch
 import torch.distributed as dist
+from helpers.tolerances import assert_close
 from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel, MMDistributedDataParallel
@@ -263,7 +264,8 @@ def test_two_processes_agree(action, counts, tmp_path):
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-        torch.testing.assert_close(models[0].linear.weight.tolist(), first[3]['linear.weight'], rtol=1e-5, atol=1e-6)
+        expected = torch.tensor(first[3]['linear.weight'])
+        assert_close(models[0].linear.weight.detach(), expected, length=3 * 4 * 8)  # in each of up to eight steps
 
 
 # The runner

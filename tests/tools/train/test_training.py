@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip('mmpretrain')
 
 import torch
+from helpers.tolerances import assert_close
 from helpers.training_runs import assert_sane, log_of
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
@@ -178,7 +179,8 @@ def test_compile_trains(losses_of, monkeypatch):
     options = ['model.backbone.layers=1,1,1,1', 'optim_wrapper.paramwise_cfg=None']
     compiled = losses_of('compiled', *options, 'compile.backend=eager', arguments=['--compile'])
     assert calls == [('train_step', dict(backend='eager'))]
-    assert compiled == pytest.approx(losses_of('plain', *options), rel=1e-4)
+    # A step makes the difference of the weights larger.
+    assert_close(compiled, losses_of('plain', *options), length=1000, dtype=torch.float32, gain=10)
 
 
 @pytest.mark.slow
