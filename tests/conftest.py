@@ -70,7 +70,7 @@ def hub(tmp_path, monkeypatch):
 def imagenet(tmp_path_factory):
     """ImageNet's layout with two classes of real images: crops of two photographs, in many sizes, one of them grey.
 
-    ``root``, its ``classes``, and the ``options`` for a config that trains on it quickly.
+    ``root``, its ``classes``, the ``options`` for a config that trains on it quickly, and those for a ``narrow`` SKNet.
     """
     datasets = pytest.importorskip('sklearn.datasets')
     from PIL import Image
@@ -88,7 +88,9 @@ def imagenet(tmp_path_factory):
                 assert image.size == (width, height)
                 image.convert('L' if i == 2 else 'RGB').save(folder / f'{name}_{i}.JPEG')
     options = [f'{split}_dataloader.{option}' for split in ('train', 'val', 'test') for option in _loader_options(root)]
-    return SimpleNamespace(root=root, classes=('n01', 'n02'), options=options)
+    narrow = ['layers=1,1,1,1', 'channels=16,32,64,128', 'cardinality=8', 'base_width=16']
+    narrow = ['model.head.in_channels=512', *(f'model.backbone.{option}' for option in narrow)]
+    return SimpleNamespace(root=root, classes=('n01', 'n02'), options=options, narrow=narrow)
 
 
 def _loader_options(root):

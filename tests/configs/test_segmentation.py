@@ -51,6 +51,15 @@ NAMES = [f'{head}_{data}' for head in HEADS for data in (ADE20K, CITYSCAPES)] + 
 FCN = f'fcn_sknet50-d8_{CITYSCAPES}'
 WEIGHTS = 'timm/skresnext50_32x4d.ra_in1k'
 each_config = pytest.mark.parametrize('name', NAMES)
+# Each head, and both data sets: what else there is are these once more.
+ONE_EACH = [f'{head}_{ADE20K}' for head in HEADS] + [FCN, LIGHT]
+TRAINED = [
+    FCN,
+    f'pspnet_sknet50-d8_{ADE20K}',
+    f'deeplabv3plus_sknet50-d16_{ADE20K}',
+    f'upernet_sknet50_{ADE20K}',
+    LIGHT,
+]
 
 
 @functools.cache
@@ -171,8 +180,23 @@ def test_mmsegs_own_tool_takes_them(folders, tmp_path):
 
 
 @each_config
+def test_parameters(name):
+    with torch.device('meta'):
+        model = MODELS.build(read(name).model)
+    classes = 150 if 'ade20k' in name else 19
+    assert len(model.decode_head.conv_seg.weight) == model.num_classes == classes
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if name == LIGHT:
+        assert parameters == 3_044_144
+        return
+    _, _, counts = HEADS[name.partition('_4x')[0]]
+    assert parameters == counts[0 if classes == 150 else 1]
+    assert sum(parameter.numel() for parameter in model.backbone.parameters()) == 27_479_784 - 2_049_000  # classifier
+
+
+@pytest.mark.parametrize('name', ONE_EACH)
 def test_full_width(name):
-    """On the meta device: parameters, strides, a map of every class, and a gradient for every parameter."""
+    """On the meta device: strides, a map of every class, and a gradient for every parameter."""
     cfg = read(name)
     height, width = cfg.model.data_preprocessor.size
     with torch.device('meta'):
@@ -186,19 +210,14 @@ def test_full_width(name):
     assert without == []
     classes = 150 if 'ade20k' in name else 19
     assert [logits.shape[:2] for logits in heads] == [(2, classes)] * 2
-    assert len(model.decode_head.conv_seg.weight) == model.num_classes == classes
     strides = [(height // feature.shape[2], width // feature.shape[3]) for feature in features]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     if name == LIGHT:
         assert [feature.shape[1] for feature in features] == [116, 232, 1024]
         assert strides == [(8, 8), (16, 16), (16, 16)]
-        assert parameters == 3_044_144
         return
-    _, stride, counts = HEADS[name.partition('_4x')[0]]
+    _, stride, _ = HEADS[name.partition('_4x')[0]]
     assert [feature.shape[1] for feature in features] == [256, 512, 1024, 2048]
     assert strides == [(s, s) for s in STRIDES[stride]]
-    assert parameters == counts[0 if classes == 150 else 1]
-    assert sum(parameter.numel() for parameter in model.backbone.parameters()) == 27_479_784 - 2_049_000  # classifier
     assert {type(norm) for norm in norms(convert_sync_batchnorm(model, cfg.sync_bn))} == {nn.SyncBatchNorm}
 
 
@@ -267,7 +286,7 @@ def test_light_backbone_starts_from_torchvisions(tmp_path, monkeypatch):
 # At a small width
 
 
-@each_config
+@pytest.mark.parametrize('name', [n if n in TRAINED else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_trains_and_tests(name, folders, tmp_path):
     """An iteration and a validation by the Runner, on pictures whose sides no stride divides."""
     cfg = read(name)
@@ -291,7 +310,7 @@ def test_trains_and_tests(name, folders, tmp_path):
     assert Config.fromfile(tmp_path / f'{name}.py').to_dict() == cfg.to_dict()
 
 
-@each_config
+@pytest.mark.parametrize('name', [FCN, LIGHT])
 def test_frozen_stages(name):
     """No gradient, and the norms' statistics as they were, in training mode; the stages after them learn."""
     model = build(name, frozen_stages=1).train()
@@ -305,7 +324,7 @@ def test_frozen_stages(name):
     assert kept == {key for key in statistics if key.startswith(frozen)}
 
 
-@each_config
+@pytest.mark.parametrize('name', ONE_EACH)
 def test_predicts_at_any_size(name):
     model = build(name)
     size = (37, 51)

@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from sk_plugins.layers import SelectiveKernel, selective_kernel
 from sk_plugins.ops import fuse_reference, select_reference
 
-NARROW = dict(channels=(16, 32, 64, 128), cardinality=8, base_width=16, num_classes=10, in_chans=1, zero_init_last=True)
+NARROW = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), cardinality=8, base_width=16)
+NARROW |= dict(num_classes=10, in_chans=1, zero_init_last=True)
 STEPS = 20
 # By how much a step of training makes a difference of the weights larger, at most.
 GROWTH = 2.5
@@ -68,9 +69,7 @@ def test_losses_equal_timms(batches):
     network = make_network('sknet26', sk_kwargs=dict(min_dim=8))
     # timm rounds d = C / 16 to multiples of 32; with 8 as the floor, to multiples of 8, it is ours.
     sk_kwargs = dict(rd_ratio=1 / 16, rd_divisor=8, split_input=False)
-    reference = timm.create_model(
-        'skresnext50_32x4d', layers=(2, 2, 2, 2), block_args=dict(sk_kwargs=sk_kwargs), **NARROW
-    )
+    reference = timm.create_model('skresnext50_32x4d', block_args=dict(sk_kwargs=sk_kwargs), **NARROW)
     reference.load_state_dict(network.state_dict(), strict=True)
     got, expected = losses(network, batches), losses(reference.double().train(), batches)
     assert_close(got, expected, length=network, gain=GROWTH**STEPS)

@@ -1,5 +1,7 @@
-"""One training step of every kind of network by every backend, and of one as torch.compile makes it: for the version
-tests, which run it with every torch that pyproject.toml claims."""
+"""A training step of every kind of network by every backend, and what torch.compile makes of a network and a layer.
+
+The version tests run them with every torch that pyproject.toml claims.
+"""
 
 import copy
 
@@ -8,8 +10,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers.tolerances import assert_close
+from torch import nn
 
-import sk_plugins  # noqa: F401
+from sk_plugins.layers import SelectiveKernel
 from sk_plugins.ops import BACKENDS
 
 RESNET = dict(channels=(16, 32, 64, 128), cardinality=8, base_width=16, layers=(1, 2, 1, 1))
@@ -75,17 +78,32 @@ def test_step_is_the_plain_ones(name, backend):
         assert_close(network.state_dict()[key], tensor, length=plain, gain=1e3, scale=1.0, msg=key)
 
 
-@pytest.mark.parametrize('train', [False, True], ids=['inference', 'training'])
-def test_torch_compile(train):
-    """By inductor, as ``torch.compile(model)`` does it: outputs, and the gradients of a step."""
+def test_torch_compile_in_inference():
+    """By inductor, as ``torch.compile(model)`` does it."""
     torch.compiler.reset()
-    network = make_network('sknet26', channels=(8, 8, 8), layers=(1, 1, 1)).train(train)
+    network = make_network('sknet26', channels=(8, 8, 8), layers=(1, 1, 1)).eval()
+    compiled = torch.compile(network, fullgraph=True)
+    images, _ = make_batch()
+    with torch.inference_mode():
+        assert_close(compiled(images), network(images), length=network, gain=10)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        # Inductor takes minutes for what a network's backward pass adds to its units'.
+        pytest.param(lambda: make_network('sknet26', channels=(8, 8, 8), layers=(1, 1, 1)), marks=pytest.mark.slow),
+        lambda: nn.Sequential(SelectiveKernel(3, 8, groups=1, min_dim=8), nn.Flatten(), nn.Linear(8 * 32 * 32, 10)),
+    ],
+    ids=['network', 'layer'],
+)
+def test_torch_compile_in_training(make):
+    """By inductor: the loss and the gradients of a step."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    network = make().train()
     compiled = torch.compile(copy.deepcopy(network), fullgraph=True)
     images, labels = make_batch()
-    if not train:
-        with torch.inference_mode():
-            assert_close(compiled(images), network(images), length=network, gain=10)
-        return
     losses = []
     for model in (compiled, network):
         loss = F.cross_entropy(model(images), labels)

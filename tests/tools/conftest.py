@@ -112,8 +112,8 @@ def short_digits():
 
 @pytest.fixture(scope='session')
 def imagenet_run(train, imagenet, tmp_path_factory):
-    """The work dir of an epoch, two iterations, of sknet26_in1k on the small ImageNet folder."""
-    options = [*imagenet.options, 'train_cfg.max_epochs=1', 'default_hooks.logger.interval=1']
+    """The work dir of an epoch, two iterations, of a narrow sknet26_in1k on the small ImageNet folder."""
+    options = [*imagenet.options, *imagenet.narrow, 'train_cfg.max_epochs=1', 'default_hooks.logger.interval=1']
     options += ['train_dataloader.dataset.pipeline.1.scale=64']
     options += ['val_dataloader.dataset.pipeline.1.scale=73', 'val_dataloader.dataset.pipeline.2.crop_size=64']
     return train('configs/sknet26_in1k.py', tmp_path_factory.mktemp('sknet26_in1k'), *options)

@@ -331,7 +331,8 @@ def test_a_set(tool, clock, tiny_set, tmp_path, capsys, monkeypatch):
     }
 
 
-def test_a_sets_settings_can_be_overridden(tool, clock, tiny_set, capsys):
+def test_a_sets_settings_can_be_overridden(tool, clock, tiny_set, capsys, monkeypatch):
+    monkeypatch.setattr(measuring, 'stubbed_launches', lambda: None)
     tool.main(['--set', 'standard', '--repeats', '1', '--batch-size', '3', '--dtype', 'bfloat16'])
     printed = capsys.readouterr().out
     assert 'Batch 3, 32 x 32, bfloat16 autocast, channels_last; medians of 1 interleaved repeats' in printed

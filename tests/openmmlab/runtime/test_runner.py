@@ -59,8 +59,9 @@ class Code:
 def test_mmpretrains_tool(config):
     """It runs nothing that a checkpoint holds, passes a damaged one over, and goes on from the whole one."""
     run = config.parent / 'run'
-    done = own_tool(config)
-    assert done.returncode == 0, done.stderr[-3000:]
+    cfg = Config.fromfile(config)
+    cfg.work_dir = str(run)
+    RUNNERS.build(cfg).train()
     assert torch.load(run / 'epoch_1.pth', weights_only=False)['resuming']['validated'] == 2
     (run / 'epoch_2.pth').write_bytes(pickle.dumps(Code()))
     (run / 'last_checkpoint').write_text(str(run / 'epoch_2.pth'))
