@@ -41,7 +41,7 @@ MATRIX = (
 )
 # What needs neither OpenMMLab nor the Hub: the arithmetic, the layer, the networks, timm's door, folding.
 TESTS = ('tests/ops', 'tests/layers', 'tests/networks', 'tests/timm_models', 'tests/fuse')
-NEEDED = ('pytest', 'pytest-timeout', 'pytest-xdist', 'scikit-learn', 'onnx', 'onnxruntime', 'onnxscript')
+NEEDED = ('pytest', 'pytest-timeout', 'pytest-xdist', 'scikit-learn', 'onnx', 'onnxruntime', 'onnxscript', 'hypothesis')
 NAMES = ('torch', 'timm')
 VERSIONS = """
 import platform
