@@ -7,7 +7,7 @@ from timm.layers import create_aa
 from torch import Tensor, nn
 
 from .._arguments import check_choice
-from ..ops import BACKENDS, Fusable, convolve, has_parts, norm_act, register
+from ..ops import BACKENDS, Fusable, has_parts, norm_act, register
 
 __all__ = ['ConvBNAct']
 
@@ -86,12 +86,15 @@ class ConvBNAct(Fusable):
         x = self.act(x)
         return self.aa(x)
 
-    def parts(self) -> tuple[nn.Conv2d, nn.BatchNorm2d, bool] | None:
+    def parts(self, folded: bool) -> tuple[nn.Conv2d, nn.BatchNorm2d | None, bool] | None:
+        norm = nn.Identity if folded else nn.BatchNorm2d
         kinds = dict(drop=nn.Identity, act=(nn.ReLU, nn.Identity), aa=nn.Identity)
-        if has_parts(self, conv=nn.Conv2d, bn=nn.BatchNorm2d, **kinds):
-            return self.conv, self.bn, type(self.act) is nn.ReLU
-        return None
+        if not has_parts(self, conv=nn.Conv2d, bn=norm, **kinds) or (folded and self.conv.bias is None):
+            return None
+        return self.conv, None if folded else self.bn, type(self.act) is nn.ReLU
 
-    def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple[nn.Conv2d, nn.BatchNorm2d, bool]) -> Tensor:
+    def fuse_forward(
+        self, engine: ModuleType, x: Tensor, parts: tuple[nn.Conv2d, nn.BatchNorm2d | None, bool]
+    ) -> Tensor:
         conv, norm, relu = parts
-        return norm_act(engine, (convolve(conv, x),), (norm,), relu)
+        return norm_act(engine, ((x, conv, norm),), relu)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import check_choice, check_dtype, check_flags, check_integer, check_layers, is_integer
-from ..ops import BACKENDS, Fusable, convolve, fuse, has_parts, norm_relu_select, register, select
+from ..ops import BACKENDS, Fusable, fuse, has_parts, norm_relu_select, register, select
 from ..ops.gpu import MAX_BRANCHES
 from .conv_bn_act import ConvBNAct
 
@@ -273,24 +273,25 @@ class SelectiveKernel(Fusable):
             return [chunks[i] for i in range(len(self.paths))]
         return [x] * len(self.paths)
 
-    def parts(self) -> tuple | None:
-        paths = [path.parts() if type(path) is ConvBNAct else None for path in self.paths]
+    def parts(self, folded: bool) -> tuple | None:
+        paths = [path.parts(folded) if type(path) is ConvBNAct else None for path in self.paths]
         if not all(path is not None and path[2] for path in paths) or len(paths) > MAX_BRANCHES or self.bn is not None:
             return None
         convs, norms, _ = zip(*paths)
         if self.attn is None:
             return convs, list(norms), None
-        kinds = dict(fc_reduce=nn.Conv2d, bn=nn.BatchNorm2d, act=nn.ReLU, fc_select=nn.Conv2d, softmax=nn.Softmax)
-        if not has_parts(self.attn, **kinds) or self.attn.fc_reduce.bias is not None:
+        norm = nn.Identity if folded else nn.BatchNorm2d
+        kinds = dict(fc_reduce=nn.Conv2d, bn=norm, act=nn.ReLU, fc_select=nn.Conv2d, softmax=nn.Softmax)
+        if not has_parts(self.attn, **kinds) or (self.attn.fc_reduce.bias is not None) != folded:
             return None
-        return convs, list(norms), (self.attn.fc_reduce, self.attn.bn, self.attn.fc_select)
+        return convs, list(norms), (self.attn.fc_reduce, None if folded else self.attn.bn, self.attn.fc_select)
 
     def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
         convs, norms, attention = parts
-        if attention is not None and x.shape[0] == 1 and norms[0].training:
+        if attention is not None and x.shape[0] == 1 and norms[0] is not None and norms[0].training:
             raise ValueError(_BATCH_OF_ONE)
         inputs = self.split(x) if self.split_input else [x] * len(convs)
-        return norm_relu_select(engine, list(map(convolve, convs, inputs)), norms, attention)
+        return norm_relu_select(engine, inputs, convs, norms, attention)
 
     def extra_repr(self) -> str:
         return f'select={self.select!r}, split_input={self.split_input}'

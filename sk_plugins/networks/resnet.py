@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .._arguments import MOST_CHANNELS, check_choice, check_flags, check_integer, check_integers, check_sk_kwargs
 from .._timm import feature_take_indices
 from ..layers import ConvBNAct, SelectiveKernel, SelectiveKernelAttention
-from ..ops import Fusable, convolve, norm_act, register
+from ..ops import Fusable, norm_act, register
 
 __all__ = ['UNITS', 'SKBasicBlock', 'SKBottleneck', 'SKResNet']
 
@@ -105,9 +105,9 @@ class SKBottleneck(Fusable):
         x += shortcut
         return self.act(x)
 
-    def parts(self) -> tuple | None:
-        first = self.conv1.parts() if type(self.conv1) is ConvBNAct else None
-        rest = _parts(self, self.conv2, self.conv3)
+    def parts(self, folded: bool) -> tuple | None:
+        first = self.conv1.parts(folded) if type(self.conv1) is ConvBNAct else None
+        rest = _parts(self, self.conv2, self.conv3, folded)
         return None if first is None or not first[2] or rest is None else (self.conv1, first, *rest)
 
     def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
@@ -191,8 +191,8 @@ class SKBasicBlock(Fusable):
         x += shortcut
         return self.act(x)
 
-    def parts(self) -> tuple | None:
-        return _parts(self, self.conv1, self.conv2)
+    def parts(self, folded: bool) -> tuple | None:
+        return _parts(self, self.conv1, self.conv2, folded)
 
     def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
         sk, of_sk, *end = parts
@@ -209,36 +209,40 @@ def _unit_backend(sk_kwargs: dict[str, Any] | None) -> str:
     return 'plain' if backend == 'recompute' else backend
 
 
-def _parts(unit: SKBottleneck | SKBasicBlock, sk: nn.Module, last: nn.Module) -> tuple | None:
+def _parts(unit: SKBottleneck | SKBasicBlock, sk: nn.Module, last: nn.Module, folded: bool) -> tuple | None:
     """A unit's SK convolution and its parts, the last convolution and norm, and the modules of the shortcut.
 
     None where a unit, from its SK convolution on, is not what an engine computes.
     """
-    of_sk = sk.parts() if type(sk) is SelectiveKernel and sk.backend in ('auto', 'triton') else None
-    of_last = last.parts() if type(last) is ConvBNAct else None
+    of_sk = sk.parts(folded) if type(sk) is SelectiveKernel and sk.backend in ('auto', 'triton') else None
+    of_last = last.parts(folded) if type(last) is ConvBNAct else None
     keeps_all = unit.drop_path is None or not unit.drop_path.training
     plain = unit.se is None and type(unit.act) is nn.ReLU and keeps_all
     if of_sk is None or of_last is None or of_last[2] or not plain:
         return None
     if unit.downsample is not None and type(unit.downsample) is not nn.Sequential:
         return None
-    shortcut = () if unit.downsample is None else tuple(unit.downsample.children())
-    if unit.downsample is not None and [type(module) for module in shortcut[-2:]] != [nn.Conv2d, nn.BatchNorm2d]:
+    if unit.downsample is None:
+        return sk, of_sk, *of_last[:2], None
+    layers = list(unit.downsample)
+    if [type(layer) for layer in layers[-2:]] != [nn.Conv2d, nn.Identity if folded else nn.BatchNorm2d]:
         return None
-    return sk, of_sk, *of_last[:2], shortcut
+    *pooling, conv, norm = layers
+    if folded and conv.bias is None:
+        return None
+    return sk, of_sk, *of_last[:2], (pooling, conv, None if folded else norm)
 
 
 def _fuse_end(
-    engine: ModuleType, y: Tensor, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, shortcut: tuple[nn.Module, ...]
+    engine: ModuleType, y: Tensor, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, shortcut: tuple | None
 ) -> Tensor:
     """ReLU(norm(conv(y)) + shortcut(x)), with the shortcut's norm, which is its last, in the same passes."""
-    y = convolve(conv, y)
-    if not shortcut:
-        return norm_act(engine, (y,), (norm,), shortcut=x)
-    *pooling, last, last_norm = shortcut
+    if shortcut is None:
+        return norm_act(engine, ((y, conv, norm),), shortcut=x)
+    pooling, last, last_norm = shortcut
     for layer in pooling:
         x = layer(x)
-    return norm_act(engine, (y, convolve(last, x)), (norm, last_norm))
+    return norm_act(engine, ((y, conv, norm), (x, last, last_norm)))
 
 
 _BLOCKS = {

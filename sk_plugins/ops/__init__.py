@@ -10,14 +10,13 @@ doubt. Two engines compute the same faster or on less memory, and :mod:`.gate` a
 :mod:`.fused` is what a layer's ``fuse_forward`` is written in. :mod:`.private` holds torch's private names.
 """
 
-from .fused import convolve, norm_act, norm_relu_select
+from .fused import norm_act, norm_relu_select
 from .gate import BACKENDS, Fusable, has_hooks, has_parts, register, stubbed_launches, ways
 from .reference import fuse, fuse_reference, select, select_reference
 
 __all__ = [
     'BACKENDS',
     'Fusable',
-    'convolve',
     'fuse',
     'fuse_reference',
     'has_hooks',

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import private
-from .reference import Attention, Branches, norm_relu_select
+from .reference import Attention, Branches, batch_norm, norm_relu_select
 
 __all__ = ['BranchSpec', 'NormAct', 'NormReluSelect', 'NormSpec']
 
@@ -111,7 +111,8 @@ class NormAct(torch.autograd.Function):
             grads = _differentiate(lambda *t: _norm_act(spec, *t), tensors, ctx, grad)
         else:
             shortcut = tensors[0] if ctx.needs_input_grad[1] else None
-            grads = spec.engine.norm_act_backward(spec, shortcut, saved, grad, *tensors[1:])
+            needs_maps = any(ctx.needs_input_grad[2::5])
+            grads = spec.engine.norm_act_backward(spec, shortcut, saved, grad, needs_maps, *tensors[1:])
         return None, *grads
 
 
@@ -120,7 +121,7 @@ def _norm_act(spec: NormSpec, *tensors: Tensor | None) -> Tensor:
     total = tensors[0]
     for i in range(1, len(tensors), 5):
         y, weight, bias, mean, var = tensors[i : i + 5]
-        z = F.batch_norm(y, mean, var, weight, bias, spec.batch, 0.0, spec.eps)
+        z = batch_norm(y, weight, bias, mean, var, spec.eps)
         total = z if total is None else z + total
     return F.relu(total) if spec.relu else total
 

@@ -62,7 +62,7 @@ def has_parts(module: nn.Module, **kinds: type | tuple[type, ...]) -> bool:
 class Fusable(nn.Module):
     """A module that an engine may compute in one go, in place of ``forward``.
 
-    A subclass has ``forward(x)``, ``parts()`` and ``fuse_forward(engine, x, parts)``.
+    A subclass has ``forward(x)``, ``parts(folded)`` and ``fuse_forward(engine, x, parts)``.
 
     Attributes:
         backend: one of ``BACKENDS``.
@@ -80,7 +80,7 @@ class Fusable(nn.Module):
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         if torch.compiler.is_compiling():
             if self.fuses_on_cpu and self.backend == 'triton' and self._goes_by_operators():
-                parts = self.parts()
+                parts = self.parts(False)
                 # Asked in the graph, so that it is made anew where a norm changes.
                 if _agree(parts[1] if parts[2] is None else [*parts[1], parts[2][1]]):
                     return self.fuse_forward(operators, x, parts)
@@ -92,8 +92,11 @@ class Fusable(nn.Module):
         self.__dict__['_way'] = engine.NAME
         return self.fuse_forward(engine, x, self._plan.parts)
 
-    def parts(self) -> tuple | None:
-        """The modules that ``fuse_forward`` computes with, looked up once; None where they are not what it computes."""
+    def parts(self, folded: bool) -> tuple | None:
+        """The modules that ``fuse_forward`` computes with, looked up once; None where they are not what it computes.
+
+        Where every BatchNorm is ``folded`` into the convolution before it, an identity is in its place.
+        """
         raise NotImplementedError
 
     def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
@@ -104,13 +107,13 @@ class Fusable(nn.Module):
     def _goes_by_operators(self) -> bool:
         # A compiler fuses the plain modules itself, so that its graph has operators only where they are asked for.
         plan = _Plan(self, traced=True)  # whose parameters may be fake
-        return plan.parts is not None and not plan.has_hooks()
+        return plan.parts is not None and not plan.folded and not plan.has_hooks()
 
 
 def _agree(norms: list[nn.BatchNorm2d]) -> bool:
     """Whether norms are affine, keep running statistics, and have the same settings."""
-    first = norms[0] if norms else None
-    return first is not None and all(
+    first = norms[0]
+    return all(
         (norm.training, norm.momentum, norm.eps) == (first.training, first.momentum, first.eps)
         and norm.affine
         and norm.weight is not None
@@ -136,14 +139,16 @@ class _Plan:
         self.convs = [m.__dict__ for m in modules if isinstance(m, nn.Conv2d)]
         self.fusables = [m.__dict__ for m in modules if isinstance(m, Fusable)]
         self.signature = self._look()
+        norms = [m for m in modules if isinstance(m, nn.BatchNorm2d)]
+        self.folded = not norms
         fits = (
             all(type(m) in _known for m in modules)
             and (traced or {type(p) for m in modules for p in m._parameters.values()} <= _TENSORS)
             and all(m._parameters.get('weight') is not None for m in modules if type(m) is nn.Conv2d)
             and all(m.padding_mode == 'zeros' for m in modules if type(m) is nn.Conv2d)
-            and _agree([m for m in modules if isinstance(m, nn.BatchNorm2d)])
+            and (self.folded or _agree(norms))
         )
-        self.parts = module.parts() if fits else None
+        self.parts = module.parts(self.folded) if fits else None
 
     def _look(self) -> tuple[list, ...]:
         """What would change the answer. Modules are compared as objects, which tells of replaced ones."""
@@ -195,7 +200,9 @@ def _choose(module: Fusable, x: Tensor) -> ModuleType | None:
         plan = module.__dict__['_plan'] = _Plan(module)
     if plan.parts is None or plan.has_hooks() or list(map(_CALLS, _known)) != _known_calls:
         return None
-    if on_gpu and backend != 'recompute' and (_stubbed or trial.accepts(x, backend == 'triton')):
+    if plan.folded and torch.is_grad_enabled():  # folded modules are for inference
+        return None
+    if on_gpu and backend != 'recompute' and (_stubbed or trial.accepts(x, backend == 'triton', plan.folded)):
         if gpu.kernels is None:
             gpu.load()
         return gpu

@@ -142,7 +142,9 @@ def norm_act(spec, shortcut: Tensor | None, *norms: Tensor | None) -> tuple[Tens
     return out, saved
 
 
-def norm_act_backward(spec, shortcut: Tensor | None, saved, grad: Tensor, *norms: Tensor | None) -> list[Tensor | None]:
+def norm_act_backward(
+    spec, shortcut: Tensor | None, saved, grad: Tensor, needs_maps: bool, *norms: Tensor | None
+) -> list[Tensor | None]:
     """Gradients of the shortcut (None where it is), and of y, weight and bias (and two None) of every norm."""
     ys, weights, biases = _dense(norms[::5]), norms[1::5], norms[2::5]
     if grad.stride() != ys[0].stride():
@@ -151,7 +153,9 @@ def norm_act_backward(spec, shortcut: Tensor | None, saved, grad: Tensor, *norms
     pointers = _norms(weights, biases, *statistics, spec, 2)
     out = saved[-1] if len(saved) == (3 if spec.batch else 1) else None
     sums = kernels.norm_act_moments(ys, pointers, grad, out, spec.relu)
-    grad_ys, grad_shortcut = kernels.norm_act_grads(ys, pointers, grad, out, shortcut, sums, spec.relu)
+    grad_ys, grad_shortcut = [None] * len(ys), None
+    if needs_maps or shortcut is not None:
+        grad_ys, grad_shortcut = kernels.norm_act_grads(ys, pointers, grad, out, shortcut, sums, spec.relu)
     grad_bias, *grad_weights = sums.to(weights[0].dtype).unbind(0)
     grads: list[Tensor | None] = [grad_shortcut]
     for grad_y, grad_weight in zip(grad_ys, grad_weights):
@@ -161,17 +165,21 @@ def norm_act_backward(spec, shortcut: Tensor | None, saved, grad: Tensor, *norms
 
 def _norms(weights, biases, means, spreads, spec, most: int):
     """The kernels' view of norms: ``most`` pointers of each kind."""
-    pads = most - len(weights)
-    pointers = [*weights, *weights[:1] * pads, *biases, *biases[:1] * pads]
+    pads = most - len(biases)
+    biases = [*biases, *biases[:1] * pads]
+    if weights[0] is None:
+        return biases * 4, 0.0, 'folded'
+    pointers = [*weights, *weights[:1] * pads, *biases]
     pads = most - len(means)
-    return [*pointers, *means, *means[:1] * pads, *spreads, *spreads[:1] * pads], spec.eps, spec.batch
+    pointers += [*means, *means[:1] * pads, *spreads, *spreads[:1] * pads]
+    return pointers, spec.eps, 'batch' if spec.batch else 'running'
 
 
 def _refuse(y: Tensor) -> None:
     raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(y.shape)}')
 
 
-def _attend(spec, attention: Attention, s: Tensor, num_branches: int) -> tuple[Tensor, ...]:
+def _attend(spec, attention: Attention, s: Tensor, num_branches: int) -> tuple[Tensor | None, ...]:
     """r, z, mean and invstd of Eq. 3, and the attention (B, M, C or 1) of Eq. 5, from s (B, C), all in float32."""
     running = (spec.running[-1] if spec.running else None) if spec.batch else (attention.mean, attention.var)
     device = s.device.type
@@ -180,9 +188,13 @@ def _attend(spec, attention: Attention, s: Tensor, num_branches: int) -> tuple[T
         torch.set_autocast_enabled(device, False)
     try:
         reduce, select = attention.reduce.flatten(1).float(), attention.select.flatten(1).float()
-        r = s.mm(reduce.t())
-        norm = attention.weight, attention.bias, running, spec.batch, spec.momentum, spec.eps
-        z, mean, invstd = kernels.norm_relu_rows(r, *norm)
+        if attention.weight is None:  # BatchNorm was folded, and there is no backward pass
+            r = mean = invstd = None
+            z = attention.bias.float().addmm(s, reduce.t()).relu_()
+        else:
+            r = s.mm(reduce.t())
+            norm = attention.weight, attention.bias, running, spec.batch, spec.momentum, spec.eps
+            z, mean, invstd = kernels.norm_relu_rows(r, *norm)
         bias = attention.select_bias
         logits = z.mm(select.t()) if bias is None else bias.float().addmm(z, select.t())
     finally:

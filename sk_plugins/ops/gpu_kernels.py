@@ -17,8 +17,9 @@ each other in memory and tiles are wide, in contiguous tensors the positions are
 the same, told by the strides. Sums are float32; where an image's map is split among programs, each writes its own
 partial sum and a second step adds them in a fixed order, so that results are the same from run to run.
 
-Parameters come as they lie, one pointer a branch: to stack them would be a launch. Statistics of the batch lie in one
-(M, C) tensor (``STACKED``), running ones by branch, a variance in the place of 1 / sqrt(variance + eps).
+Parameters come as they lie, one pointer a branch: to stack them would be a launch. ``NORM`` says what a norm is:
+'batch', whose statistics lie in one (M, C) tensor each; 'running', whose statistics lie by branch, a variance in the
+place of 1 / sqrt(variance + eps); or 'folded' into the convolution, whose bias is the shift.
 
 This module imports triton: import it only where triton is installed and its kernels are to run.
 """
@@ -64,11 +65,11 @@ _ROWS_BLOCK_D = 16
 
 # The norms of M branches as kernels take them, a plain tuple since a class costs a call:
 # - scales, shifts, means and spreads, as many of each as the kernel has pointers for; those beyond M are never read.
-#   The first mean and spread are (M, C) statistics of the batch where stacked, a spread being 1 / sqrt(variance + eps);
+#   The first mean and spread are (M, C) statistics where the norm is 'batch', a spread being 1 / sqrt(variance + eps);
 #   else all are (C,), running means and variances;
 # - eps, added to running variances;
-# - whether the statistics are those of the batch: stacked.
-Norms = tuple[Sequence[Tensor], float, bool]
+# - NORM: 'batch', 'running' or 'folded'.
+Norms = tuple[Sequence[Tensor], float, str]
 
 
 @triton.jit
@@ -99,14 +100,27 @@ def _place(C, HW, rows, splits, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _tile(
+    C, HW, stride_hw, stride_c, splits, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """A program's one tile: its image, where that starts, channels, their mask, the tile's offsets, and their mask."""
+    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C, WIDE)
+    hw = start + tl.arange(0, BLOCK_HW)
+    offsets = hw[:, None] * stride_hw + channels[None, :] * stride_c
+    return image, image * C * HW, channels, c_mask, offsets, (hw < end)[:, None] & c_mask[None, :]
+
+
+@triton.jit
 def _affine(
     w0, w1, w2, w3, b0, b1, b2, b3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
-    m: tl.constexpr, eps, C, channels, c_mask, STACKED: tl.constexpr,
+    m: tl.constexpr, eps, C, channels, c_mask, NORM: tl.constexpr,
 ):  # fmt: skip
     """mean, w * invstd, b and invstd of branch m: z = (y - mean) * (w * invstd) + b."""
-    w = tl.load(_pick(w0, w1, w2, w3, m) + channels, mask=c_mask, other=0.0).to(tl.float32)
     b = tl.load(_pick(b0, b1, b2, b3, m) + channels, mask=c_mask, other=0.0).to(tl.float32)
-    if STACKED:
+    if NORM == 'folded':
+        return tl.zeros_like(b), tl.full(b.shape, 1.0, tl.float32), b, tl.full(b.shape, 1.0, tl.float32)
+    w = tl.load(_pick(w0, w1, w2, w3, m) + channels, mask=c_mask, other=0.0).to(tl.float32)
+    if NORM == 'batch':
         mu = tl.load(mean0 + m * C + channels, mask=c_mask, other=0.0).to(tl.float32)
         inv = tl.load(spread0 + m * C + channels, mask=c_mask, other=0.0).to(tl.float32)
     else:
@@ -216,7 +230,7 @@ def _moments_kernel(
     y0, y1, y2, y3, w0, w1, w2, w3, bias0, bias1, bias2, bias3, mean0, mean1, mean2, mean3,
     spread0, spread1, spread2, spread3, grad, partials, values, eps,
     images, C, HW, stride_hw, stride_c, rows, splits,
-    HAS_GRAD: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr,
+    HAS_GRAD: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr,
     BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """partials (splits, 2, B, M, C) and values: (splits, B, M, C) with a gradient, (splits, B, C) without."""
@@ -228,19 +242,19 @@ def _moments_kernel(
     q0, q1, q2, q3 = zero, zero, zero, zero
     mu0, scale0, b0, inv0 = _affine(
         w0, w1, w2, w3, bias0, bias1, bias2, bias3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
-        0, eps, C, channels, c_mask, STACKED,
+        0, eps, C, channels, c_mask, NORM,
     )  # fmt: skip
     mu1, scale1, b1, inv1 = _affine(
         w0, w1, w2, w3, bias0, bias1, bias2, bias3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
-        1 if M > 1 else 0, eps, C, channels, c_mask, STACKED,
+        1 if M > 1 else 0, eps, C, channels, c_mask, NORM,
     )  # fmt: skip
     mu2, scale2, b2, inv2 = _affine(
         w0, w1, w2, w3, bias0, bias1, bias2, bias3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
-        2 if M > 2 else 0, eps, C, channels, c_mask, STACKED,
+        2 if M > 2 else 0, eps, C, channels, c_mask, NORM,
     )  # fmt: skip
     mu3, scale3, b3, inv3 = _affine(
         w0, w1, w2, w3, bias0, bias1, bias2, bias3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
-        3 if M > 3 else 0, eps, C, channels, c_mask, STACKED,
+        3 if M > 3 else 0, eps, C, channels, c_mask, NORM,
     )  # fmt: skip
     for i in range(start, end, BLOCK_HW):
         hw = i + tl.arange(0, BLOCK_HW)
@@ -279,19 +293,15 @@ def _moments_kernel(
 def _select_kernel(
     y0, y1, y2, y3, w0, w1, w2, w3, b0, b1, b2, b3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
     out, attention, attention_b, attention_m, attention_c, eps, C, HW, stride_hw, stride_c, splits,
-    ATTENDS: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr,
+    ATTENDS: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr,
     BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C, WIDE)
-    base = image * C * HW
-    hw = start + tl.arange(0, BLOCK_HW)
-    mask = (hw < end)[:, None] & c_mask[None, :]
-    offsets = hw[:, None] * stride_hw + channels[None, :] * stride_c
+    image, base, channels, c_mask, offsets, mask = _tile(C, HW, stride_hw, stride_c, splits, BLOCK_HW, BLOCK_C, WIDE)
     total = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
     for m in tl.static_range(M):
         mu, scale, b, _ = _affine(
             w0, w1, w2, w3, b0, b1, b2, b3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
-            m, eps, C, channels, c_mask, STACKED,
+            m, eps, C, channels, c_mask, NORM,
         )  # fmt: skip
         y = tl.load(_pick(y0, y1, y2, y3, m) + base + offsets, mask=mask, other=0.0).to(tl.float32)
         z = (y - mu[None, :]) * scale[None, :] + b[None, :]
@@ -308,21 +318,17 @@ def _input_grads_kernel(
     y0, y1, y2, y3, w0, w1, w2, w3, b0, b1, b2, b3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
     x0, x1, x2, x3, grad, slope, slope_b, slope_m, slope_c, level, sums, eps, count,
     C, HW, stride_hw, stride_c, splits,
-    ATTENDS: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr,
+    ATTENDS: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr,
     BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C, WIDE)
-    base = image * C * HW
-    hw = start + tl.arange(0, BLOCK_HW)
-    mask = (hw < end)[:, None] & c_mask[None, :]
-    offsets = hw[:, None] * stride_hw + channels[None, :] * stride_c
+    image, base, channels, c_mask, offsets, mask = _tile(C, HW, stride_hw, stride_c, splits, BLOCK_HW, BLOCK_C, WIDE)
     g = tl.load(grad + base + offsets, mask=mask, other=0.0).to(tl.float32)
     if ATTENDS:
         constant = tl.load(level + image * C + channels, mask=c_mask, other=0.0).to(tl.float32)[None, :]
     for m in tl.static_range(M):
         mu, scale, b, inv = _affine(
             w0, w1, w2, w3, b0, b1, b2, b3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
-            m, eps, C, channels, c_mask, STACKED,
+            m, eps, C, channels, c_mask, NORM,
         )  # fmt: skip
         y = tl.load(_pick(y0, y1, y2, y3, m) + base + offsets, mask=mask, other=0.0).to(tl.float32)
         deviation = y - mu[None, :]
@@ -331,7 +337,7 @@ def _input_grads_kernel(
             a = slope + image * slope_b + m * slope_m + channels * slope_c
             g_z = constant + g * tl.load(a, mask=c_mask, other=0.0).to(tl.float32)[None, :]
         g_z = tl.where(deviation * scale[None, :] + b[None, :] > 0, g_z, 0.0)
-        if STACKED:
+        if NORM == 'batch':
             p = tl.load(sums + m * C + channels, mask=c_mask, other=0.0).to(tl.float32) / count
             q = tl.load(sums + (M + m) * C + channels, mask=c_mask, other=0.0).to(tl.float32) / count
             g_z -= p[None, :] + deviation * (q * inv)[None, :]
@@ -367,26 +373,23 @@ def _weigh_moments_kernel(
 @triton.jit(do_not_specialize=['HW', 'splits'])
 def _norm_act_kernel(
     y0, y1, w0, w1, b0, b1, mean0, mean1, spread0, spread1, shortcut, out, eps, C, HW, stride_hw, stride_c, splits,
-    RELU: tl.constexpr, HAS_SHORTCUT: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr,
+    RELU: tl.constexpr, HAS_SHORTCUT: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr,
     BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C, WIDE)
-    hw = start + tl.arange(0, BLOCK_HW)
-    mask = (hw < end)[:, None] & c_mask[None, :]
-    offsets = image * C * HW + hw[:, None] * stride_hw + channels[None, :] * stride_c
+    _, base, channels, c_mask, offsets, mask = _tile(C, HW, stride_hw, stride_c, splits, BLOCK_HW, BLOCK_C, WIDE)
     total = tl.zeros([BLOCK_HW, BLOCK_C], tl.float32)
     for m in tl.static_range(M):
         mu, scale, b, _ = _affine(
             w0, w1, w0, w0, b0, b1, b0, b0, mean0, mean1, mean0, mean0, spread0, spread1, spread0, spread0,
-            m, eps, C, channels, c_mask, STACKED,
+            m, eps, C, channels, c_mask, NORM,
         )  # fmt: skip
-        y = tl.load(_pick(y0, y1, y0, y0, m) + offsets, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(_pick(y0, y1, y0, y0, m) + base + offsets, mask=mask, other=0.0).to(tl.float32)
         total += (y - mu[None, :]) * scale[None, :] + b[None, :]
     if HAS_SHORTCUT:
-        total += tl.load(shortcut + offsets, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(shortcut + base + offsets, mask=mask, other=0.0).to(tl.float32)
     if RELU:
         total = tl.where(total > 0, total, 0.0)
-    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + base + offsets, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -406,7 +409,7 @@ def _live(grad, out, y, offsets, mask, mu, scale, b, RELU: tl.constexpr, HAS_OUT
 def _norm_act_moments_kernel(
     y0, y1, w0, w1, b0, b1, mean0, mean1, spread0, spread1, grad, out, partials, eps,
     C, HW, stride_hw, stride_c, rows, splits,
-    RELU: tl.constexpr, HAS_OUT: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr,
+    RELU: tl.constexpr, HAS_OUT: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr,
     BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """partials (B * splits, 1 + M, C): sums of the live gradient, and of it times xhat_m."""
@@ -416,11 +419,11 @@ def _norm_act_moments_kernel(
     q0, q1 = p, p
     mu0, scale, b, inv0 = _affine(
         w0, w1, w0, w0, b0, b1, b0, b0, mean0, mean1, mean0, mean0, spread0, spread1, spread0, spread0,
-        0, eps, C, channels, c_mask, STACKED,
+        0, eps, C, channels, c_mask, NORM,
     )  # fmt: skip
     mu1, _, _, inv1 = _affine(
         w0, w1, w0, w0, b0, b1, b0, b0, mean0, mean1, mean0, mean0, spread0, spread1, spread0, spread0,
-        1 if M > 1 else 0, eps, C, channels, c_mask, STACKED,
+        1 if M > 1 else 0, eps, C, channels, c_mask, NORM,
     )  # fmt: skip
     for i in range(start, end, BLOCK_HW):
         hw = i + tl.arange(0, BLOCK_HW)
@@ -442,35 +445,32 @@ def _norm_act_moments_kernel(
 def _norm_act_grads_kernel(
     y0, y1, w0, w1, b0, b1, mean0, mean1, spread0, spread1, grad, out, x0, x1, grad_shortcut, sums, eps, count,
     C, HW, stride_hw, stride_c, splits,
-    RELU: tl.constexpr, HAS_OUT: tl.constexpr, HAS_SHORTCUT: tl.constexpr, STACKED: tl.constexpr, M: tl.constexpr,
+    RELU: tl.constexpr, HAS_OUT: tl.constexpr, HAS_SHORTCUT: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr,
     BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    image, _, channels, c_mask, start, end = _place(C, HW, BLOCK_HW, splits, BLOCK_C, WIDE)
-    hw = start + tl.arange(0, BLOCK_HW)
-    mask = (hw < end)[:, None] & c_mask[None, :]
-    offsets = image * C * HW + hw[:, None] * stride_hw + channels[None, :] * stride_c
+    _, base, channels, c_mask, offsets, mask = _tile(C, HW, stride_hw, stride_c, splits, BLOCK_HW, BLOCK_C, WIDE)
     mu, scale, b, inv = _affine(
         w0, w1, w0, w0, b0, b1, b0, b0, mean0, mean1, mean0, mean0, spread0, spread1, spread0, spread0,
-        0, eps, C, channels, c_mask, STACKED,
+        0, eps, C, channels, c_mask, NORM,
     )  # fmt: skip
-    g = _live(grad, out, y0, offsets, mask, mu, scale, b, RELU, HAS_OUT)
+    g = _live(grad + base, out + base, y0 + base, offsets, mask, mu, scale, b, RELU, HAS_OUT)
     if HAS_SHORTCUT:
-        tl.store(grad_shortcut + offsets, g.to(grad_shortcut.dtype.element_ty), mask=mask)
+        tl.store(grad_shortcut + base + offsets, g.to(grad_shortcut.dtype.element_ty), mask=mask)
     p = tl.zeros([BLOCK_C], tl.float32)
-    if STACKED:
+    if NORM == 'batch':
         p = tl.load(sums + channels, mask=c_mask, other=0.0) / count
     for m in tl.static_range(M):
         mu, scale, b, inv = _affine(
             w0, w1, w0, w0, b0, b1, b0, b0, mean0, mean1, mean0, mean0, spread0, spread1, spread0, spread0,
-            m, eps, C, channels, c_mask, STACKED,
+            m, eps, C, channels, c_mask, NORM,
         )  # fmt: skip
         g_z = g
-        if STACKED:
-            y = tl.load(_pick(y0, y1, y0, y0, m) + offsets, mask=mask, other=0.0).to(tl.float32)
+        if NORM == 'batch':
+            y = tl.load(_pick(y0, y1, y0, y0, m) + base + offsets, mask=mask, other=0.0).to(tl.float32)
             q = tl.load(sums + (1 + m) * C + channels, mask=c_mask, other=0.0) / count
             g_z = g - p[None, :] - (y - mu[None, :]) * (q * inv)[None, :]
         x = _pick(x0, x1, x0, x0, m)
-        tl.store(x + offsets, (g_z * scale[None, :]).to(x.dtype.element_ty), mask=mask)
+        tl.store(x + base + offsets, (g_z * scale[None, :]).to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=['rows', 'momentum'])
@@ -592,7 +592,7 @@ def moments(ys: Sequence[Tensor], norms: Norms, grad: Tensor | None = None) -> t
     y, num = ys[0], len(ys)
     layout = (y.shape, y.stride(), _REDUCTION_TILE if num <= 2 else _REDUCTION_TILE // 2, True)
     grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    pointers, eps, stacked = norms
+    pointers, eps, norm = norms
     batch, channels, splits = y.shape[0], place[0], place[-1]
     partials = y.new_empty((splits, 2, batch, num, channels), dtype=torch.float32)
     of_maps = (splits, batch, channels) if grad is None else (splits, batch, num, channels)
@@ -600,7 +600,7 @@ def moments(ys: Sequence[Tensor], norms: Norms, grad: Tensor | None = None) -> t
     launch(
         _moments_kernel, grid,
         *ys, *[y] * (4 - num), *pointers, y if grad is None else grad, partials, values, eps, batch, *place,
-        HAS_GRAD=grad is not None, STACKED=stacked, M=num, **blocks, num_warps=4,
+        HAS_GRAD=grad is not None, NORM=norm, M=num, **blocks, num_warps=4,
     )  # fmt: skip
     return (partials[0], values[0]) if splits == 1 else (partials.sum(0), values.sum(0))
 
@@ -610,12 +610,12 @@ def select(ys: Sequence[Tensor], norms: Norms, attention: Tensor | None) -> Tens
     y, num = ys[0], len(ys)
     layout = (y.shape, y.stride(), _ELEMENTWISE_TILE if num <= 2 else _ELEMENTWISE_TILE // 2, False)
     grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    pointers, eps, stacked = norms
+    pointers, eps, norm = norms
     out = torch.empty_like(y)
     given, strides = _strides(attention, y)
     launch(
         _select_kernel, grid, *ys, *[y] * (4 - num), *pointers, out, given, *strides, eps, *place,
-        ATTENDS=attention is not None, STACKED=stacked, M=num, **blocks, num_warps=8,
+        ATTENDS=attention is not None, NORM=norm, M=num, **blocks, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -647,7 +647,7 @@ def input_grads(
     y, num = ys[0], len(ys)
     layout = (y.shape, y.stride(), _ELEMENTWISE_TILE if num <= 2 else _ELEMENTWISE_TILE // 2, False)
     grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    pointers, eps, stacked = norms
+    pointers, eps, norm = norms
     grads = list(map(torch.empty_like, ys))
     given, strides = _strides(attention, y)
     pads = 4 - num
@@ -655,7 +655,7 @@ def input_grads(
         _input_grads_kernel, grid,
         *ys, *[y] * pads, *pointers, *grads, *grads[:1] * pads, grad, given, *strides,
         y if level is None else level, sums, eps, float(y.shape[0] * place[1]), *place,
-        ATTENDS=attention is not None, STACKED=stacked, M=num, **blocks, num_warps=8,
+        ATTENDS=attention is not None, NORM=norm, M=num, **blocks, num_warps=8,
     )  # fmt: skip
     return grads
 
@@ -665,11 +665,11 @@ def norm_act(ys: Sequence[Tensor], norms: Norms, shortcut: Tensor | None, relu: 
     y = ys[0]
     layout = (y.shape, y.stride(), _ELEMENTWISE_TILE, False)
     grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    pointers, eps, stacked = norms
+    pointers, eps, norm = norms
     out = torch.empty_like(y)
     launch(
         _norm_act_kernel, grid, y, ys[-1], *pointers, y if shortcut is None else shortcut, out, eps, *place,
-        RELU=relu, HAS_SHORTCUT=shortcut is not None, STACKED=stacked, M=len(ys), **blocks, num_warps=8,
+        RELU=relu, HAS_SHORTCUT=shortcut is not None, NORM=norm, M=len(ys), **blocks, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -682,12 +682,12 @@ def norm_act_moments(ys: Sequence[Tensor], norms: Norms, grad: Tensor, out: Tens
     y, num = ys[0], len(ys)
     layout = (y.shape, y.stride(), _REDUCTION_TILE, True)
     grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    pointers, eps, stacked = norms
+    pointers, eps, norm = norms
     partials = y.new_empty((y.shape[0] * place[-1], 1 + num, place[0]), dtype=torch.float32)
     launch(
         _norm_act_moments_kernel, grid,
         y, ys[-1], *pointers, grad, y if out is None else out, partials, eps, *place,
-        RELU=relu, HAS_OUT=out is not None, STACKED=stacked, M=num, **blocks, num_warps=4,
+        RELU=relu, HAS_OUT=out is not None, NORM=norm, M=num, **blocks, num_warps=4,
     )  # fmt: skip
     return partials.sum(0)
 
@@ -705,14 +705,14 @@ def norm_act_grads(
     y = ys[0]
     layout = (y.shape, y.stride(), _ELEMENTWISE_TILE, False)
     grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    pointers, eps, stacked = norms
+    pointers, eps, norm = norms
     grads = list(map(torch.empty_like, ys))
     grad_shortcut = None if shortcut is None else torch.empty_like(y, dtype=shortcut.dtype)
     launch(
         _norm_act_grads_kernel, grid,
         y, ys[-1], *pointers, grad, y if out is None else out, grads[0], grads[-1],
         y if shortcut is None else grad_shortcut, sums, eps, float(y.shape[0] * place[1]), *place,
-        RELU=relu, HAS_OUT=out is not None, HAS_SHORTCUT=shortcut is not None, STACKED=stacked, M=len(ys),
+        RELU=relu, HAS_OUT=out is not None, HAS_SHORTCUT=shortcut is not None, NORM=norm, M=len(ys),
         **blocks, num_warps=8,
     )  # fmt: skip
     return grads, grad_shortcut

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Attention', 'Branches', 'fuse', 'fuse_reference', 'norm_relu_select', 'select', 'select_reference']
+__all__ = [
+    'Attention',
+    'Branches',
+    'batch_norm',
+    'fuse',
+    'fuse_reference',
+    'norm_relu_select',
+    'select',
+    'select_reference',
+]
 
 
 def fuse(branches: list[Tensor]) -> Tensor:
@@ -67,7 +76,7 @@ class Attention(NamedTuple):
 
     Attributes:
         reduce: W, (d, C, 1, 1).
-        weight: BatchNorm's scale, (d,).
+        weight: BatchNorm's scale, (d,); None where BatchNorm was folded into W and the bias.
         bias: BatchNorm's shift, (d,).
         select: A, (M * C, d, 1, 1), or (M, d, 1, 1) where all channels share the attention.
         select_bias: (M * C,) or (M,), or None.
@@ -76,7 +85,7 @@ class Attention(NamedTuple):
     """
 
     reduce: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor
     select: Tensor
     select_bias: Tensor | None
@@ -88,20 +97,29 @@ class Branches(NamedTuple):
     """What leads from the branches' convolutions to V.
 
     Attributes:
-        ys: the convolutions' outputs, M times (B, C, H, W).
-        weights: BatchNorm's scales, M times (C,).
-        biases: BatchNorm's shifts, M times (C,).
+        ys: the convolutions' outputs, M times (B, C, H, W), without biases where BatchNorm was folded into them.
+        weights: BatchNorm's scales, M times (C,); None each where BatchNorm was folded, and so are the statistics.
+        biases: BatchNorm's shifts, M times (C,); the convolutions' biases where BatchNorm was folded into them.
         means: running means, M times (C,); empty where the batch's own statistics are to be used.
         variances: running variances, M times (C,); empty likewise.
         attention: None where V is the branches' plain sum.
     """
 
     ys: list[Tensor]
-    weights: list[Tensor]
+    weights: list[Tensor | None]
     biases: list[Tensor]
-    means: list[Tensor]
-    variances: list[Tensor]
+    means: list[Tensor | None]
+    variances: list[Tensor | None]
     attention: Attention | None
+
+
+def batch_norm(
+    y: Tensor, weight: Tensor | None, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+) -> Tensor:
+    """BN(y) by the given statistics, by the batch's where these are None; y + bias where BatchNorm was folded."""
+    if weight is None:
+        return y + bias.to(y.dtype)[:, None, None]
+    return F.batch_norm(y, mean, var, weight, bias, mean is None, 0.0, eps)
 
 
 def norm_relu_select(branches: Branches, eps: float) -> Tensor:
@@ -110,7 +128,7 @@ def norm_relu_select(branches: Branches, eps: float) -> Tensor:
     us = []
     for m, y in enumerate(ys):
         mean, var = (means[m], variances[m]) if means else (None, None)
-        us.append(F.relu(F.batch_norm(y, mean, var, weights[m], biases[m], not means, 0.0, eps)))
+        us.append(F.relu(batch_norm(y, weights[m], biases[m], mean, var, eps)))
     if attention is None:
         total = us[0]
         for u in us[1:]:
@@ -119,6 +137,6 @@ def norm_relu_select(branches: Branches, eps: float) -> Tensor:
     reduce, weight, bias, select_weight, select_bias, mean, var = attention
     dtype = ys[0].dtype  # lower than the parameters' where autocast was on
     z = F.conv2d(fuse(us), reduce.to(dtype))
-    z = F.relu(F.batch_norm(z, mean, var, weight, bias, mean is None, 0.0, eps))
+    z = F.relu(batch_norm(z, weight, bias, mean, var, eps))
     logits = F.conv2d(z, select_weight.to(dtype), None if select_bias is None else select_bias.to(dtype))
     return select(us, logits.unflatten(1, (len(ys), -1)).softmax(1))

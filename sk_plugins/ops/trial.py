@@ -26,33 +26,39 @@ from torch import Tensor, nn
 
 from . import gpu
 from .functions import BranchSpec, NormAct, NormReluSelect, NormSpec
-from .reference import Attention, Branches, norm_relu_select
+from .reference import Attention, Branches, batch_norm, norm_relu_select
 
 __all__ = ['accepts', 'cache_file', 'forget']
 
 logger = logging.getLogger('sk_plugins')
 
+VARIABLE, ENGINES = 'SK_PLUGINS_ENGINE', ('plain', 'triton')
 # (B, C, H, W): a unit's map in the last stage for a batch of four small images, and in the first for a batch of 64.
 SMALL, LARGE = (4, 128, 16, 16), (64, 128, 56, 56)
 _BETWEEN = math.sqrt(math.prod(SMALL) * math.prod(LARGE))  # elements from which on a map is a large one
-_KINDS = [f'{size} {kind}' for size in ('small', 'large') for kind in ('training', 'inference')]
+_KINDS = [f'{size} {kind}' for size in ('small', 'large') for kind in ('training', 'inference', 'folded')]
+NORMS = 'batch', 'running', 'folded'  # in training, in inference, and in inference after folding
 REPEATS = 7
 # float32 has float16's, since TF32, in which its products are where a user allows it, has no more bits.
 TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def accepts(x: Tensor, wanted: bool = False) -> bool:
+def accepts(x: Tensor, wanted: bool = False, folded: bool = False) -> bool:
     """Whether the kernels are to compute a unit whose input is ``x``.
 
     Args:
         x: (B, C, H, W), on a GPU, or on a CPU where Triton's interpreter stands in for one.
         wanted: whether they are asked for by name (``backend='triton'``): then they need be right, not faster.
+        folded: whether the unit's BatchNorms are folded into its convolutions, for inference.
+
+    Raises:
+        ValueError: ``SK_PLUGINS_ENGINE`` is set to what is no engine.
     """
     device = x.device.type
     lowered = x.dtype is not torch.float64 and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if lowered else x.dtype
     if not x.is_cuda:  # the interpreter, which is slow by nature
-        return os.environ.get('SK_PLUGINS_ENGINE') != 'plain' and gpu.why_not(x) is None
+        return _engine_of_environment() != 'plain' and gpu.why_not(x) is None
     if x.get_device() != torch.cuda.current_device():
         _say_once(f'tensors on {x.device}, which is not the current device: torch.cuda.set_device makes it so')
         return False
@@ -60,7 +66,16 @@ def accepts(x: Tensor, wanted: bool = False) -> bool:
     if verdict['wrong'] is not None:
         return False
     size = 'small' if x.numel() < _BETWEEN else 'large'
-    return wanted or verdict['ratios'][f'{size} {"training" if torch.is_grad_enabled() else "inference"}'] < 1
+    kind = 'folded' if folded else 'training' if torch.is_grad_enabled() else 'inference'
+    return wanted or verdict['ratios'][f'{size} {kind}'] < 1
+
+
+def _engine_of_environment() -> str | None:
+    engine = os.environ.get(VARIABLE)
+    if engine not in (None, '', *ENGINES):
+        choices = ' or '.join(map(repr, ENGINES))
+        raise ValueError(f'{VARIABLE}={engine!r} in the environment must be {choices}, or unset')
+    return engine
 
 
 def cache_file() -> Path:
@@ -79,8 +94,8 @@ def forget() -> None:
 
 @functools.cache
 def _verdict(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    said = os.environ.get('SK_PLUGINS_ENGINE')  # asked once: at every call it would cost five calls more
-    reason = 'SK_PLUGINS_ENGINE=plain' if said == 'plain' else gpu.why_not(torch.empty(0, dtype=dtype))
+    said = _engine_of_environment()  # asked once: at every call it would cost five calls more
+    reason = f'{VARIABLE}=plain' if said == 'plain' else gpu.why_not(torch.empty(0, dtype=dtype))
     if reason is not None:
         if said != 'plain':
             _say_once(reason)
@@ -198,38 +213,49 @@ class _Work:
         self.running = [(torch.zeros(n, device=device), torch.ones(n, device=device)) for n in (*[channels] * 3, dim)]
         self.grad = draw(*shape).to(dtype).to(memory_format=memory_format)
 
-    def branches(self, batch: bool, second: Tensor) -> Branches:
-        used = [] if batch else self.running[:2]
-        attention = Attention(*self.attention, None, *((None, None) if batch else self.running[3]))
-        means, variances = ([m for m, _ in used], [v for _, v in used])
-        return Branches([self.maps[0], second], self.scales[:2], self.shifts[:2], means, variances, attention)
+    def branches(self, norm: str, second: Tensor) -> Branches:
+        """What leads to V, with norms by the 'batch', by 'running' statistics, or 'folded'."""
+        none = [None, None]
+        used = dict(batch=[], running=self.running[:2], folded=[(None, None)] * 2)[norm]
+        scales = none if norm == 'folded' else self.scales[:2]
+        reduce, scale, shift, select = self.attention
+        running = self.running[3] if norm == 'running' else none
+        attention = Attention(reduce, None if norm == 'folded' else scale, shift, select, None, *running)
+        return Branches([self.maps[0], second], scales, self.shifts[:2], [m for m, _ in used], [v for _, v in used], attention)
 
-    def engine(self, batch: bool) -> Tensor:
+    def norm(self, norm: str) -> list[Tensor | None]:
+        """Scale, shift and statistics of the norms beside those of the branches."""
+        scale = None if norm == 'folded' else self.scales[2]
+        return [scale, self.shifts[2], *(self.running[2] if norm == 'running' else (None, None))]
+
+    def engine(self, norm: str) -> Tensor:
         """A norm and its ReLU, of which a branch is made, V, and the end of a unit, by the kernels."""
-        running = [*self.running[:2], self.running[3]] if batch else []
-        spec = BranchSpec(gpu, 2, True, batch, 0.1, 1e-5, running)
+        batch = norm == 'batch'
+        spec = BranchSpec(gpu, 2, True, batch, 0.1, 1e-5, [*self.running[:2], self.running[3]] if batch else [])
         end = NormSpec(gpu, True, batch, 0.1, 1e-5, self.running[2:3] if batch else [])
-        statistics = (None, None) if batch else self.running[2]
-        first = None, self.maps[1], self.scales[2], self.shifts[2], *statistics
-        last = self.maps[2], self.scales[2], self.shifts[2], *statistics
+        first, last = [None, self.maps[1], *self.norm(norm)], [self.maps[2], *self.norm(norm)]
         if torch.is_grad_enabled():
-            branches = self.branches(batch, NormAct.apply(end, *first))
+            branches = self.branches(norm, NormAct.apply(end, *first))
             return NormAct.apply(end, NormReluSelect.apply(spec, *spec.flatten(branches)), *last)
-        branches = self.branches(batch, gpu.norm_act(end, *first)[0])
+        branches = self.branches(norm, gpu.norm_act(end, *first)[0])
         return gpu.norm_act(end, gpu.forward(spec, branches)[0], *last)[0]
 
-    def plain(self, batch: bool) -> Tensor:
+    def plain(self, norm: str) -> Tensor:
         """The same in plain torch."""
-        mean, var = (None, None) if batch else self.running[2]
-        affine = mean, var, self.scales[2], self.shifts[2], batch, 0.1, 1e-5
-        u = nn.functional.batch_norm(self.maps[1], *affine).relu_()
-        v = norm_relu_select(self.branches(batch, u), 1e-5)
-        y = nn.functional.batch_norm(self.maps[2], *affine)
+        scale, shift, *statistics = self.norm(norm)
+
+        def after(y: Tensor) -> Tensor:
+            if norm == 'batch':
+                return nn.functional.batch_norm(y, *self.running[2], scale, shift, True, 0.1, 1e-5)
+            return batch_norm(y, scale, shift, *statistics, 1e-5)
+
+        v = norm_relu_select(self.branches(norm, after(self.maps[1]).relu_()), 1e-5)
+        y = after(self.maps[2])
         y += v
         return y.relu_()
 
-    def gradients(self, function: Callable[[bool], Tensor]) -> list[Tensor]:
-        output = function(True)
+    def gradients(self, function: Callable[[str], Tensor]) -> list[Tensor]:
+        output = function('batch')
         return [output.detach(), *torch.autograd.grad(output, self.leaves, self.grad)]
 
 
@@ -246,20 +272,21 @@ def _try(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
             work = _Work(shape, device, dtype)
             ratios[f'{name} training'] = _ratio(lambda f, work=work: work.gradients(f), work, device)
             with torch.no_grad():
-                ratios[f'{name} inference'] = _ratio(lambda f, work=work: f(False), work, device)
+                for kind, norm in (('inference', 'running'), ('folded', 'folded')):
+                    ratios[f'{name} {kind}'] = _ratio(lambda f, work=work, norm=norm: f(norm), work, device)
         return {'wrong': None, 'ratios': ratios}
 
 
 def _compile(device: torch.device, dtype: torch.dtype) -> None:
     """Have all kernels compiled at once: most of it is outside Python."""
 
-    def run(batch: bool, grad: bool) -> None:
-        with torch.cuda.device(device), torch.set_grad_enabled(grad):
+    def run(norm: str) -> None:
+        with torch.cuda.device(device), torch.set_grad_enabled(norm == 'batch'):
             work = _Work(SMALL, device, dtype)
-            work.gradients(work.engine) if grad else work.engine(batch)
+            work.gradients(work.engine) if norm == 'batch' else work.engine(norm)
 
     with ThreadPoolExecutor(4) as executor:
-        list(executor.map(run, (True, False), (True, False)))
+        list(executor.map(run, NORMS))
 
 
 def _error(device: torch.device, dtype: torch.dtype) -> float:
@@ -271,16 +298,16 @@ def _error(device: torch.device, dtype: torch.dtype) -> float:
         with torch.no_grad():
             for ours, theirs in zip([*work.maps, work.grad], [*expected.maps, expected.grad]):
                 theirs.copy_(ours)  # with what the low precision leaves
-            pairs = [(work.engine(False), expected.plain(False))]
+            pairs = [(work.engine(norm), expected.plain(norm)) for norm in NORMS[1:]]
         pairs += zip(work.gradients(work.engine), expected.gradients(expected.plain))
         errors += [float((a.float().cpu() - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs]
     return max(errors, key=lambda error: float('inf') if error != error else error)
 
 
-def _ratio(run: Callable[[Callable[[bool], Tensor]], object], work: _Work, device: torch.device) -> float:
+def _ratio(run: Callable[[Callable[[str], Tensor]], object], work: _Work, device: torch.device) -> float:
     """Median of the engine's time by plain torch's, in turns, the host included."""
 
-    def seconds(function: Callable[[bool], Tensor]) -> float:
+    def seconds(function: Callable[[str], Tensor]) -> float:
         torch.cuda.synchronize(device)
         start = time.perf_counter()
         run(function)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from sk_plugins.ops import cpu, functions, gate
+from sk_plugins.ops.reference import norm_relu_select
 
 
 def norm_act(spec, *tensors):
@@ -15,7 +16,7 @@ def norm_act(spec, *tensors):
     return functions._norm_act(spec, *tensors), []
 
 
-def norm_act_backward(spec, shortcut, saved, grad, *norms):
+def norm_act_backward(spec, shortcut, saved, grad, needs_maps, *norms):
     tensors = [None if tensor is None else tensor.detach() for tensor in (shortcut, *norms)]
     wanted = [i for i, tensor in enumerate(tensors) if tensor is not None and (i == 0 or (i - 1) % 5 < 3)]
     for i in wanted:
@@ -28,13 +29,19 @@ def norm_act_backward(spec, shortcut, saved, grad, *norms):
     return grads
 
 
+def forward(spec, branches):
+    if branches.weights[0] is None:
+        return norm_relu_select(branches, spec.eps), []
+    return cpu.forward(spec, branches)
+
+
 def put_in_place(monkeypatch):
     """Have the gate take it wherever it would take the GPU's engine for a tensor on a GPU."""
     engine = SimpleNamespace(
         NAME='triton',
         INTERPRETS=False,
         kernels=True,
-        forward=cpu.forward,
+        forward=forward,
         backward=cpu.backward,
         norm_act=norm_act,
         norm_act_backward=norm_act_backward,

@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sk_plugins import SelectiveKernel
+from sk_plugins.fuse import fold_batch_norm
 from sk_plugins.layers import ConvBNAct
 from sk_plugins.networks import SKBasicBlock, SKBottleneck
 from sk_plugins.ops import BACKENDS, gate, has_hooks, stubbed_launches, ways
@@ -257,6 +258,39 @@ def test_norms_all_frozen_and_parameters_without_gradients(kind, engine_of):
             module.drop_path.eval()
         assert_equal(run(unit, True), run(plain, True))
         assert unit._way == 'triton', name
+
+
+@pytest.mark.parametrize('kind', [SKBottleneck, SKBasicBlock])
+def test_folded_units_in_inference(kind, engine_of):
+    unit = fold_batch_norm(make_unit(kind, training=False))
+    plain = copy.deepcopy(unit)
+    for part in plain.modules():
+        if hasattr(part, 'backend'):
+            part.backend = 'plain'
+    expected = run(plain, False)
+    assert plain._way == 'plain'
+    engine_of('triton')
+    assert_equal(run(unit, False), expected)
+    assert unit._way == 'triton'
+    torch.testing.assert_close(unit(make_input()).detach(), expected[0], rtol=1e-9, atol=1e-11)
+    assert unit._way == 'plain'  # whoever wants gradients of it
+    sk = unit.conv2 if kind is SKBottleneck else unit.conv1
+    for norm in ('paths.0.bn', 'attn.bn'):  # one that was not folded
+        parent = sk.get_submodule(norm.rpartition('.')[0])
+        conv = parent.conv if norm.startswith('paths') else parent.fc_reduce
+        kept, parent.bn = parent.bn, nn.BatchNorm2d(conv.out_channels).double().eval()
+        run(unit, False)
+        assert unit._way == 'plain', norm
+        parent.bn = kept
+        run(unit, False)
+        assert unit._way == 'triton'
+        bias, conv.bias = conv.bias, None
+        run(unit, False)
+        assert unit._way == 'plain', norm
+        conv.bias = bias
+    with hook(sk.paths[1].conv, 'register_forward_hook') as seen:
+        assert_equal(run(unit, False), expected)
+        assert seen
 
 
 def test_converters(engine_of):

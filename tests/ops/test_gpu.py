@@ -330,7 +330,7 @@ class TestKernels:
         """The sum over the map is 750,000 where float16 ends at 65,504."""
         ys = [torch.full((1, 2, 5, 5), 30000.0, dtype=torch.float16, device=DEVICE)] * 2
         zeros, ones = torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)
-        norms = [ones] * 4 + [zeros] * 4 + [zeros] * 4 + [ones] * 4, 0.0, False
+        norms = [ones] * 4 + [zeros] * 4 + [zeros] * 4 + [ones] * 4, 0.0, 'running'
         moments, s = gpu.kernels.moments(ys, norms)
         assert torch.equal(s, torch.full((1, 2), 60000.0, device=DEVICE))
         assert torch.equal(moments[0], torch.full((1, 2, 2), 25.0, device=DEVICE))

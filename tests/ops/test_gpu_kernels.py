@@ -194,13 +194,13 @@ def test_odd_and_huge_maps_compile(num, shape, memory_format, variants, tmp_path
     wide = math.prod(shape[1:]) >= 2**31
     ys = [torch.empty(shape, dtype=torch.float16, device='meta', memory_format=memory_format) for _ in range(num)]
     row = torch.empty(shape[1])
-    norms = [row] * 16, 1e-5, False
+    norms = [row] * 16, 1e-5, 'running'
     attention = torch.empty(shape[0], num, shape[1])
     with variants() as found:
         gpu.kernels.moments(ys, norms)
         gpu.kernels.moments(ys, norms, ys[0])
         gpu.kernels.select(ys, norms, attention)
-        gpu.kernels.norm_act(ys[:1], ([row] * 8, 1e-5, False), ys[0], True)
+        gpu.kernels.norm_act(ys[:1], ([row] * 8, 1e-5, 'running'), ys[0], True)
     assert len(found) == 4
     for name, (_, _, _, meta) in zip(found, found.values()):
         assert meta['WIDE'] == wide, name

@@ -8,6 +8,7 @@ import torch
 from helpers.engines import DEVICE, copies, draw, every_gradient, randomise, runs, set_backend, sizes_kept
 from torch import nn
 
+from sk_plugins.fuse import fold_batch_norm
 from sk_plugins.networks.resnet import SKBasicBlock, SKBottleneck, SKResNet
 from sk_plugins.ops import ways
 
@@ -80,6 +81,42 @@ class TestUnits:
         check(unit, plain, x, terms * EPS)
         with torch.no_grad():
             assert_near({'': unit.eval()(x)}, {'': plain.eval()(x.double())}, terms * EPS)
+
+    @each_unit
+    def test_folded_units_equal_the_plain_modules_in_inference(self, name):
+        unit, plain, x = make_unit(name)
+        unit, plain = fold_batch_norm(unit.eval()), fold_batch_norm(plain.eval())
+        with torch.no_grad():
+            assert_near({'': unit(x)}, {'': plain(x.double())}, 960 * EPS)
+        assert (ways(unit), ways(plain)) == ({'triton': 1}, {'plain': 1})
+        unit(x)
+        assert ways(unit) == {'plain': 1}  # with gradients it is an ordinary module
+
+    @pytest.mark.parametrize('lowered', ['autocast', 'modules'])
+    def test_folded_units_of_half_precision(self, lowered):
+        unit, plain, x = make_unit('strided bottleneck')
+        unit, plain = fold_batch_norm(unit.eval()), fold_batch_norm(plain.eval())
+        dtype = torch.bfloat16
+        with torch.no_grad(), torch.autocast(DEVICE, dtype, enabled=lowered == 'autocast'):
+            output = unit(x) if lowered == 'autocast' else unit.to(dtype)(x.to(dtype))
+            assert output.dtype == dtype
+        with torch.no_grad():
+            assert_near({'': output}, {'': plain(x.double())}, 8 * torch.finfo(dtype).eps)
+        assert ways(unit) == {'triton': 1}
+
+    def test_gradients_that_are_differentiable_or_batched(self):
+        unit, plain, x = make_unit('bottleneck')
+        found = []
+        for module in (unit, plain):
+            y = module(x.to(next(module.parameters()).dtype)).square().mean((0, 2, 3))
+            leaves = [module.conv1.conv.weight, module.conv2.paths[0].bn.weight, module.conv3.bn.bias]
+            rows = torch.eye(2, len(y), dtype=y.dtype, device=y.device)
+            batched = torch.autograd.grad(y, leaves, rows, is_grads_batched=True, retain_graph=True)
+            first = torch.autograd.grad(y[0], leaves, create_graph=True)
+            second = torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
+            found.append(dict(enumerate([*batched, *(grad.detach() for grad in first), *second])))
+        assert ways(unit) == {'triton': 1}
+        assert_near(*found, 4000 * EPS)
 
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
     def test_half_precision_modules_and_autocast(self, dtype):

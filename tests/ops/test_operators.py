@@ -78,7 +78,7 @@ def outcomes(layer, run, x):
 @each_mode
 def test_opcheck(select, training):
     layer = make_layer(training, torch.float32, select=select, select_bias=select == 'channel')
-    convs, norms, attention = layer.parts()
+    convs, norms, attention = layer.parts(False)
     ys = [c(make_input(dtype=torch.float32)).detach().requires_grad_() for c in convs]
     rows = [[n.weight for n in norms], [n.bias for n in norms]]
     rows += [[], []] if training else [[n.running_mean for n in norms], [n.running_var for n in norms]]

@@ -15,7 +15,8 @@ import torch
 
 from sk_plugins.ops import gpu, trial
 
-FASTER = {'small training': 0.5, 'small inference': 0.6, 'large training': 0.7, 'large inference': 0.8}
+FASTER = {'small training': 0.5, 'small inference': 0.6, 'small folded': 0.3}
+FASTER |= {'large training': 0.7, 'large inference': 0.8, 'large folded': 0.4}
 
 
 class OnGPU:
@@ -61,8 +62,10 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(trial, '_Work', lambda shape, device, dtype: shape)
 
     def ratio(run, work, device):
-        size = 'small' if work == trial.SMALL else 'large'
-        return found.ratios[f'{size} {"training" if torch.is_grad_enabled() else "inference"}']
+        size, kind = 'small' if work == trial.SMALL else 'large', 'training'
+        if not torch.is_grad_enabled():
+            kind = {'running': 'inference', 'folded': 'folded'}[run(lambda norm: norm)]
+        return found.ratios[f'{size} {kind}']
 
     monkeypatch.setattr(trial, '_ratio', ratio)
     monkeypatch.setattr(trial, '_said', set())
@@ -85,7 +88,7 @@ def test_what_is_right_and_faster_is_taken_and_told_in_one_line(bench, caplog):
     assert len(bench.tried) == 1
     (record,) = caplog.records
     assert record.levelname == 'INFO'
-    expected = 'small training 0.50, small inference 0.60, large training 0.70, large inference 0.80'
+    expected = ', '.join(f'{kind} {ratio:.2f}' for kind, ratio in FASTER.items())
     assert expected in record.getMessage()
     assert 'A card, float32, torch ' in record.getMessage()
 
@@ -98,6 +101,7 @@ def test_what_is_slower_is_not_taken_for_that_size_and_kind(bench, slow):
             with torch.set_grad_enabled(kind == 'training'):
                 assert trial.accepts(OnGPU(shape)) == (f'{size} {kind}' != slow)
                 assert trial.accepts(OnGPU(shape), wanted=True)
+        assert trial.accepts(OnGPU(shape), folded=True) == (f'{size} folded' != slow)
 
 
 def test_sizes_part_at_the_geometric_mean(bench):
@@ -204,6 +208,15 @@ def test_the_environment_overrides(bench, monkeypatch, caplog):
     assert not trial.accepts(OnGPU())  # no one gets wrong numbers
 
 
+def test_an_unknown_engine_in_the_environment_is_named(bench, monkeypatch):
+    monkeypatch.setenv('SK_PLUGINS_ENGINE', 'cuda')
+    for x in (OnGPU(), torch.zeros(1, 1, 1, 1)):
+        with pytest.raises(ValueError, match=r"SK_PLUGINS_ENGINE='cuda' .* must be 'plain' or 'triton', or unset"):
+            trial.accepts(x)
+    monkeypatch.setenv('SK_PLUGINS_ENGINE', '')
+    assert trial.accepts(OnGPU())
+
+
 @pytest.mark.parametrize(
     'text',
     ['', '{', '[]', '5', 'null', '{"KEY": null}', '{"KEY": []}', '{"KEY": {}}', '{"KEY": {"wrong": null}}',
@@ -283,15 +296,15 @@ def test_a_known_verdict_costs_few_calls(bench):
 
 
 @pytest.mark.skipif(not gpu.HAS_TRITON, reason='triton is not installed')
-@pytest.mark.parametrize('batch', [True, False])
-def test_the_work_is_the_same_by_the_engine_and_in_plain_torch(batch):
+@pytest.mark.parametrize('norm', trial.NORMS)
+def test_the_work_is_the_same_by_the_engine_and_in_plain_torch(norm):
     """Without a GPU: the plain way's numbers are those of the network's own equations, and the engine's launch."""
     from sk_plugins.ops import stubbed_launches
 
     work = trial._Work((3, 40, 9, 9), torch.device('cpu'), torch.float32)
-    with stubbed_launches(), torch.set_grad_enabled(batch):
+    with stubbed_launches(), torch.set_grad_enabled(norm == 'batch'):
         for function in (work.engine, work.plain):
-            output = function(batch)
+            output = function(norm)
             assert output.shape == (3, 40, 9, 9)
-        if batch:
+        if norm == 'batch':
             assert [g.shape for g in work.gradients(work.engine)] == [g.shape for g in work.gradients(work.plain)]
