@@ -30,6 +30,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
+from itertools import chain
 from types import ModuleType
 
 import torch
@@ -69,6 +70,9 @@ def forward(spec, branches: Branches) -> tuple[Tensor, list[Tensor]]:
     """V, (B, C, H, W), and what the backward pass needs beside the branches."""
     ys, weights, biases, means, variances, attention = branches
     ys = _dense(ys)
+    given = biases if weights[0] is None else chain(weights, biases, means, variances, *spec.running[: len(ys)])
+    if any(map(ys[0].shape[1].__ne__, map(Tensor.numel, given))):
+        _refuse_norm(ys[0].shape[1])
     saved: list[Tensor] = []
     if spec.batch:
         if ys[0].numel() == ys[0].shape[1]:
@@ -126,7 +130,11 @@ def norm_act(spec, shortcut: Tensor | None, *norms: Tensor | None) -> tuple[Tens
 
     ``norms`` are y, weight, bias, running mean and running variance of one norm, or of two.
     """
-    ys, means, variances = _dense(norms[::5]), norms[3::5], norms[4::5]
+    ys, weights, biases, means, variances = _dense(norms[::5]), norms[1::5], norms[2::5], norms[3::5], norms[4::5]
+    running = spec.running if spec.batch else (means, variances)
+    given = biases if weights[0] is None else chain(weights, biases, *running)
+    if any(map(ys[0].shape[1].__ne__, map(Tensor.numel, given))):
+        _refuse_norm(ys[0].shape[1])
     if shortcut is not None and shortcut.stride() != ys[0].stride():
         (shortcut,) = _dense([shortcut], ys[0])
     saved: list[Tensor] = []
@@ -135,7 +143,7 @@ def norm_act(spec, shortcut: Tensor | None, *norms: Tensor | None) -> tuple[Tens
             _refuse(ys[0])
         saved += kernels.statistics(ys, spec.eps, spec.momentum, spec.running)
         means, variances = saved[:1], saved[1:]
-    out = kernels.norm_act(ys, _norms(norms[1::5], norms[2::5], means, variances, spec, 2), shortcut, spec.relu)
+    out = kernels.norm_act(ys, _norms(weights, biases, means, variances, spec, 2), shortcut, spec.relu)
     # Where the ReLU was open is seen in the output, which the next convolution keeps anyhow, or in y alone.
     if spec.relu and (shortcut is not None or len(ys) > 1):
         saved.append(out)
@@ -179,6 +187,11 @@ def _refuse(y: Tensor) -> None:
     raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(y.shape)}')
 
 
+def _refuse_norm(channels: int) -> None:
+    # Kernels would read, and with running statistics write, beyond a shorter tensor's end.
+    raise RuntimeError(f'a BatchNorm of another number of channels than its maps, which have {channels}')
+
+
 def _attend(spec, attention: Attention, s: Tensor, num_branches: int) -> tuple[Tensor | None, ...]:
     """r, z, mean and invstd of Eq. 3, and the attention (B, M, C or 1) of Eq. 5, from s (B, C), all in float32."""
     running = (spec.running[-1] if spec.running else None) if spec.batch else (attention.mean, attention.var)
@@ -194,13 +207,18 @@ def _attend(spec, attention: Attention, s: Tensor, num_branches: int) -> tuple[T
         else:
             r = s.mm(reduce.t())
             norm = attention.weight, attention.bias, running, spec.batch, spec.momentum, spec.eps
+            if any(map(r.shape[1].__ne__, map(Tensor.numel, (*norm[:2], *(running or ()))))):
+                _refuse_norm(r.shape[1])
             z, mean, invstd = kernels.norm_relu_rows(r, *norm)
         bias = attention.select_bias
         logits = z.mm(select.t()) if bias is None else bias.float().addmm(z, select.t())
     finally:
         if lowers:
             torch.set_autocast_enabled(device, True)
-    return r, z, mean, invstd, logits.view(s.shape[0], num_branches, -1).softmax(1)
+    a = logits.view(s.shape[0], num_branches, -1).softmax(1)
+    if a.shape[2] not in (1, s.shape[1]):
+        raise RuntimeError(f'an attention of {a.shape[2]} channels for maps of {s.shape[1]}')
+    return r, z, mean, invstd, a
 
 
 def _attend_backward(spec, attention: Attention, kept, grad_a: Tensor, positions: int) -> list[Tensor | None]:

@@ -569,7 +569,8 @@ def statistics(
     channels, positions, _, _, rows, splits = place
     batch = y.shape[0]
     partials = y.new_empty((batch * splits, 2, num, channels), dtype=torch.float32)
-    mean, invstd = y.new_empty((2, num, channels), dtype=torch.float32).unbind(0)
+    mean = y.new_empty((num, channels), dtype=torch.float32)
+    invstd = torch.empty_like(mean)
     ys = [*ys, *[y] * (4 - num)]
     launch(_statistics_kernel, grid, *ys, partials, *place, M=num, **blocks, num_warps=4)
     means, variances = zip(*running) if running else ((mean,), (mean,))
@@ -733,7 +734,7 @@ def norm_relu_rows(
     """
     rows, dim = r.shape
     z = torch.empty_like(r)
-    mean, invstd = r.new_empty((2, dim)).unbind(0)
+    mean, invstd = r.new_empty(dim), r.new_empty(dim)
     launch(
         _norm_relu_rows_kernel, (-(-dim // _ROWS_BLOCK_D),),
         r, weight, bias, *(running or (mean, invstd)), z, mean, invstd, rows, dim, eps, momentum,
@@ -748,7 +749,7 @@ def norm_relu_rows_grads(
     """Gradients of r (B, d), of the scale and of the shift (d,), in float32."""
     rows, dim = r.shape
     grad_r = torch.empty_like(r)
-    grad_weight, grad_bias = r.new_empty((2, dim)).unbind(0)
+    grad_weight, grad_bias = r.new_empty(dim), r.new_empty(dim)
     launch(
         _norm_relu_rows_grads_kernel, (-(-dim // _ROWS_BLOCK_D),),
         grad, z, r, weight, mean, invstd, grad_r, grad_weight, grad_bias, rows, dim,

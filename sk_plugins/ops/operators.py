@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cpu, gpu
 from .functions import BranchSpec
-from .reference import Attention, Branches
+from .reference import Attention, Branches, norm_relu_select
 
 __all__ = ['NAME', 'apply']
 
@@ -26,6 +26,8 @@ _BRANCHES = (
 def apply(spec: BranchSpec, branches: Branches) -> Tensor:
     """V, (B, C, H, W), as an operator; running statistics are updated by operations of the graph."""
     ys, weights, biases, means, variances, of_attention = branches
+    if ys[0].numel() == 0:
+        return norm_relu_select(branches, spec.eps)
     attention = [None] * 7 if of_attention is None else list(of_attention)
     tensors = [ys, weights, biases, means, variances, *attention]
     v, saved = torch.ops.sk_plugins.norm_relu_select(*tensors, spec.batch, spec.eps)

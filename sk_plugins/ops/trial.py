@@ -221,7 +221,9 @@ class _Work:
         reduce, scale, shift, select = self.attention
         running = self.running[3] if norm == 'running' else none
         attention = Attention(reduce, None if norm == 'folded' else scale, shift, select, None, *running)
-        return Branches([self.maps[0], second], scales, self.shifts[:2], [m for m, _ in used], [v for _, v in used], attention)
+        return Branches(
+            [self.maps[0], second], scales, self.shifts[:2], [m for m, _ in used], [v for _, v in used], attention
+        )
 
     def norm(self, norm: str) -> list[Tensor | None]:
         """Scale, shift and statistics of the norms beside those of the branches."""

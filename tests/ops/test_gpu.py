@@ -219,6 +219,29 @@ class TestBranches:
         with pytest.raises(ValueError, match=r'more than 1 value per channel when training, got .*\(1, 5, 1, 1\)'):
             NormReluSelect.apply(case.spec, *case.tensors())
 
+    @each_statistics
+    def test_norms_of_another_length_are_refused(self, batch):
+        """A kernel would read beyond the end of a shorter tensor, and write running statistics there."""
+        for kind, m in itertools.product(range(4), (0, 1, 2)):
+            case = Case(2, (2, 5, 4, 3), batch=batch)
+            running = case.spec.running
+            if batch and kind >= 2:
+                running[m] = tuple(
+                    torch.ones(3, device=DEVICE) if k == kind - 2 else t for k, t in enumerate(running[m])
+                )
+            elif m == 2:
+                case.attention[[1, 2, 5, 6][kind]] = torch.ones(3, device=DEVICE)
+            else:
+                case.norms[kind] = [
+                    torch.ones(3, device=DEVICE) if i == m else t for i, t in enumerate(case.norms[kind])
+                ]
+            with pytest.raises(RuntimeError, match='BatchNorm of another number of channels than its maps'):
+                NormReluSelect.apply(case.spec, *case.tensors())
+        case = Case(2, (2, 5, 4, 3), batch=batch)
+        case.attention[3] = draw(6, 6, 1, 1)
+        with pytest.raises(RuntimeError, match='an attention of 3 channels for maps of 5'):
+            NormReluSelect.apply(case.spec, *case.tensors())
+
     def test_branches_of_different_shapes_are_refused(self):
         case = Case(2, (2, 5, 4, 3), batch=False)
         case.ys[1] = draw(2, 5, 4, 4)
@@ -296,6 +319,27 @@ class TestNormAct:
         monkeypatch.setattr(gpu.kernels, '_PROGRAMS', programs)
         for num in (1, 2):
             EndCase(num, (2, 6, 5, 4), shortcut=num == 1, memory_format=memory_format).check()
+
+    @each_statistics
+    def test_norms_of_another_length_are_refused(self, batch):
+        for kind, m in itertools.product(range(4), (0, 1)):
+            case = EndCase(2, (2, 5, 4, 3), batch=batch)
+            if batch and kind >= 2:
+                running = case.spec.running
+                running[m] = tuple(
+                    torch.ones(3, device=DEVICE) if k == kind - 2 else t for k, t in enumerate(running[m])
+                )
+            else:
+                case.tensors[5 * m + 2 + kind] = torch.ones(3, device=DEVICE)
+            with pytest.raises(RuntimeError, match='BatchNorm of another number of channels than its maps'):
+                NormAct.apply(case.spec, *case.tensors)
+
+    def test_only_what_is_wanted_is_computed(self, monkeypatch):
+        monkeypatch.setattr(gpu.kernels, 'norm_act_grads', lambda *args: pytest.fail('no map needs a gradient'))
+        case = EndCase(2, (3, 5, 4, 3), shortcut=False)
+        for i in (1, 6):
+            case.tensors[i] = case.tensors[i].detach()
+        case.check()
 
     def test_gradients_that_are_not_dense(self):
         case = EndCase(1, (2, 3, 4, 5))

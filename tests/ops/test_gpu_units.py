@@ -8,6 +8,7 @@ import torch
 from helpers.engines import DEVICE, copies, draw, every_gradient, randomise, runs, set_backend, sizes_kept
 from torch import nn
 
+from sk_plugins import SelectiveKernel
 from sk_plugins.fuse import fold_batch_norm
 from sk_plugins.networks.resnet import SKBasicBlock, SKBottleneck, SKResNet
 from sk_plugins.ops import ways
@@ -117,6 +118,25 @@ class TestUnits:
             found.append(dict(enumerate([*batched, *(grad.detach() for grad in first), *second])))
         assert ways(unit) == {'triton': 1}
         assert_near(*found, 4000 * EPS)
+
+    def test_compiled_layers_run_the_kernels_as_operators(self):
+        torch.compiler.reset()
+        layer, plain = copies(randomise(SelectiveKernel(8, groups=2, **SK)).to(DEVICE))
+        compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)
+        for training in (True, False):
+            layer.train(training), plain.train(training)
+            x, grad = draw(3, 8, 4, 3), draw(3, 8, 4, 3, seed=1)
+            found = every_gradient(compiled, x, grad)
+            expected = every_gradient(plain, x.double(), grad.double())
+            assert_near({name.removeprefix('_orig_mod.'): g for name, g in found.items()}, expected, 960 * EPS)
+            buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+            empty = draw(0, 8, 4, 3).requires_grad_()
+            compiled(empty).sum().backward()
+            assert empty.grad.shape == empty.shape
+            running = [name for name in buffers if 'running' in name]
+            assert all(torch.equal(layer.get_buffer(name), buffers[name]) for name in running)
+            assert_near({n: buffers[n] for n in running}, {n: plain.get_buffer(n) for n in running}, 960 * EPS)
+        torch.compiler.reset()
 
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
     def test_half_precision_modules_and_autocast(self, dtype):
