@@ -92,6 +92,14 @@ def test_what_watches_every_module_is_honoured(engine, training, engine_of):
         assert module._way == engine, what
 
 
+def compiles_torchs_own():
+    """Whether ``compile`` does anything to a module of torch itself: not in 2.7."""
+    module = nn.Conv2d(1, 1, 1)
+    with compiled(module) as seen:
+        module(torch.ones(1, 1, 1, 1))
+    return bool(seen)
+
+
 @each_case
 @pytest.mark.parametrize('name', ['', 'conv2.paths.0', 'conv2.attn.fc_select'])
 def test_compiled_modules_run_compiled(engine, training, name, engine_of):
@@ -102,7 +110,7 @@ def test_compiled_modules_run_compiled(engine, training, name, engine_of):
     with compiled(part) as seen:
         got = run(module, training)
         assert module._way == 'plain'
-        assert seen
+        assert seen or (type(part) is nn.Conv2d and not compiles_torchs_own())
     assert_equal(got, expected)
     run(module, training)
     assert module._way == engine

@@ -17,7 +17,10 @@ import torch
 from sk_plugins.ops import gpu, stubbed_launches
 
 triton = pytest.importorskip('triton')
-pytestmark = pytest.mark.skipif(gpu.INTERPRETS, reason='needs the compiler of triton')
+pytestmark = [
+    pytest.mark.skipif(gpu.INTERPRETS, reason='needs the compiler of triton'),
+    pytest.mark.skipif(not hasattr(triton, 'knobs'), reason='hears of what is compiled through knobs, of triton 3.4'),
+]
 
 # Of training and inference: six of the ends of a convolution and of a unit, and for the rest one or two each.
 VARIANTS = {

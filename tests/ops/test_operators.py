@@ -222,6 +222,7 @@ def test_an_empty_batch():
 
 def test_the_named_network_compiles_to_an_operator_a_unit():
     model = set_backend(timm.create_model('sknet26', num_classes=3).eval().requires_grad_(False), 'triton')
-    program = torch.export.export(model, (torch.randn(2, 3, 64, 64),))
+    # torch 2.7's export is strict unless told otherwise, and then has the plain modules.
+    program = torch.export.export(model, (torch.randn(2, 3, 64, 64),), strict=False)
     targets = [str(node.target) for node in program.graph.nodes]
     assert targets.count('sk_plugins.norm_relu_select.default') == 8
