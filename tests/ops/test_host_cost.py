@@ -16,7 +16,7 @@ def python_calls(function):
 
     def profile(frame, event, argument):
         nonlocal count
-        # Before 2.9 or so, Function.apply asks in Python whether its arguments are functorch's.
+        # With torch 2.11 and before, Function.apply looks at every argument in Python, for functorch.
         count += event == 'call' and '_functorch' not in frame.f_code.co_filename
 
     sys.setprofile(profile)
