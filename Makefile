@@ -1,6 +1,7 @@
 # make train: install, train a small SKNet on real digits, classify held-out ones through timm.
 # make test:  install, run the tests.
 # make det:   the environment for detection, with mmdetection and mmcv's compiled ops.
+# make docs:  the site, from docs/ and the docstrings; it says where to look.
 # make bench: install, time SKNet-50 against timm's and ResNeXt-50 on this CPU, into results/.
 # make bench-host: the same for what Python and the operators cost, the GPU path's too.
 PYTHON ?= python3
@@ -15,7 +16,7 @@ WORK_DIR := work_dirs/sknet_digits
 JOBS ?= auto
 PYTEST := -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 
-.PHONY: train test test-versions test-machines test-slow test-kill test-reliability fuzz test-openmmlab det test-det test-scenes lint table bench bench-host bench-gpu bench-det clean
+.PHONY: train test test-versions test-machines test-slow test-kill test-reliability fuzz test-openmmlab det test-det test-scenes lint docs table bench bench-host bench-gpu bench-det clean
 
 train: $(VENV)/.installed
 	$(BIN)/python tools/train.py configs/sknet_digits.py --work-dir $(WORK_DIR)
@@ -69,13 +70,19 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Warnings are errors, among them links that lead nowhere.
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
+	@echo "Look at docs/_build/html/index.html"
+
 table: $(VENV)/.installed
 	$(BIN)/python tools/model_table.py --write
 
 # To be run while the machine does nothing else.
 bench: $(VENV)/.installed
 	$(BIN)/python tools/benchmark.py --set standard \
-		--json results/benchmark_cpu.json --markdown results/benchmark_cpu.md --plot results/benchmark_cpu.png
+		--json results/benchmark_cpu.json --markdown results/benchmark_cpu.md --plot results/benchmark_cpu.png \
+		--picture results/sknet50_cpu.png --readme README.md
 
 bench-host: $(VENV)/.installed
 	$(BIN)/python tools/benchmark.py --set host \
@@ -83,14 +90,15 @@ bench-host: $(VENV)/.installed
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python tools/benchmark.py --set gpu \
-		--json results/benchmark_gpu.json --markdown results/benchmark_gpu.md --plot results/benchmark_gpu.png
+		--json results/benchmark_gpu.json --markdown results/benchmark_gpu.md --plot results/benchmark_gpu.png \
+		--picture results/sknet50_gpu.png --readme README.md
 
 bench-det: $(DET_VENV)/.installed
 	$(DET_VENV)/bin/python tools/benchmark_detection.py --threads 2 \
 		--json results/benchmark_detection_cpu.json --markdown results/benchmark_detection_cpu.md
 
 clean:
-	rm -rf $(VENV) $(OPENMMLAB_VENV) $(DET_VENV) build dist
+	rm -rf $(VENV) $(OPENMMLAB_VENV) $(DET_VENV) build dist docs/_build
 
 define create
 @$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
@@ -99,7 +107,7 @@ $(PIP) install --quiet --upgrade pip
 endef
 PIP = $(@D)/bin/python -m pip
 
-$(VENV)/.installed: EXTRAS := mm,seg,downstream,dev
+$(VENV)/.installed: EXTRAS := mm,seg,downstream,docs,dev
 $(OPENMMLAB_VENV)/.installed: EXTRAS := openmmlab,dev
 %/.installed: pyproject.toml constraints.txt
 	$(create)

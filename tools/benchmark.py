@@ -5,6 +5,7 @@ python tools/benchmark.py sknet50 sknet50:fuse sknet50:compile 'sknet50[sk_kwarg
 python tools/benchmark.py --set standard   # the README's figures on a CPU (`make bench`)
 python tools/benchmark.py --set host       # what Python costs, the GPU path's too, on a CPU (`make bench-host`)
 python tools/benchmark.py --set gpu        # those on a GPU (`make bench-gpu`)
+python tools/benchmark.py --report results/benchmark_cpu.json --picture results/sknet50_cpu.png  # drawn again
 
 A model is a timm name or torchvision:NAME, with arguments in brackets where wanted, then :fuse (sk_plugins.fuse),
 :compile (torch.compile) or :stub (the GPU path on a CPU, whose launches compute nothing). Every repeat times each model
@@ -20,14 +21,14 @@ kernels, and the time of the step replayed as a CUDA graph.
 import argparse
 import importlib.util
 import json
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from _benchmark.drawing import draw
+from _benchmark.drawing import draw, draw_networks
 from _benchmark.machine import describe_machine, keep_freed_memory
 from _benchmark.measuring import measure, say
 from _benchmark.models import Variant
+from _benchmark.readme import insert, read_reports, speed_table
 from _benchmark.reporting import Report, make_report, markdown
 from _benchmark.sets import SETS
 from _benchmark.settings import DTYPES, HOST, MEMORY_FORMATS, MODES, Run, Settings
@@ -52,6 +53,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--json', type=Path, metavar='FILE', help='write everything measured there')
     parser.add_argument('--markdown', type=Path, metavar='FILE', help='write the tables there')
     parser.add_argument('--plot', type=Path, metavar='FILE', help='draw the ratios there (PNG, SVG or PDF)')
+    parser.add_argument('--picture', type=Path, metavar='FILE', help="draw the networks' times and memory there")
+    parser.add_argument(
+        '--readme', type=Path, metavar='FILE', help='renew its table of speed from the files beside --json'
+    )
+    parser.add_argument('--report', type=Path, metavar='FILE', help='measure nothing: take what --json wrote there')
     parser.add_argument('--blank', action='store_true', help="measure nothing: a set's table that says so")
     return parser.parse_args(argv)
 
@@ -102,17 +108,22 @@ def choose_runs(args: argparse.Namespace, variants: list[Variant], settings: Set
     return runs
 
 
-def check_outputs(paths: Sequence[Path | None], plot: Path | None) -> None:
+def check_outputs(args: argparse.Namespace) -> None:
     """Before minutes of measuring, that its outcome can be written."""
-    for path in filter(None, paths):
+    for path in filter(None, (args.json, args.markdown, args.plot, args.picture)):
         if path.is_dir():
             raise ValueError(f'{path} is a folder: a file is needed')
         path.parent.mkdir(parents=True, exist_ok=True)
-    if plot is not None:
-        if plot.suffix.lower() not in ('.png', '.svg', '.pdf'):
-            raise ValueError(f'--plot {plot}: the name must end in .png, .svg or .pdf')
+    for option in ('plot', 'picture'):
+        path = getattr(args, option)
+        if path is None:
+            continue
+        if path.suffix.lower() not in ('.png', '.svg', '.pdf'):
+            raise ValueError(f'--{option} {path}: the name must end in .png, .svg or .pdf')
         if importlib.util.find_spec('matplotlib') is None:
-            raise ValueError("--plot needs matplotlib, which is not installed (it comes with the extra 'mm')")
+            raise ValueError(f"--{option} needs matplotlib, which is not installed (it comes with the extra 'mm')")
+    if args.readme is not None and args.json is None and args.report is None:
+        raise ValueError('--readme reads the files beside --json or --report: give one of them')
 
 
 def benchmark(args: argparse.Namespace) -> Report:
@@ -121,6 +132,9 @@ def benchmark(args: argparse.Namespace) -> Report:
     Raises:
         ValueError: an unknown model, a device that isn't there, arguments that don't go together.
     """
+    if args.report is not None:
+        check_outputs(args)
+        return json.loads(args.report.read_text(encoding='utf-8'))
     chosen = SETS.get(args.set)
     if chosen is not None:
         for option in ('models', 'baseline', 'mode', 'fuse', 'compile'):
@@ -140,7 +154,7 @@ def benchmark(args: argparse.Namespace) -> Report:
     stubs = [variant.label for variants in runs.values() for variant in variants if variant.stub]
     if stubs and settings.device != 'cpu':
         raise ValueError(f'model={stubs[0]!r}: :stub stands for a GPU on a CPU, got --device {settings.device}')
-    check_outputs((args.json, args.markdown, args.plot), args.plot)
+    check_outputs(args)
     if args.blank:
         return make_report(title, settings, [], baseline.label, None, chosen)
     # A model that can't be built is to be found now, not after minutes.
@@ -164,6 +178,11 @@ def main(argv: list[str] | None = None) -> None:
         args.markdown.write_text(text, encoding='utf-8')
     if args.plot is not None:
         draw(report, args.plot)
+    if args.picture is not None:
+        draw_networks(report, args.picture)
+    if args.readme is not None:
+        table = speed_table(*read_reports((args.json or args.report).parent))
+        args.readme.write_text(insert(args.readme.read_text(encoding='utf-8'), table), encoding='utf-8')
     print(text, end='')
 
 

@@ -1,0 +1,43 @@
+"""The site: Sphinx reads the pages as Markdown (MyST) and the API from the docstrings. `make docs` builds it."""
+
+import logging
+import warnings
+
+from sk_plugins import __version__
+
+# mmcv-lite and mmpretrain say what they lack as they are imported.
+warnings.filterwarnings('ignore')
+logging.getLogger('mmengine').setLevel(logging.ERROR)
+
+project = 'sk-plugins'
+author = 'the sk-plugins authors'
+release = version = __version__
+html_title = project
+
+extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode']
+exclude_patterns = ['_build']
+myst_heading_anchors = 3
+myst_enable_extensions = ['attrs_block', 'colon_fence']
+
+autodoc_default_options = {'members': True, 'show-inheritance': True, 'member-order': 'bysource'}
+autodoc_typehints = 'description'
+autodoc_typehints_description_target = 'documented'
+python_maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+# References to this package must lead somewhere. Others' are names: the site is built without a network.
+nitpick_ignore_regex = [('py:.*', r'(?!sk_plugins\.).*')]
+
+html_theme = 'pydata_sphinx_theme'
+html_static_path = ['_static']
+html_css_files = ['site.css']
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options = {
+    'logo': {'text': project},
+    'navigation_with_keys': False,
+    'secondary_sidebar_items': ['page-toc'],
+    'footer_start': ['copyright'],
+    'footer_end': [],
+    'show_toc_level': 2,
+}
+copyright = f'{author}, Apache-2.0'
