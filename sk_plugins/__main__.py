@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-from ._resources import ROOT
+from ._resources import ROOT, how_to_install
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     try:
         runpy.run_path(str(path), run_name='__main__')
     except ModuleNotFoundError as error:
-        raise SystemExit(f"{error}: the tools need the extra mm: pip install 'sk-plugins[mm]'") from error
+        raise SystemExit(f'{error}: the tools need the extra mm: {how_to_install("mm")}') from error
 
 
 if __name__ == '__main__':

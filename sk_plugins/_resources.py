@@ -1,14 +1,19 @@
-"""Where the configs, the tools and the model index lie: in the checkout, or in the wheel's ``.mim`` folder."""
+"""Where the configs, the tools and the model index lie, and how what is missing is installed."""
 
 import difflib
 import importlib.util
 from pathlib import Path
 
-__all__ = ['ROOT', 'find_config']
+__all__ = ['ROOT', 'find_config', 'how_to_install']
 
 _PACKAGE = Path(__file__).resolve().parent
 # The wheel keeps them where OpenMMLab's packages do; a checkout has them at its top.
 ROOT = _PACKAGE / '.mim' if (_PACKAGE / '.mim').is_dir() else _PACKAGE.parent
+
+
+def how_to_install(extra: str = '') -> str:
+    """The command for error messages and model cards. The package is not on PyPI: a clone of it is what there is."""
+    return f"pip install '.{f'[{extra}]' if extra else ''}' in a clone of sk-plugins"
 
 
 def find_config(name: str) -> Path:

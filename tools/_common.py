@@ -12,7 +12,7 @@ from _errors import fail
 from mmengine.config import Config, DictAction
 from mmengine.utils import import_modules_from_strings
 
-from sk_plugins._resources import find_config
+from sk_plugins._resources import find_config, how_to_install
 from sk_plugins.openmmlab.runtime.configs import (
     check_sections,
     explain_parsing,
@@ -23,7 +23,7 @@ from sk_plugins.weights import CheckpointError, HubError
 # What a config of another scope than mmpretrain's needs, and what installs it.
 FRAMEWORKS = {
     'mmdet': "make det, or the extra det beside mmcv's compiled ops",
-    'mmseg': "pip install 'sk-plugins[seg]'",
+    'mmseg': how_to_install('seg'),
 }
 
 

@@ -20,6 +20,7 @@ from _errors import run
 from export_onnx import build
 from tqdm import tqdm
 
+from sk_plugins._resources import how_to_install
 from sk_plugins.analysis import ImageStream, record, study
 from sk_plugins.analysis.study import typical_units
 from sk_plugins.weights import HubError
@@ -68,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> list[Path]:
     args = parse_args(argv)
     if importlib.util.find_spec('matplotlib') is None:
-        raise ValueError('matplotlib, which draws the figures, is not installed: pip install matplotlib')
+        raise ValueError('matplotlib, which draws the figures, is not installed: ' + how_to_install('analysis'))
     from sk_plugins.analysis.figures import write
 
     published = args.checkpoint is None and not args.model.startswith(('local-dir:', 'hf-hub:', 'hf_hub:'))

@@ -24,7 +24,7 @@ from _errors import run
 from torch import Tensor, nn
 
 from sk_plugins import fold_batch_norm
-from sk_plugins._resources import find_config
+from sk_plugins._resources import find_config, how_to_install
 from sk_plugins.weights import HubError, load_checkpoint, timm_arguments, to_timm
 from sk_plugins.weights.files import first_lines, write_atomically
 from sk_plugins.weights.hub import explain_errors, load_state_dict
@@ -60,7 +60,7 @@ def require(*packages: str) -> None:
     """Raise ValueError, which says what to install, unless these can be imported."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{', '.join(missing)} not installed: pip install 'sk-plugins[onnx]'")
+        raise ValueError(f'{", ".join(missing)} not installed: {how_to_install("onnx")}')
 
 
 def build(name: str, checkpoint: str | None = None, pretrained: bool = False) -> tuple[nn.Module, dict[str, Any]]:
@@ -112,7 +112,7 @@ def _from_config(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     try:
         from mmengine.config import Config
     except ModuleNotFoundError as error:
-        raise ValueError(f"{path}: to read a config takes mmengine: pip install 'sk-plugins[mm]'") from error
+        raise ValueError(f'{path}: to read a config takes mmengine: {how_to_install("mm")}') from error
     return timm_arguments(Config.fromfile(path))
 
 

@@ -1,7 +1,7 @@
 """Make data/scenes, for detection and segmentation: Fashion-MNIST's garments pasted into photographs.
 
 python tools/prepare_fashion_mnist.py  # or leave data/fashion_mnist to mmpretrain, which downloads it
-pip install 'sk-plugins[scenes]'
+pip install '.[scenes]'
 python tools/prepare_scenes.py
 
 Garments of random sizes lie at random places, tinted, over random crops of photographs that scikit-image and
@@ -29,6 +29,7 @@ from numpy.random import Generator
 from PIL import Image
 from scipy.ndimage import binary_fill_holes
 
+from sk_plugins._resources import how_to_install
 from sk_plugins.weights.files import write_atomically
 
 # By their names in skimage.data, or in sklearn.datasets where they end in .jpg: those that need no download. The held
@@ -234,7 +235,7 @@ def prepare(out: Path, garments: Path, train: int, val: int, size: int, seed: in
             raise ValueError(f'--{name} {value}: must be from {low} to {high}')
     missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise ModuleNotFoundError(f"scenes need {', '.join(missing)}: pip install 'sk-plugins[scenes]'")
+        raise ModuleNotFoundError(f'scenes need {", ".join(missing)}: {how_to_install("scenes")}')
     if out.exists():
         raise FileExistsError(f'--out {out}: is there already; remove it, or name another folder')
     with write_atomically(out, folder=True) as folder:

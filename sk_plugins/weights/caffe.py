@@ -1,7 +1,7 @@
 """Reading ``.caffemodel`` files without Caffe, for the authors' published SKNet-50 and SKNet-101.
 
 A ``.caffemodel`` is a protocol buffer. The few fields that hold weights are declared here at run time and parsed by
-the ``protobuf`` package (``pip install sk-plugins[caffe]``); the rest of the file is skipped. The published files
+the ``protobuf`` package (the extra ``caffe``); the rest of the file is skipped. The published files
 (https://github.com/implus/SKNet) could not be had while this was written: the layers' names, the order of their blobs
 and the arithmetic are those of the published ``.prototxt`` files and of the layers' source, and the tests write files
 to them.
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._resources import how_to_install
 
 __all__ = ['read']
 
@@ -74,7 +76,7 @@ def read(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise ImportError(f'{path}: a .caffemodel is read with protobuf: pip install sk-plugins[caffe]') from error
+        raise ImportError(f'{path}: a .caffemodel is read with protobuf: {how_to_install("caffe")}') from error
     try:
         net = _net_parameter().FromString(path.read_bytes())
     except DecodeError as error:

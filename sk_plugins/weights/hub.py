@@ -22,6 +22,7 @@ from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor, nn
 from torch.hub import HASH_REGEX, download_url_to_file, get_dir
 
+from .._resources import how_to_install
 from .files import (
     CheckpointError,
     HubError,
@@ -364,7 +365,7 @@ def _model_card(architecture: str, name: str, description: str | None) -> str:
     description = description or f'A Selective Kernel network ({architecture}).'
     return (
         f'---\n{data.to_yaml()}\n---\n\n# {name}\n\n{description}\n\n'
-        f'```python\nimport sk_plugins  # pip install sk-plugins\nimport timm\n\n'
+        f'```python\nimport sk_plugins  # {how_to_install()}\nimport timm\n\n'
         f"model = timm.create_model('hf-hub:OWNER/{name}', pretrained=True)\n```\n\n"
         f'Architecture: [Selective Kernel Networks](https://arxiv.org/abs/1903.06586).\n'
     )

@@ -140,7 +140,7 @@ def test_config(tool, tmp_path):
 def test_without_openmmlab(tool, monkeypatch):
     monkeypatch.setitem(sys.modules, 'mmengine.config', None)
     assert tool.build('skshufflenetv2_x0_5')[1]['input_size'] == (3, 224, 224)
-    with pytest.raises(ValueError, match=r"takes mmengine: pip install 'sk-plugins\[mm\]'"):
+    with pytest.raises(ValueError, match=r"takes mmengine: pip install '\.\[mm\]'"):
         tool.build('sknet_digits')
 
 
@@ -187,7 +187,7 @@ def test_missing_packages(tool, tmp_path, monkeypatch):
     find_spec = tool.importlib.util.find_spec
     hidden = lambda name: None if name == 'onnxruntime' else find_spec(name)  # noqa: E731
     monkeypatch.setattr(tool.importlib.util, 'find_spec', hidden)
-    with pytest.raises(ValueError, match=r"onnxruntime not installed: pip install 'sk-plugins\[onnx\]'"):
+    with pytest.raises(ValueError, match=r"onnxruntime not installed: pip install '\.\[onnx\]'"):
         tool.main(['sknet26', str(tmp_path / 'a.onnx'), '--check'])
 
 

@@ -342,8 +342,8 @@ def test_tta_that_a_segmentation_config_does_not_say(merge, missing):
 @pytest.mark.parametrize(
     ('missing', 'config', 'said'),
     [
-        ('mmseg', FCN, "needs mmseg, which is not installed: pip install 'sk-plugins[seg]'"),
-        ('mmseg', 'flat', "needs mmseg, which is not installed: pip install 'sk-plugins[seg]'"),
+        ('mmseg', FCN, "needs mmseg, which is not installed: pip install '.[seg]'"),
+        ('mmseg', 'flat', "needs mmseg, which is not installed: pip install '.[seg]'"),
         ('mmdet', 'retinanet_sknet50_fpn_1x_coco', 'needs mmdet, which is not installed: make det'),
         ('mmdet', 'flat', 'needs mmdet, which is not installed: make det'),
     ],
@@ -370,4 +370,4 @@ def test_import_errors_are_one_line(load_tool, monkeypatch, capsys):
         tool.run(tool.main)
     error, _ = capsys.readouterr().err.strip().splitlines()
     assert error.startswith('train.py: error: ')
-    assert error.endswith("pip install 'sk-plugins[seg]'")
+    assert error.endswith("pip install '.[seg]' in a clone of sk-plugins")

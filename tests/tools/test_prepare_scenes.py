@@ -257,7 +257,7 @@ def test_other_garments(make, garments, tmp_path):
 
 def test_missing_package(tool, make, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, 'PACKAGES', {'numpy': 'numpy', 'no_such_module': 'pycocotools'})
-    with pytest.raises(ModuleNotFoundError, match=r"scenes need pycocotools: pip install 'sk-plugins\[scenes\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"scenes need pycocotools: pip install '\.\[scenes\]'"):
         make(tmp_path / 'scenes')
     assert not list(tmp_path.iterdir())
 

@@ -232,6 +232,6 @@ def test_without_protobuf(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, 'google.protobuf.message', raising=False)
     with pytest.raises(
         CheckpointError,
-        match=r'sknet\.caffemodel: a \.caffemodel is read with protobuf: pip install sk-plugins\[caffe\]',
+        match=r"sknet\.caffemodel: a \.caffemodel is read with protobuf: pip install '\.\[caffe\]' in a clone",
     ):
         load_foreign(tmp_path / 'sknet.caffemodel')
