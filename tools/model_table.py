@@ -1,7 +1,7 @@
-"""Count every model of the zoo, and set the paper's figures beside it: Markdown for the README, or JSON.
+"""Count every model of the zoo, and set the paper's figures beside it: Markdown for docs/models.md, or JSON.
 
 python tools/model_table.py                     # print the table
-python tools/model_table.py --write             # put it into README.md
+python tools/model_table.py --write             # put it into docs/models.md, and ten models into README.md
 python tools/model_table.py --json models.json  # the same figures for programs
 """
 
@@ -29,6 +29,21 @@ HEAD = [
     "paper's top-1 error",
     'weights, top-1',
 ]
+
+# What README shows: of every family one, and what has weights.
+TEN = (
+    'sknet26',
+    'sknet50',
+    'sknet101',
+    'skresnet18',
+    'skresnet34',
+    'skresnet50',
+    'shufflenetv2_x1_0',
+    'seshufflenetv2_x1_0',
+    'skshufflenetv2_x1_0',
+    'sknet29_16x32d',
+)
+SHORT_HEAD = ['model', 'parameters', 'GFLOPs', "paper's top-1 error", 'weights, top-1']
 
 
 @dataclass(frozen=True)
@@ -105,11 +120,36 @@ def markdown(table: list[Row]) -> str:
                 f'{row.activations / 1e6:.2f}M',
                 str(row.input_size[-1]),
                 ' '.join(map(str, row.output_strides)),
-                ', '.join(f'{error:.2f} ({test})' for test, error in row.paper_errors.items()),
-                ', '.join(f'{_link(where)} {top1:.2f}' for where, top1 in row.weights.items()) or 'none yet',
+                _errors(row),
+                _weights(row),
             ]
         )
     return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+
+
+def short_markdown(table: list[Row]) -> str:
+    """README's columns of its models, as Markdown."""
+    lines = [SHORT_HEAD, ['---', '---:', '---:', '---', '---']]
+    for row in table:
+        if row.name in TEN:
+            lines.append(
+                [
+                    f'`{row.name}`' + (' (timm)' if zoo.MODELS[row.name].in_timm else ''),
+                    f'{row.parameters / 1e6:.1f}M',
+                    _significant(row.gflops),
+                    _errors(row),
+                    _weights(row),
+                ]
+            )
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+
+
+def _errors(row: Row) -> str:
+    return ', '.join(f'{error:.2f} ({test})' for test, error in row.paper_errors.items())
+
+
+def _weights(row: Row) -> str:
+    return ', '.join(f'{_link(where)} {top1:.2f}' for where, top1 in row.weights.items()) or 'none yet'
 
 
 def _significant(value: float) -> str:
@@ -136,14 +176,16 @@ def insert(text: str, table: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--write', action='store_true', help="replace README.md's table")
+    parser.add_argument('--write', action='store_true', help='renew the tables in docs/models.md and README.md')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there')
     args = parser.parse_args(argv)
     counted = rows()
     table = markdown(counted)
     if args.write:
-        readme = Path(__file__).resolve().parent.parent / 'README.md'
-        readme.write_text(insert(readme.read_text(encoding='utf-8'), table), encoding='utf-8')
+        root = Path(__file__).resolve().parent.parent
+        for page, text in (('docs/models.md', table), ('README.md', short_markdown(counted))):
+            path = root / page
+            path.write_text(insert(path.read_text(encoding='utf-8'), text), encoding='utf-8')
     if args.json is not None:
         args.json.write_text(json.dumps([asdict(row) for row in counted], indent=1) + '\n', encoding='utf-8')
     print(table)

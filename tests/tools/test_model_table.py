@@ -1,4 +1,4 @@
-"""tools/model_table.py, and that README.md has what it counts."""
+"""tools/model_table.py, and that docs/models.md and README.md have what it counts."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from sk_plugins import zoo
 
-README = Path(__file__).resolve().parents[2] / 'README.md'
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope='module')
@@ -90,14 +90,17 @@ def test_insert(tool):
 
 @pytest.mark.parametrize('write', [False, True])
 def test_main(tool, rows, tmp_path, monkeypatch, capsys, write):
-    readme = tmp_path / 'README.md'
-    readme.write_text(f'{tool.BEGIN}\nold\n{tool.END}\n')
+    pages = [tmp_path / 'docs' / 'models.md', tmp_path / 'README.md']
+    pages[0].parent.mkdir()
+    for page in pages:
+        page.write_text(f'{tool.BEGIN}\nold\n{tool.END}\n')
     monkeypatch.setattr(tool, '__file__', str(tmp_path / 'tools' / 'model_table.py'))
     monkeypatch.setattr(tool, 'rows', lambda: rows[:2])
     table = tool.markdown(rows[:2])
     tool.main(['--json', str(tmp_path / 'models.json'), *(['--write'] if write else [])])
     assert capsys.readouterr().out == table + '\n'
-    assert readme.read_text(encoding='utf-8') == f'{tool.BEGIN}\n{table if write else "old"}\n{tool.END}\n'
+    for page, text in zip(pages, (table, tool.short_markdown(rows[:2]))):
+        assert page.read_text(encoding='utf-8') == f'{tool.BEGIN}\n{text if write else "old"}\n{tool.END}\n'
     written = json.loads((tmp_path / 'models.json').read_text())
     assert [row['name'] for row in written] == ['sknet26', 'sknet50']
     assert written[1]['parameters'] == 27_479_784
@@ -108,6 +111,16 @@ def test_main(tool, rows, tmp_path, monkeypatch, capsys, write):
     assert written[1]['paper_errors'] == {'224': 20.79, '320': 19.32}
 
 
-def test_readme_is_up_to_date(tool, rows):
-    text = README.read_text(encoding='utf-8')
-    assert tool.insert(text, tool.markdown(rows)) == text, 'run `python tools/model_table.py --write`'
+def test_short_table(tool, rows):
+    head, rule, *lines = tool.short_markdown(rows).splitlines()
+    assert [line.split('`')[1] for line in lines] == list(tool.TEN)
+    assert {line.count('|') for line in (head, rule, *lines)} == {len(tool.SHORT_HEAD) + 1}
+    assert next(line for line in lines if '`sknet50`' in line).startswith(
+        '| `sknet50` | 27.5M | 4.46 | 20.79 (224), 19.32'
+    )
+
+
+@pytest.mark.parametrize(('page', 'form'), [('docs/models.md', 'markdown'), ('README.md', 'short_markdown')])
+def test_pages_are_up_to_date(tool, rows, page, form):
+    text = (ROOT / page).read_text(encoding='utf-8')
+    assert tool.insert(text, getattr(tool, form)(rows)) == text, 'run `make table`'
