@@ -24,8 +24,9 @@ autodoc_typehints = 'description'
 autodoc_typehints_description_target = 'documented'
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
-# References to this package must lead somewhere. Others' are names: the site is built without a network.
-nitpick_ignore_regex = [('py:.*', r'(?!sk_plugins\.).*')]
+napoleon_use_ivar = True
+# References to this package's public names must lead somewhere. Others' are names: the site is built without a network.
+nitpick_ignore_regex = [('py:.*', r'(?!sk_plugins\.).*'), ('py:.*', r'sk_plugins\.(.*\.)?_.*')]
 
 html_theme = 'pydata_sphinx_theme'
 html_static_path = ['_static']

@@ -144,7 +144,9 @@ class ImageStream(IterableDataset):
         return images.sub_(self.mean).div_(self.std)
 
     def batches(self, batch_size: int = 16, workers: int = 0) -> Iterator[Batch]:
-        """All of them, as :class:`Batch` of ``batch_size`` files each, read by so many further processes."""
+        """All of them, ``batch_size`` files in each :class:`~sk_plugins.analysis.images.Batch`, read by ``workers``
+        further processes.
+        """
         if batch_size < 1 or workers < 0:
             raise ValueError(f'batch_size={batch_size!r} must be at least 1, and workers={workers!r} at least 0')
         return iter(DataLoader(self, batch_size, collate_fn=self._collate, num_workers=workers))

@@ -19,7 +19,8 @@ class ReceptiveField:
     Attributes:
         unit: the unit's name.
         centre: row and column of the pixel that the position is at.
-        maps: (S, H, W) float64, each pixel's share of the gradient (:func:`receptive_field`), mean over images.
+        maps: (S, H, W) float64, each pixel's share of the gradient (:func:`~sk_plugins.analysis.receptive_field`), mean
+            over images.
         images: how many at each scale, those left out where the position is dead.
     """
 

@@ -18,9 +18,9 @@ def attention_scalars(attention: Recording, prefix: str = 'attention/') -> dict[
     """Means over all that was recorded, units without a forward left out.
 
     Returns:
-        For every unit 'attention/SK_2_3/5x5', and so on for each branch: its share of the attention, mean over images
-        and channels; and 'attention/SK_2_3/entropy': that of the softmax over the branches, in nats, from 0 (one branch
-        takes all) to ln M (all branches alike).
+        Two kinds of numbers for every unit. 'attention/SK_2_3/5x5', and so on for each branch, is its share of the
+        attention, mean over images and channels. 'attention/SK_2_3/entropy' is that of the softmax over the branches,
+        in nats, from 0 (one branch takes all) to ln M (all branches alike).
     """
     names, values = [], []
     for name, unit in attention.units.items():

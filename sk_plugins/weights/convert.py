@@ -52,7 +52,7 @@ class Foreign:
 
     Attributes:
         origin: whose it is.
-        network: :class:`SKResNet`, or :class:`SelectiveKernel` for a layer on its own.
+        network: :class:`~sk_plugins.networks.SKResNet`, or :class:`~sk_plugins.layers.SelectiveKernel` for a layer alone.
         arguments: what ``network`` is built with.
         state_dict: its weights, copies under our names and in the dtype they came in.
         notes: what was folded or padded, and what the state dict could not tell.
@@ -114,14 +114,14 @@ class Foreign:
 def load_foreign(source: str | os.PathLike | Mapping[str, Any], **options) -> nn.Module:
     """Build a network of ours from the weights of another project's, with equal outputs.
 
-    What is supported :data:`SUPPORTED` says; what a file was recognised as and what was done to its
-    tensors, :func:`recognise_foreign`.
+    :data:`~sk_plugins.weights.convert.SUPPORTED` says what is supported. :func:`recognise_foreign` says what a file was
+    recognised as, and what was done to its tensors.
 
     Args:
         source: a file as for :func:`~sk_plugins.weights.load_checkpoint`, or a state dict, bare or under
             ``'state_dict'`` or ``'model'``.
-        **options: those of :func:`recognise`: ``prefix``, and what weights can't tell (``stride``
-            and ``in_channels`` of a layer on its own, ``reduce_act``, ``dilations``).
+        **options: those of :func:`~sk_plugins.weights.convert.recognise`: ``prefix``, and what weights can't tell
+            (``stride`` and ``in_channels`` of a layer on its own, ``reduce_act``, ``dilations``).
 
     Returns:
         An :class:`~sk_plugins.networks.SKResNet`, or for an SK layer on its own a

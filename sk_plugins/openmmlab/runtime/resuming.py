@@ -295,7 +295,8 @@ class ResumableCheckpointHook(CheckpointSteps):
 
     Args:
         start_from: what ``load_from`` would be where there is no checkpoint yet that ``resume=True`` could go on from.
-        *args, **kwargs: ``CheckpointHook``'s.
+        *args: ``CheckpointHook``'s.
+        **kwargs: ``CheckpointHook``'s.
     """
 
     def __init__(self, *args, start_from: str | None = None, **kwargs) -> None:
