@@ -52,7 +52,8 @@ class Foreign:
 
     Attributes:
         origin: whose it is.
-        network: :class:`~sk_plugins.networks.SKResNet`, or :class:`~sk_plugins.layers.SelectiveKernel` for a layer alone.
+        network: :class:`~sk_plugins.networks.SKResNet`, or :class:`~sk_plugins.layers.SelectiveKernel`
+            for a layer alone.
         arguments: what ``network`` is built with.
         state_dict: its weights, copies under our names and in the dtype they came in.
         notes: what was folded or padded, and what the state dict could not tell.
