@@ -20,6 +20,8 @@ myst_heading_anchors = 3
 myst_enable_extensions = ['attrs_block', 'colon_fence']
 
 autodoc_default_options = {'members': True, 'show-inheritance': True, 'member-order': 'bysource'}
+toc_object_entries_show_parents = 'hide'
+autodoc_preserve_defaults = True
 autodoc_typehints = 'description'
 autodoc_typehints_description_target = 'documented'
 python_maximum_signature_line_length = 88
@@ -31,12 +33,13 @@ nitpick_ignore_regex = [('py:.*', r'(?!sk_plugins\.).*'), ('py:.*', r'sk_plugins
 html_theme = 'pydata_sphinx_theme'
 html_static_path = ['_static']
 html_css_files = ['site.css']
+html_sidebars = {'models': []}
 html_show_sourcelink = False
 html_copy_source = False
 html_theme_options = {
     'logo': {'text': project},
     'navigation_with_keys': False,
-    'secondary_sidebar_items': ['page-toc'],
+    'secondary_sidebar_items': {'**': ['page-toc'], 'models': []},
     'footer_start': ['copyright'],
     'footer_end': [],
     'show_toc_level': 2,
