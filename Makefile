@@ -77,6 +77,7 @@ docs: $(VENV)/.installed
 
 table: $(VENV)/.installed
 	$(BIN)/python tools/model_table.py --write
+	$(BIN)/python tools/benchmark.py --report results/benchmark_cpu.json --readme README.md
 
 # To be run while the machine does nothing else.
 bench: $(VENV)/.installed

@@ -12,7 +12,7 @@ import torch
 from _benchmark import measuring
 from _benchmark.drawing import bars, draw
 from _benchmark.models import Variant, parse_arguments
-from _benchmark.reporting import figures_table, make_report, markdown, summarise
+from _benchmark.reporting import make_report, markdown, summarise
 from _benchmark.sets import SETS, Figure, Set
 from _benchmark.settings import Run, Settings
 
@@ -427,10 +427,3 @@ def test_results_are_what_was_measured(name, chosen):
     else:
         report = make_report(chosen.title, chosen.settings, [], chosen.baseline, None, chosen)
     assert (RESULTS / f'benchmark_{name}.md').read_text(encoding='utf-8') == markdown(report)
-
-
-def test_readme_shows_the_figures():
-    """`make bench` writes results/; the table in README.md is copied from there."""
-    report = json.loads((RESULTS / 'benchmark_cpu.json').read_text(encoding='utf-8'))
-    readme = (RESULTS.parent / 'README.md').read_text(encoding='utf-8')
-    assert figures_table(report) in readme, 'copy the first table of results/benchmark_cpu.md into README.md'

@@ -1,0 +1,337 @@
+"""Every snippet and command of README.md and docs/ is run as it stands, but for what ``shorten`` says it shortens."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from foreign_networks import SKNet
+from hub_server import HubServer
+from safetensors.torch import save
+
+import sk_plugins
+from sk_plugins._resources import find_config
+from sk_plugins.weights import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+# Pages whose commands go on from those of others come after them.
+FIRST = ('README.md', 'docs/getting_started.md', 'docs/own_images.md', 'docs/training.md')
+OTHERS = (*ROOT.glob('docs/**/*.md'), ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md', *ROOT.glob('results/**/*.md'))
+PAGES = list(dict.fromkeys([*(ROOT / page for page in FIRST), *sorted(OTHERS)]))
+PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding='utf-8') for page in PAGES if '_build' not in page.parts}
+SNIPPETS = dict.fromkeys(
+    snippet
+    for text in PAGES.values()
+    for snippet in re.findall(r'^```(\w+)\n(.*?)^```$', text, flags=re.DOTALL | re.MULTILINE)
+)
+PYTHON = [code for language, code in SNIPPETS if language == 'python']
+LINES = list(
+    dict.fromkeys(
+        re.split(r'\s+#\s', line)[0].strip()
+        for language, code in SNIPPETS
+        if language == 'bash'
+        for line in code.splitlines()
+        if line.strip()
+    )
+)
+# What is not run here, and what runs it: CI from outside, the suite itself, or what `make det` installs.
+ELSEWHERE = {
+    'make ': 'Makefile',
+    'pip ': '.ci/run',
+    'python3 -m venv': 'Makefile',
+    '. .venv/bin/activate': 'Makefile',
+    'FUZZ_EXAMPLES=': 'tests/fuzzing.py',
+    'python -m pytest': 'tests',
+    'python tools/run_ablation.py': 'tests/tools/test_run_ablation.py',
+    '.venv-det/bin/python tools/train.py configs/detection': 'tests/tools/test_frameworks.py',
+}
+# Hours of training, which `make test-scenes` shortens.
+SCENES_PAGE, SCENES_TEST = 'results/scenes/README.md', 'tests/tools/test_scenes_accuracy.py'
+BUT_SCENES = '\n'.join(text for page, text in PAGES.items() if page != SCENES_PAGE)
+SHELL = [line for line in LINES if not line.startswith(tuple(ELSEWHERE)) and line in BUT_SCENES]
+# The Python snippets by what is done with them.
+LOADING = [code for code in PYTHON if 'local-dir:' in code]
+FLOWERS = [code for code in PYTHON if code.startswith('# flowers.py')]
+FINE_TUNING = [code for code in PYTHON if code.startswith('# fine_tune.py')]
+STANDALONE = [code for code in PYTHON if code.startswith(('import', 'from')) and code not in LOADING]
+CONFIGS = [code for code in PYTHON if code.startswith('custom_imports')]
+HOOKS = [code for code in PYTHON if code.startswith('custom_hooks')]
+SMALL = [
+    'train_cfg.max_epochs=1',
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'val_dataloader.num_workers=0',
+    'val_dataloader.persistent_workers=False',
+    'train_dataloader.batch_size=2',
+    'train_dataloader.dataset.pipeline.1.scale=64',
+    'val_dataloader.dataset.pipeline.1.scale=73',
+    'val_dataloader.dataset.pipeline.2.crop_size=64',
+]
+CLASSES = [f'{split}_dataloader.dataset.metainfo.classes=n01,n02' for split in ('train', 'val', 'test')]
+SHORT = ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=64', 'val_dataloader.dataset.indices=64']
+
+
+def run(command, cwd, **env):
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, f'{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}'
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def environment(tmp_path_factory):
+    """Variables that point a process at a loopback Hub with SKNet-50's repository."""
+    server = HubServer().start()
+    state_dict = timm.create_model('skresnext50_32x4d').state_dict()
+    server.add('timm/skresnext50_32x4d.ra_in1k', {'model.safetensors': save(state_dict)})
+    root = Path(sk_plugins.__file__).parents[1]
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get('PYTHONPATH'))))
+    yield {'HF_ENDPOINT': server.url, 'HF_HOME': str(tmp_path_factory.mktemp('hf')), 'PYTHONPATH': path}
+    server.stop()
+
+
+@pytest.fixture(scope='module')
+def run_python(environment):
+    """``run_python(code, folder)``: in a process that has imported nothing of this project (tests/snippets.py)."""
+    modules = 'torch,torchvision,timm,transformers,segmentation_models_pytorch,mmpretrain,mmengine'
+    command = [sys.executable, str(Path(__file__).with_name('snippets.py')), modules]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    with subprocess.Popen(command, **pipes) as server:
+        imported = json.loads(server.stdout.readline())
+        assert 'torch' in imported
+        assert 'sk_plugins' not in imported
+
+        def run(code, folder):
+            server.stdin.write(json.dumps(dict(code=code, folder=str(folder))) + '\n')
+            server.stdin.flush()
+            done = json.loads(server.stdout.readline())
+            assert done['status'] == 0, f'{code}\n{done["output"][-6000:]}'
+
+        yield run
+        server.stdin.close()
+
+
+@pytest.fixture
+def flowers(tmp_path, imagenet):
+    """A folder with data/flowers, which docs/own_images.md trains on, and what its commands find in a clone."""
+    for split in ('train', 'val'):
+        folder = tmp_path / 'data' / 'flowers' / split
+        folder.mkdir(parents=True)
+        for name, of_imagenet in zip(('daisy', 'rose'), imagenet.classes):
+            (folder / name).symlink_to(imagenet.root / split / of_imagenet)
+    for name in ('configs', 'tools'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def write_foreign(path):
+    torch.save(SKNet(widths=(16, 32, 64, 96), outputs=(32, 64, 128, 192), dims=(8, 8, 8, 8)).state_dict(), path)
+
+
+def shorten(line: str) -> list[str]:
+    """A line on a CPU and a tiny data set: one epoch, few images, small crops, two processes."""
+    words = [re.sub(r'epoch_\d+', 'epoch_1', '2' if word == '8' else word) for word in shlex.split(line)]
+    tool = next(word for word in words if 'tools/' in word or word == 'sk_plugins')
+    if tool.endswith('analyze_attention.py'):
+        return [*words, '--size', '64', '--field-images', '2', '--workers', '0']
+    if tool.endswith('test.py'):
+        options = ['test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False']
+    elif tool.endswith(('train.py', 'dist_train.sh')) and ('flowers' in line or 'sknet50_in1k' in line):
+        options = SMALL
+    elif 'train' in words[1:3] or tool.endswith('train.py'):
+        options = SHORT
+    else:
+        return words
+    if 'sknet50_in1k' in line:
+        options = [*CLASSES, *options]
+    if '--cfg-options' not in words:
+        words.append('--cfg-options')
+    return words + options
+
+
+RUN = """
+import runpy, sys
+
+sys.argv = {words!r}
+if sys.argv[0] == 'sk_plugins':
+    runpy.run_module('sk_plugins', run_name='__main__')
+else:
+    sys.path.insert(0, 'tools')
+    runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_all_are_of_a_known_kind():
+    assert len(PAGES) > 25
+    kinds = [STANDALONE, CONFIGS, HOOKS, FLOWERS, FINE_TUNING, LOADING]
+    assert sorted(code for kind in kinds for code in kind) == sorted(PYTHON)
+    assert [len(kind) for kind in kinds] == [15, 4, 1, 1, 1, 2]
+    assert len(SHELL) == 15
+
+
+@pytest.mark.parametrize(('start', 'where'), ELSEWHERE.items())
+def test_lines_that_run_elsewhere(start, where):
+    lines = [line for line in LINES if line.startswith(start)]
+    assert lines
+    assert (ROOT / where).exists()
+    targets = re.search(r'^\.PHONY: (.*)$', (ROOT / 'Makefile').read_text(), flags=re.MULTILINE)[1].split()
+    for line in lines:
+        if start == 'make ':
+            assert line.split()[1] in targets
+        if start == 'python -m pytest':
+            assert all((ROOT / path).exists() for path in line.split()[3:]), line
+
+
+def test_shell_lines_name_what_is_there():
+    named = re.findall(r'(?<!\S)(?:configs|tools)/\S+', '\n'.join(LINES))
+    assert 'configs/detection/retinanet_sknet50_fpn_1x_coco.py' in named
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+
+
+def test_scenes_commands():
+    """Which take hours: the configs that they name are those that `make test-scenes` trains for a while."""
+    page, test = PAGES[SCENES_PAGE], (ROOT / SCENES_TEST).read_text(encoding='utf-8')
+    names = re.findall(r'^C=(\S+)$|train\.py (sknet\S+)$', page, flags=re.MULTILINE)
+    names = [name for pair in names for name in pair if name]
+    assert len(names) == 4
+    for name in names:
+        assert find_config(name).is_file()
+        assert name in test
+
+
+@pytest.mark.parametrize('code', STANDALONE)
+def test_python_snippet_runs(code, run_python, tmp_path):
+    for name in ('mmpretrain', 'segmentation_models_pytorch', 'transformers', 'tensorboard'):
+        if name in code:
+            pytest.importorskip(name)
+    if "load_foreign('sknet.pth')" in code:
+        write_foreign(tmp_path / 'sknet.pth')
+    run_python(code, tmp_path)
+
+
+@pytest.mark.parametrize('code', CONFIGS)
+def test_config_snippet_builds(code, run_python, tmp_path):
+    pytest.importorskip('mmpretrain')
+    (tmp_path / 'snippet.py').write_text(code)
+    run_python(BUILD if 'model' in code.split() else FIND_RUNNER, tmp_path)
+
+
+BUILD = """
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope, MODELS
+
+model = Config.fromfile('snippet.py').model
+model.backbone.pop('_delete_', None)
+frozen = 'frozen_stages' in model.backbone
+with DefaultScope.overwrite_default_scope('mmpretrain' if 'type' in model else 'mmdet'):
+    model = MODELS.build(model if 'type' in model else model.backbone)
+model.init_weights()
+model.train()
+backbone = getattr(model, 'backbone', model)
+assert backbone.conv1.weight.requires_grad is not frozen
+assert backbone.layer4[0].conv1.bn.training is not frozen
+channels = [feature.shape[1] for feature in backbone(torch.randn(2, 3, 64, 64))]
+assert channels in ([256, 512, 1024, 2048], [2048]), channels
+"""
+FIND_RUNNER = """
+from mmengine.config import Config
+from mmengine.registry import RUNNERS
+
+from sk_plugins.openmmlab.runtime.runner import SurvivingRunner
+
+assert RUNNERS.get(Config.fromfile('snippet.py').runner_type) is SurvivingRunner
+"""
+
+
+@pytest.mark.parametrize('code', HOOKS)
+def test_hook_snippet_builds(code):
+    pytest.importorskip('mmpretrain')
+    from mmengine.registry import HOOKS as REGISTRY
+
+    import sk_plugins.mmpretrain_models
+    from sk_plugins.openmmlab.hooks import SKAttentionHook
+
+    assert sk_plugins.mmpretrain_models
+    values = {}
+    exec(code, values)
+    (hook,) = map(REGISTRY.build, values['custom_hooks'])
+    assert isinstance(hook, SKAttentionHook)
+    assert hook.interval == 100
+
+
+@pytest.mark.parametrize('code', FINE_TUNING)
+def test_fine_tuning_snippet(code, run_python, flowers):
+    for written, shorter in (('range(10)', 'range(1)'), ('**config', "**{**config, 'input_size': (3, 64, 64)}")):
+        assert written in code
+        code = code.replace(written, shorter)
+    run_python(code, flowers)
+    weights = torch.load(flowers / 'flowers.pth', weights_only=True)
+    assert weights['fc.weight'].shape == (2, 2048)
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_shell_lines_run_in_their_order(flowers, imagenet, environment, run_python):
+    pytest.importorskip('mmpretrain')
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+    (flowers / 'data' / 'imagenet').symlink_to(imagenet.root)
+    (flowers / 'flowers.py').write_text(FLOWERS[0])
+    write_foreign(flowers / 'sknet.pth')
+    lines = SHELL
+    if not Path('/usr/share/datasets/fashion-mnist').is_dir():
+        lines = [line for line in lines if 'fashion_mnist' not in line]
+    for line in lines:
+        words = shorten(line)
+        START = __import__('time').time()
+        if words[0] == 'python':
+            run_python(RUN.format(words=words[2:] if words[1] == '-m' else words[1:]), flowers)
+        else:
+            run(words, flowers, **environment, PATH=path)
+        print(round(__import__('time').time() - START, 1), line, flush=True)
+        for code in LOADING:
+            if re.search(r'local-dir:(\w+)', code)[1] in words:
+                run_python(code, flowers)
+    model = timm.create_model(f'local-dir:{flowers / "sknet50_hub"}', pretrained=True)
+    state_dict, _ = load_checkpoint(flowers / 'work_dirs' / 'sknet50_in1k' / 'epoch_1.pth')
+    assert torch.equal(model.state_dict()['conv1.weight'], state_dict['backbone.conv1.weight'])
+    for name in ('flowers', 'sknet50_in1k', 'sknet_digits'):
+        assert (flowers / 'work_dirs' / name / 'epoch_1.pth').is_file()
+    assert len(list((flowers / 'attention').glob('*.csv'))) > 0
+
+
+def test_readme_is_short():
+    assert len(PAGES['README.md'].splitlines()) <= 150
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_no_figure_is_left_out(page):
+    assert not re.search(r'\| (TODO|TBD|XX+|\?+) \|', PAGES[page])
+
+
+def anchors(page):
+    """What a link can name on a page: its headings, as GitHub and MyST turn them into anchors, and its labels."""
+    text = re.sub(r'^```\w+\n.*?^```$', '', page, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r'^#+ (.+)$', text, flags=re.MULTILINE)
+    slugs = {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+    return slugs | set(re.findall(r'^\((\S+)\)=$', text, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_somewhere(page):
+    folder = (ROOT / page).parent
+    links = re.findall(r'\]\((?!https?://)([^)\s]+)\)', PAGES[page])
+    includes = re.findall(r'^```\{include\} (\S+)$', PAGES[page], flags=re.MULTILINE)
+    for link in links + includes:
+        target, _, anchor = link.partition('#')
+        path = (folder / target).resolve() if target else ROOT / page
+        assert path.exists(), link
+        if anchor:
+            text = path.read_text(encoding='utf-8')
+            for name in re.findall(r'^```\{include\} (\S+)$', text, flags=re.MULTILINE):
+                text += (path.parent / name).read_text(encoding='utf-8')
+            assert anchor in anchors(text), link
