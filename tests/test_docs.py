@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from foreign_networks import SKNet
-from hub_server import HubServer
+from helpers.foreign_networks import SKNet
+from helpers.hub_server import HubServer
 from safetensors.torch import save
 
 import sk_plugins
@@ -46,7 +46,7 @@ ELSEWHERE = {
     'pip ': '.ci/run',
     'python3 -m venv': 'Makefile',
     '. .venv/bin/activate': 'Makefile',
-    'FUZZ_EXAMPLES=': 'tests/fuzzing.py',
+    'FUZZ_EXAMPLES=': 'tests/helpers/fuzzing.py',
     'python -m pytest': 'tests',
     'python tools/run_ablation.py': 'tests/tools/test_run_ablation.py',
     '.venv-det/bin/python tools/train.py configs/detection': 'tests/tools/test_frameworks.py',
@@ -97,9 +97,9 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def run_python(environment):
-    """``run_python(code, folder)``: in a process that has imported nothing of this project (tests/snippets.py)."""
+    """``run_python(code, folder)``: in a process without this project (tests/helpers/snippets.py)."""
     modules = 'torch,torchvision,timm,transformers,segmentation_models_pytorch,mmpretrain,mmengine'
-    command = [sys.executable, str(Path(__file__).with_name('snippets.py')), modules]
+    command = [sys.executable, str(Path(__file__).with_name('helpers') / 'snippets.py'), modules]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
     with subprocess.Popen(command, **pipes) as server:
         imported = json.loads(server.stdout.readline())
