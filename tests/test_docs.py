@@ -304,6 +304,11 @@ def test_shell_lines_run_in_their_order(flowers, imagenet, environment, run_pyth
     assert len(list((flowers / 'attention').glob('*.csv'))) > 0
 
 
+def test_the_wheel_has_this_version():
+    (wheel,) = re.findall(r'^pip install dist/(\S+)$', PAGES['docs/getting_started.md'], flags=re.MULTILINE)
+    assert wheel == f'sk_plugins-{sk_plugins.__version__}-py3-none-any.whl'
+
+
 def test_readme_is_short():
     assert len(PAGES['README.md'].splitlines()) <= 150
 
