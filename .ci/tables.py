@@ -79,11 +79,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return '\n'.join(lines)
 
 
+def _pattern(name: str, page: str) -> str:
+    pattern = rf'(<!-- {name}: [^>]*-->\n)(.*?)(<!-- end of {name} -->)'
+    if not re.search(pattern, page, flags=re.DOTALL):
+        raise SystemExit(f'{TABLES.name} has no markers "<!-- {name}: ... -->" and "<!-- end of {name} -->"')
+    return pattern
+
+
+def rows_of(name: str) -> list[tuple[str, ...]]:
+    """The rows that CONTRIBUTING.md has between the markers of ``name``, without the head."""
+    page = TABLES.read_text(encoding='utf-8')
+    lines = re.search(_pattern(name, page), page, flags=re.DOTALL)[2].splitlines()[2:]
+    return [tuple(cell.strip() for cell in line.strip('|').split('|')) for line in lines]
+
+
 def write(name: str, text: str) -> None:
     """Puts ``text`` into CONTRIBUTING.md between the markers of ``name``."""
     page = TABLES.read_text(encoding='utf-8')
-    pattern = rf'(<!-- {name}: [^>]*-->\n).*?(<!-- end of {name} -->)'
-    if not re.search(pattern, page, flags=re.DOTALL):
-        raise SystemExit(f'{TABLES.name} has no markers "<!-- {name}: ... -->" and "<!-- end of {name} -->"')
-    page = re.sub(pattern, lambda found: f'{found[1]}{text}\n{found[2]}', page, flags=re.DOTALL)
+    page = re.sub(_pattern(name, page), lambda found: f'{found[1]}{text}\n{found[3]}', page, flags=re.DOTALL)
     TABLES.write_text(page, encoding='utf-8')

@@ -5,11 +5,11 @@ from types import MethodType
 
 import pytest
 import torch
-from helpers.randomised import randomise
 from timm.layers import DropPath
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from helpers.randomised import randomise
 from sk_plugins import SelectiveKernel
 from sk_plugins.networks import SKBottleneck
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers.tolerances import assert_close, sum_length, tolerance
 from torch import nn
+
+from helpers.tolerances import assert_close, sum_length, tolerance
 
 
 def make(length, dtype):
