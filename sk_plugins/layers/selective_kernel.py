@@ -145,7 +145,7 @@ class SelectiveKernel(Fusable):
             out of range, a flag that is no bool. In training, for a batch of one under BatchNorm.
     """
 
-    fuses_on_cpu = True
+    fuses_on_cpu = has_operator = True
 
     def __init__(
         self,

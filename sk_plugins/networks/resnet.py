@@ -6,18 +6,19 @@ come from there. This file adds the units, the paper's initialisation and a stem
 
 import math
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
 from timm.layers import DropPath, create_attn
+from timm.models import checkpoint_seq
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from .._arguments import MOST_CHANNELS, check_choice, check_flags, check_integer, check_integers, check_sk_kwargs
 from .._timm import feature_take_indices
 from ..layers import ConvBNAct, SelectiveKernel, SelectiveKernelAttention
-from ..ops import Fusable, norm_act, register
+from ..ops import Fusable, norm_act, norm_act_pool, register
 
 __all__ = ['UNITS', 'SKBasicBlock', 'SKBottleneck', 'SKResNet']
 
@@ -245,6 +246,7 @@ def _fuse_end(
     return norm_act(engine, ((y, conv, norm), (x, last, last_norm)))
 
 
+_forward_features = ResNet.forward_features
 _BLOCKS = {
     ('bottleneck', 'sk'): SKBottleneck,
     ('bottleneck', 'plain'): Bottleneck,
@@ -255,7 +257,8 @@ _BLOCKS = {
 }
 
 
-class SKResNet(ResNet):
+@register
+class SKResNet(Fusable, ResNet):
     """timm's ResNet built from SK units; SKNet where the defaults stand.
 
     (B, in_chans, H, W) to (B, num_classes) logits, or features (B, 4 * channels[3], H / 32, W / 32) where
@@ -283,6 +286,9 @@ class SKResNet(ResNet):
         ValueError: an argument out of its range; the message names it, its value and what is right. What timm's
             ``ResNet`` says of its own arguments is timm's.
     """
+
+    fuses_on_cpu = True
+    methods = ('forward', 'forward_features')
 
     def __init__(
         self,
@@ -354,6 +360,32 @@ class SKResNet(ResNet):
             self.maxpool = nn.Identity()
             for feature in self.feature_info:
                 feature['reduction'] = max(feature['reduction'] // 4, 1)
+
+        self.backend = (block_args.get('sk_kwargs') or {}).get('backend', 'auto') if unit == 'sk' else 'plain'
+
+    # The stem goes by an engine; the units in the stages, which are called, see to themselves.
+
+    def fused_modules(self) -> list[nn.Module]:
+        return [self, self.conv1, self.bn1, self.act1, self.maxpool]
+
+    def parts(self, folded: bool) -> tuple[nn.Conv2d, nn.BatchNorm2d | None, nn.MaxPool2d] | None:
+        conv, norm, pool = self.conv1, self.bn1, self.maxpool
+        kinds = [nn.Conv2d, nn.Identity if folded else nn.BatchNorm2d, nn.ReLU]
+        if [type(conv), type(norm), type(self.act1)] != kinds or (folded and conv.bias is None):
+            return None
+        if type(pool) is not nn.MaxPool2d or self.forward_features != MethodType(_forward_features, self):
+            return None
+        return conv, None if folded else norm, pool
+
+    def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
+        x = norm_act_pool(engine, x, *parts)
+        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+        if self.grad_checkpointing:
+            x = checkpoint_seq(stages, x, flatten=True)
+        else:
+            for stage in stages:
+                x = stage(x)
+        return self.forward_head(x)
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = False) -> None:

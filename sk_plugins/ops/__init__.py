@@ -10,7 +10,7 @@ doubt. Two engines compute the same faster or on less memory, and :mod:`.gate` a
 :mod:`.fused` is what a layer's ``fuse_forward`` is written in. :mod:`.private` holds torch's private names.
 """
 
-from .fused import norm_act, norm_relu_select
+from .fused import norm_act, norm_act_pool, norm_relu_select
 from .gate import BACKENDS, Fusable, has_hooks, has_parts, register, stubbed_launches, ways
 from .reference import fuse, fuse_reference, select, select_reference
 
@@ -22,6 +22,7 @@ __all__ = [
     'has_hooks',
     'has_parts',
     'norm_act',
+    'norm_act_pool',
     'norm_relu_select',
     'register',
     'select',

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .reference import Attention, Branches, fuse
 
-__all__ = ['NAME', 'backward', 'forward', 'pays', 'saved_like', 'statistics']
+__all__ = ['NAME', 'backward', 'forward', 'norm_act', 'norm_act_backward', 'pays', 'saved_like', 'statistics']
 
 NAME = 'recompute'
 
@@ -30,7 +30,7 @@ def forward(spec, branches: Branches) -> tuple[Tensor, list[Tensor | None]]:
     """V, (B, C, H, W), and what the backward pass needs beside the branches."""
     ys, weights, biases, means, variances, attention = branches
     if spec.batch and ys[0].numel() == ys[0].shape[1]:
-        raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(ys[0].shape)}')
+        _refuse(ys[0])
     us, saved = [], []
     for m, y in enumerate(ys):
         running = (means[m], variances[m]) if means else spec.running[m] if spec.running else (None, None)
@@ -55,6 +55,36 @@ def forward(spec, branches: Branches) -> tuple[Tensor, list[Tensor | None]]:
     logits = F.conv2d(z, attention.select.to(z.dtype), bias)
     a = logits.unflatten(1, (len(ys), -1)).softmax(1)
     return _select_(us, a), [*saved, mean, invstd, s, r, z, a]
+
+
+def norm_act(spec, shortcut: None, *norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """BN(y), (B, C, H, W), and what the backward pass needs, for one norm without a shortcut and without ReLU.
+
+    ``norm`` is y, weight, bias, running mean and running variance.
+    """
+    y, weight, bias, *running = norm
+    if spec.batch:
+        if y.numel() == y.shape[1]:
+            _refuse(y)
+        running = spec.running[0]
+    z, *saved = torch.native_batch_norm(y, weight, bias, *running, spec.batch, spec.momentum, spec.eps)
+    return z, saved
+
+
+def norm_act_backward(
+    spec, shortcut: None, saved, grad: Tensor, needs_maps: bool, *norm: Tensor | None
+) -> list[Tensor | None]:
+    """None for the shortcut, the gradients of y, weight and bias, and two None."""
+    y, weight, _, *running = norm
+    used = (None, None, *saved) if spec.batch else (*running, None, None)
+    grads = torch.ops.aten.native_batch_norm_backward(
+        grad, y, weight, *used, spec.batch, spec.eps, [needs_maps, True, True]
+    )
+    return [None, *grads, None, None]
+
+
+def _refuse(y: Tensor) -> None:
+    raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(y.shape)}')
 
 
 def saved_like(spec, branches: Branches) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import private
 from .reference import Attention, Branches, batch_norm, norm_relu_select
 
-__all__ = ['BranchSpec', 'NormAct', 'NormReluSelect', 'NormSpec']
+__all__ = ['BranchSpec', 'NormAct', 'NormPoolRelu', 'NormReluSelect', 'NormSpec']
 
 
 class BranchSpec(NamedTuple):
@@ -116,6 +116,41 @@ class NormAct(torch.autograd.Function):
         return None, *grads
 
 
+class NormPoolRelu(torch.autograd.Function):
+    """ReLU(max pooling of BN(y)), (B, C, H', W'): the end of a stem, which keeps y, its output and the pool's indices.
+
+    ReLU and the maximum commute: the pooled map, a quarter of y, is rectified, and BN(y) is not kept. ``pool`` is what
+    ``F.max_pool2d`` takes after its input; the tensors are y, weight, bias, running mean and variance, as in
+    :class:`NormAct`.
+    """
+
+    @staticmethod
+    def forward(ctx, spec: NormSpec, pool: tuple, *tensors: Tensor | None) -> Tensor:
+        z, saved = spec.engine.norm_act(spec, None, *tensors)
+        out, indices = torch.ops.aten.max_pool2d_with_indices(z, *pool)
+        out.relu_()
+        ctx.save_for_backward(*tensors, out, indices, *saved)
+        ctx.spec, ctx.pool = spec, pool
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        spec, pool = ctx.spec, ctx.pool
+        *tensors, out, indices = (kept := ctx.saved_tensors)[:7]
+        if not _is_ordinary(grad):
+            return None, None, *_differentiate(lambda *t: _norm_pool_relu(spec, pool, *t), tensors, ctx, grad)
+        grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        # y stands for BN(y), of which the sizes alone are asked.
+        grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, tensors[0], *pool, indices)
+        grads = spec.engine.norm_act_backward(spec, None, kept[7:], grad, ctx.needs_input_grad[2], *tensors)
+        return None, *grads
+
+
+def _norm_pool_relu(spec: NormSpec, pool: tuple, *tensors: Tensor | None) -> Tensor:
+    """:class:`NormPoolRelu` in plain torch."""
+    return F.relu(F.max_pool2d(batch_norm(*tensors, spec.eps), *pool))
+
+
 def _norm_act(spec: NormSpec, *tensors: Tensor | None) -> Tensor:
     """:class:`NormAct` in plain torch."""
     total = tensors[0]
@@ -140,7 +175,7 @@ def _is_ordinary(grad: Tensor) -> bool:
 def _differentiate(function: Callable[..., Tensor], tensors: Sequence[Tensor | None], ctx: Any, grad: Tensor):
     """The gradients of ``function`` for its tensors, by autograd; themselves differentiable where that is wanted."""
     again = torch.is_grad_enabled()
-    wanted = ctx.needs_input_grad[1:]
+    wanted = ctx.needs_input_grad[-len(tensors) :]
     if not again:
         tensors = [t.detach().requires_grad_(need) if t is not None else None for t, need in zip(tensors, wanted)]
     with torch.enable_grad():

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import operators, private
-from .functions import BranchSpec, NormAct, NormReluSelect, NormSpec
+from .functions import BranchSpec, NormAct, NormPoolRelu, NormReluSelect, NormSpec
 from .reference import Attention, Branches
 
-__all__ = ['norm_act', 'norm_relu_select']
+__all__ = ['norm_act', 'norm_act_pool', 'norm_relu_select']
 
 
 def norm_act(
@@ -52,6 +52,20 @@ def norm_act(
         return engine.norm_act(NormSpec(engine, relu, False, 0.0, 0.0, ()), *tensors)[0]
     spec = NormSpec(engine, relu, batch, first.momentum, first.eps, _running(norms) if batch else ())
     return NormAct.apply(spec, *tensors) if torch.is_grad_enabled() else engine.norm_act(spec, *tensors)[0]
+
+
+def norm_act_pool(
+    engine: ModuleType, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, pool: nn.MaxPool2d
+) -> Tensor:
+    """The maximum over windows of ReLU(norm(conv(x))), (B, C, H', W'), by ``cpu`` or ``gpu``: a stem."""
+    if not torch.is_grad_enabled():
+        return pool(norm_act(engine, ((x, conv, norm),)))
+    parameters, buffers, batch = norm._parameters, norm._buffers, norm.training
+    spec = NormSpec(engine, False, batch, norm.momentum, norm.eps, _running([norm]) if batch else ())
+    tensors = [_convolve(conv, x, True), parameters['weight'], parameters['bias']]
+    tensors += [None, None] if batch else [buffers['running_mean'], buffers['running_var']]
+    window = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+    return NormPoolRelu.apply(spec, window, *tensors)
 
 
 def norm_relu_select(

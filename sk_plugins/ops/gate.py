@@ -27,7 +27,8 @@ _TRAINING, _BACKEND, _PADDING = itemgetter('training'), itemgetter('backend'), i
 _NORM = itemgetter('training', 'momentum', 'eps', 'track_running_stats', 'affine')
 _CALLS = attrgetter('forward', '__call__')
 _TENSORS = {nn.Parameter, Tensor, type(None)}
-_known = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Softmax, nn.Sequential, nn.AvgPool2d, nn.ModuleList]
+_known = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Softmax, nn.Sequential, nn.AvgPool2d]
+_known += [nn.MaxPool2d, nn.ModuleList]
 _known_calls = list(map(_CALLS, _known))
 _stubbed = False
 
@@ -67,19 +68,23 @@ class Fusable(nn.Module):
     Attributes:
         backend: one of ``BACKENDS``.
         fuses_on_cpu: whether the CPU's engine, which serves training alone, knows how.
+        has_operator: whether there is an operator of ``torch.library`` for it: it is an SK convolution.
+        methods: those whose arithmetic ``fuse_forward`` repeats; where another one is put in place, it runs.
     """
 
     fuses_on_cpu = False
+    has_operator = False
+    methods: tuple[str, ...] = ('forward',)
     _plan = None
     _way = 'plain'
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
         self.backend = 'auto'
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         if torch.compiler.is_compiling():
-            if self.fuses_on_cpu and self.backend == 'triton' and self._goes_by_operators():
+            if self.has_operator and self.backend == 'triton' and self._goes_by_operators():
                 parts = self.parts(False)
                 # Asked in the graph, so that it is made anew where a norm changes.
                 if _agree(parts[1] if parts[2] is None else [*parts[1], parts[2][1]]):
@@ -98,6 +103,10 @@ class Fusable(nn.Module):
         Where every BatchNorm is ``folded`` into the convolution before it, an identity is in its place.
         """
         raise NotImplementedError
+
+    def fused_modules(self) -> list[nn.Module]:
+        """The modules that ``fuse_forward`` does without calling, and itself."""
+        return list(self.modules())
 
     def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
         """``forward`` by an engine's passes."""
@@ -131,8 +140,9 @@ class _Plan:
     """What was found of a module and of all modules in it, for as long as that is so."""
 
     def __init__(self, module: Fusable, traced: bool = False) -> None:
-        modules = list(module.modules())
+        modules = module.fused_modules()
         self.module = module
+        self.methods = attrgetter(*module.methods)
         self.modules = modules
         self.states = [m.__dict__ for m in modules]
         self.norms = [m.__dict__ for m in modules if isinstance(m, nn.BatchNorm2d)]
@@ -153,6 +163,7 @@ class _Plan:
     def _look(self) -> tuple[list, ...]:
         """What would change the answer. Modules are compared as objects, which tells of replaced ones."""
         return (
+            self.methods(self.module),
             list(chain.from_iterable(map(dict.values, map(_CHILDREN, self.states)))),
             list(map(type, self.modules)),
             list(map(_TRAINING, self.states)),
@@ -217,8 +228,8 @@ def ways(model: nn.Module) -> dict[str, int]:
         if isinstance(module, Fusable):
             way = way_of.get(module) or module._way
             if way != 'plain':
-                way_of.update(dict.fromkeys(module.modules(), way))
-            if module.fuses_on_cpu:
+                way_of.update(dict.fromkeys(module.fused_modules(), way))
+            if module.has_operator:
                 counts[way] = counts.get(way, 0) + 1
     return counts
 

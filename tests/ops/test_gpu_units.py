@@ -206,12 +206,13 @@ class TestUnits:
 
     def test_a_tiny_network(self):
         torch.manual_seed(0)
-        widths = dict(channels=(8, 8, 16), cardinality=2, base_width=32, small_stem=True, num_classes=3, sk_kwargs=SK)
+        widths = dict(channels=(8, 8, 16), cardinality=2, base_width=32, num_classes=3, sk_kwargs=SK)
         network, plain = copies(randomise(SKResNet((1, 1, 1), **widths)).to(DEVICE).train())
-        x = draw(5, 3, 9, 9)
+        x = draw(5, 3, 18, 18)
         grad = draw(5, 3, seed=1)
         assert_near(every_gradient(network, x, grad), every_gradient(plain, x.double(), grad.double()), 4000 * EPS)
         assert ways(network) == {'triton': 3}
+        assert network._way == 'triton'  # the stem's
 
     def test_twenty_optimiser_steps(self):
         """They leave the float64 parameters by less than a thousandth of what they have moved."""
