@@ -12,17 +12,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers import SelectiveKernel
 from .ops import has_hooks
+from .ops.private import BATCH_NORMS
 
 __all__ = ['fold_batch_norm']
 
 # Exact types: a subclass may standardise its weight, which undoes a scale.
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
-_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # subclasses may only check their input
+_NORM_FORWARDS = tuple(norm.forward for norm in BATCH_NORMS)  # subclasses may only check their input
 _FROZEN_NORM = 'torchvision.ops.misc.FrozenBatchNorm2d'
 _SYNCHRONISED_NORM = 'sk_plugins.openmmlab.runtime.sync_batchnorm.SyncBatchNorm'
 # A norm, then a drop and an activation of its own, which stay.
@@ -89,7 +89,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     if model.training:
         raise ValueError('model is in training mode, and folding takes the running statistics: call model.eval() first')
     for name, module in model.named_modules():
-        if module.training and isinstance(module, _BatchNorm) and module.running_mean is not None:
+        if module.training and isinstance(module, BATCH_NORMS) and module.running_mean is not None:
             raise ValueError(
                 f'model has a BatchNorm in training mode, {name!r}, and folding takes the running statistics: call '
                 'model.eval() first'
@@ -199,7 +199,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_plain_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and (
+    return isinstance(module, BATCH_NORMS) and (
         type(module).forward in _NORM_FORWARDS or _known_as(module, _SYNCHRONISED_NORM)
     )
 

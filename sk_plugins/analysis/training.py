@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops import private
 from .recording import Recording, record
 
 __all__ = ['attention_scalars', 'log_attention']
@@ -97,7 +98,7 @@ def log_attention(
     if not isinstance(interval, int) or interval < 1:
         raise ValueError(f'interval={interval!r} must be an integer of at least 1')
     record(model, units)  # its errors, now
-    if model._compiled_call_impl is not None:
+    if private.is_compiled(model):
         raise ValueError('model was compiled in place by model.compile(), around which there are no hooks: give what '
                          'torch.compile(model) returns, in both places')  # fmt: skip
     if isinstance(out, (str, os.PathLike)):

@@ -11,11 +11,11 @@ import torch
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.models.utils import build_norm_layer
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import networks, zoo
 from .._arguments import check_flags, is_integer
 from ..networks.resnet import count_stages
+from ..ops.private import BATCH_NORMS
 from ..weights.files import CheckpointError, HubError
 from ..weights.names import BACKBONE, require_fit
 from ._internals import TimmNames
@@ -122,7 +122,7 @@ class Backbone(TimmNames):
         self._freeze()
         if self.norm_eval:
             for module in self.modules():
-                if isinstance(module, _BatchNorm):
+                if isinstance(module, BATCH_NORMS):
                     module.eval()
         return self
 

@@ -1,13 +1,15 @@
-"""The arithmetic of Fuse and Select, the engines that compute it, and the gate that chooses one.
+"""Fuse and Select in plain torch, two engines that compute them faster, and the gate that chooses.
 
-A layer's ``forward`` says what it computes, with ``fuse`` and ``select`` of :mod:`.reference`, and is what runs in
-doubt. Two engines compute the same faster or on less memory, and :mod:`.gate` asks once a call whether one may:
+A layer's ``forward`` says what it computes, by ``fuse`` and ``select`` of :mod:`.reference`. It always works. An engine
+computes the same numbers in fewer passes over the maps:
 
-- ``cpu``: training in plain torch that keeps M maps a unit for the backward pass, in place of 2 M;
-- ``gpu``: Triton kernels (``gpu_kernels``), in training and inference, where :mod:`.trial` found them right and faster.
+- ``cpu`` (plain torch): a training step keeps M maps a unit for the backward pass in place of 2 M;
+- ``gpu`` (Triton, ``gpu_kernels``): training and inference, once :mod:`.trial` has found it right and faster there.
 
-:mod:`.functions` makes autograd's nodes of them, and :mod:`.operators` ``torch.library``'s, for compilers.
-:mod:`.fused` is what a layer's ``fuse_forward`` is written in. :mod:`.private` holds torch's private names.
+When a layer is called, :mod:`.gate` asks whether one may be used. It is not where there are hooks, a tracer, a tensor
+subclass or a replaced module: then ``forward`` runs. Where it may, the layer's ``fuse_forward`` runs, written with
+:mod:`.fused`, whose steps :mod:`.functions` makes nodes of autograd's graph. Compilers see :mod:`.operators` in place
+of those. :mod:`.private` holds torch's private names.
 """
 
 from .fused import norm_act, norm_act_pool, norm_relu_select

@@ -21,7 +21,7 @@ __all__ = ['BACKENDS', 'Fusable', 'has_hooks', 'has_parts', 'register', 'stubbed
 BACKENDS = ('auto', 'plain', 'recompute', 'triton')
 
 # These read a module's __dict__ and run in C: what is asked at every call must cost no Python calls.
-_HOOKS = itemgetter('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+_HOOKS = itemgetter(*private.HOOKS)
 _CHILDREN, _PARAMETERS, _BUFFERS = itemgetter('_modules'), itemgetter('_parameters'), itemgetter('_buffers')
 _TRAINING, _BACKEND, _PADDING = itemgetter('training'), itemgetter('backend'), itemgetter('padding_mode')
 _NORM = itemgetter('training', 'momentum', 'eps', 'track_running_stats', 'affine')
@@ -42,13 +42,10 @@ def register(cls: type) -> type:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody's code runs when this module is called: hooks, another ``forward``, or a compiled one."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    return (
+        any(getattr(module, name, None) for name in private.HOOKS)
         or 'forward' in module.__dict__
-        or '_compiled_call_impl' in module.__dict__
+        or private.COMPILED in module.__dict__
     )
 
 
@@ -184,8 +181,8 @@ class _Plan:
         return (
             any(chain.from_iterable(map(_HOOKS, states)))
             or any(map(contains, states, repeat('forward')))
-            or any(map(contains, states, repeat('_compiled_call_impl')))
-            or any(map(contains, self.convs, repeat('_conv_forward')))
+            or any(map(contains, states, repeat(private.COMPILED)))
+            or any(map(contains, self.convs, repeat(private.CONVOLVES)))
         )
 
     def __reduce__(self):

@@ -8,10 +8,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-__all__ = ['MODULE_CALL', 'add_one', 'in_backward', 'is_ordinary', 'softmax_backward']
+__all__ = [
+    'BATCH_NORMS',
+    'COMPILED',
+    'CONVOLVES',
+    'HOOKS',
+    'MODULE_CALL',
+    'BatchNorm',
+    'add_one',
+    'in_backward',
+    'is_compiled',
+    'is_ordinary',
+    'softmax_backward',
+]
+
+try:
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+except ImportError:
+    BatchNorm = nn.BatchNorm2d
+# What isinstance tells of every BatchNorm, and of no InstanceNorm.
+BATCH_NORMS = (BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 MODULE_CALL = nn.Module.__call__
-_HOOKS = (
+# In a module's __dict__: its hooks, what module.compile() puts there, and the method that some give a convolution.
+HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+COMPILED = '_compiled_call_impl'
+CONVOLVES = '_conv_forward'
+_GLOBAL_HOOKS = (
     '_global_forward_hooks',
     '_global_forward_pre_hooks',
     '_global_backward_hooks',
@@ -26,7 +49,9 @@ def _answers():
 
     counts = _C._len_torch_dispatch_stack, _C._len_torch_function_stack, _C._are_functorch_transforms_active
     forward_ad._current_level  # noqa: B018 - raises where it is not there
-    return *counts, _C._is_tracing, forward_ad, [getattr(_module, name) for name in _HOOKS]
+    for name in HOOKS:
+        getattr(nn.Identity(), name)
+    return *counts, _C._is_tracing, forward_ad, [getattr(_module, name) for name in _GLOBAL_HOOKS]
 
 
 try:
@@ -57,6 +82,11 @@ def _is_default_device() -> bool:
     except ImportError:
         return False
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called; False where torch does not tell."""
+    return getattr(module, COMPILED, None) is not None
 
 
 def add_one(counts: list[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The stem of a ResNet by an engine: the plain modules' numbers, less kept, and nobody who watches it is passed over."""
+"""The stem of a ResNet by an engine: the plain modules' numbers, less memory, and hooks and replaced methods run."""
 
 import copy
 

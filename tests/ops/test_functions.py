@@ -233,6 +233,7 @@ def test_compiled_units_run_in_inference():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_compiled_autograd():
     """A compiled backward of an eager forward."""
     from torch._dynamo import compiled_autograd

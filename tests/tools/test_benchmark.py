@@ -288,7 +288,7 @@ def tiny_set(monkeypatch):
 
 
 def test_a_set(tool, clock, tiny_set, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measuring, 'stubbed_launches', lambda: None)
+    monkeypatch.setattr(measuring.gpu, 'HAS_TRITON', False)
     clock.seconds = [1, 1, *[0.9, 1.0] * 2, 1, 1, 1, *[1.5, 1.0, 3.0, 1.5, 1.0, 2.0]]
     file = tmp_path / 'set.json'
     tool.main(['--set', 'standard', '--json', str(file)])
@@ -318,7 +318,7 @@ def test_a_set(tool, clock, tiny_set, tmp_path, capsys, monkeypatch):
     )
     titles = [line for line in printed.splitlines() if line.startswith('## ')]
     assert titles == ['## Inference', '## Inference, batch 1, 48 x 48', '## Training step']
-    assert f'\n- Not available (sk_plugins.ops has no stubbed_launches here): `{TINY}:stub`.\n' in printed
+    assert f'\n- Not available (triton is not installed): `{TINY}:stub`.\n' in printed
     panels = bars(report)
     assert {title: [(bar.label, bar.ratio.median, bar.goal) for bar in panel] for title, panel in panels.items()} == {
         'plain = 1': [

@@ -157,7 +157,8 @@ def stubs(monkeypatch):
         yield
         stubs.within = False
 
-    monkeypatch.setattr(measuring.ops, 'stubbed_launches', stubbed_launches, raising=False)
+    monkeypatch.setattr(measuring.ops, 'stubbed_launches', stubbed_launches)
+    monkeypatch.setattr(measuring.gpu, 'HAS_TRITON', True)
     return stubs
 
 
@@ -177,18 +178,16 @@ def test_steps_with_stubbed_launches_and_no_others_run_within(stubs, monkeypatch
 
 
 def test_no_stubbed_launches(monkeypatch):
-    monkeypatch.delattr(measuring.ops, 'stubbed_launches', raising=False)
+    monkeypatch.setattr(measuring.gpu, 'HAS_TRITON', False)
     [result] = measuring.measure([Variant.parse(f'{TINY}:stub')], Run('infer'), SMALL)
-    assert result == Result(Run('infer'), f'{TINY}:stub', unavailable='sk_plugins.ops has no stubbed_launches here')
+    assert result == Result(Run('infer'), f'{TINY}:stub', unavailable='triton is not installed')
     assert result.seconds is None
 
 
-def test_ways(monkeypatch):
+def test_ways():
     ours, theirs = (Variant.parse(text).build() for text in (TINY, TINY_PLAIN))
-    monkeypatch.delattr(measuring.ops, 'ways', raising=False)
-    assert measuring.ways(ours) == {'unknown': 4}
-    monkeypatch.setattr(measuring.ops, 'ways', lambda model: {'plain': 1, 'triton': 3}, raising=False)
-    assert measuring.ways(ours) == {'plain': 1, 'triton': 3}
+    ours(torch.zeros(2, 3, 32, 32))
+    assert measuring.ways(ours) == {'recompute': 4}
     assert measuring.ways(theirs) is None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sk_plugins
 from sk_plugins import ops
-from sk_plugins.layers import SelectiveKernel
+from sk_plugins.ops import gpu
 
 from . import counting
 from .counting import MIB
@@ -26,7 +26,7 @@ from .settings import MEMORY_FORMATS, Run, Settings
 
 WARM_UP_STEPS = 3
 MAX_ITERATIONS = 100
-NO_STUBS = 'sk_plugins.ops has no stubbed_launches here'
+NO_STUBS = 'triton is not installed'
 
 Step = Callable[[], object]
 Timer = Callable[[Step, int], float]
@@ -90,24 +90,12 @@ class Task:
     context: Callable[[], AbstractContextManager] = nullcontext
 
 
-# What is asked of sk_plugins.ops, and may not be there.
-
-
 def ways(model: nn.Module) -> dict[str, int] | None:
     """How many SK units of a model took 'plain', 'recompute', 'triton' or 'operators' in its last forward pass.
 
-    None for a model without SK units, 'unknown' for all where sk_plugins does not say.
+    None for a model without SK units.
     """
-    units = sum(isinstance(module, SelectiveKernel) for module in model.modules())
-    if not units:
-        return None
-    ask = getattr(ops, 'ways', None)
-    return {'unknown': units} if ask is None else dict(ask(model))
-
-
-def stubbed_launches() -> Callable[[], AbstractContextManager] | None:
-    """Makes a context in which the GPU path runs on CPU tensors and launches nothing; None where there is none."""
-    return getattr(ops, 'stubbed_launches', None)
+    return ops.ways(model) or None
 
 
 # Time
@@ -296,7 +284,7 @@ def prepare(variant: Variant, run: Run, settings: Settings, images: Tensor) -> T
     torch.manual_seed(0)
     plain = variant.build().train(training)
     result = Result(run, variant.label)
-    context = stubbed_launches() if variant.stub else nullcontext
+    context = ops.stubbed_launches if variant.stub else nullcontext
     with _named(variant.label, run), context():
         _wake_residual_branches(plain)
         if variant.fuse:
@@ -341,7 +329,7 @@ def measure(variants: Sequence[Variant], run: Run, settings: Settings, timer: Ti
         images = settings.images()
         results, tasks = [], []
         for variant in variants:
-            if variant.stub and stubbed_launches() is None:
+            if variant.stub and not gpu.HAS_TRITON:
                 results.append(Result(run, variant.label, unavailable=NO_STUBS))
                 continue
             start = time.perf_counter()

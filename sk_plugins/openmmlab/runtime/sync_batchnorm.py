@@ -5,12 +5,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...ops.private import BatchNorm
 
 __all__ = ['SyncBatchNorm', 'synchronise']
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(BatchNorm):
     """``nn.SyncBatchNorm`` for any backend that gathers and sums, gloo on CPUs among them: (B, C, ...) to the same.
 
     In training, the mean and the variance are those of all processes' values, whose number may differ from one to
