@@ -233,11 +233,11 @@ def _fold_output_norm(layer: SelectiveKernel) -> None:
     layer undoes that: W s = (W / scale) (s' - M * shift).
     """
     norm, attn = layer.bn, layer.attn
-    bare = _known_as(layer, 'sk_plugins.layers.selective_kernel.SelectiveKernel') and all(
+    without_norms = _known_as(layer, 'sk_plugins.layers.selective_kernel.SelectiveKernel') and all(
         _is_convolution(path.conv) and all(type(m) is nn.Identity for m in (path.bn, path.act, path.aa))
         for path in layer.paths
     )
-    if norm is None or not bare or not (_is_plain_norm(norm) and _is_norm(norm)):
+    if norm is None or not without_norms or not (_is_plain_norm(norm) and _is_norm(norm)):
         return
     scale, shift = _affine(norm)
     if attn is not None:

@@ -1,4 +1,4 @@
-"""OpenMMLab's door: the networks as backbones in mmpretrain's ``MODELS``, and their weights.
+"""The networks as backbones in mmpretrain's ``MODELS``, and their weights.
 
 Import it through ``custom_imports = dict(imports=['sk_plugins.mmpretrain_models'])``. From mmdetection or
 mmsegmentation the backbones are ``mmpretrain.SKNet`` and so on. The import also registers the project's datasets and

@@ -1,4 +1,4 @@
-"""timm's door: every model of the zoo as a registered timm model."""
+"""Every model of the zoo as a registered timm model."""
 
 import pickle
 from pathlib import Path

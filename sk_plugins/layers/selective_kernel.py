@@ -127,8 +127,8 @@ class SelectiveKernel(Fusable):
         reduce_norm: BatchNorm in z (Eq. 3); False puts a bias in its place.
         reduce_act: ReLU in z (Eq. 3).
         conv_bias: a bias in the branches' convolutions.
-        norm_position: 'branch' (norm and activation in every branch, the paper's), 'output' (bare convolutions,
-            norm and activation once, after the selection) or 'none' (bare convolutions, and nothing after it).
+        norm_position: 'branch' (norm and activation in every branch, the paper's), 'output' (branches are
+            convolutions alone; norm and activation follow the selection) or 'none' (convolutions alone).
         backend: how the output is computed, with the same results: 'auto', the fastest that may be; 'plain', module
             after module; 'recompute', keeping M maps a unit for the backward pass in place of 2 M; 'triton', the
             kernels wherever they are right, in compiled graphs too. See :mod:`sk_plugins.ops`.

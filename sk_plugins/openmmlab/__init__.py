@@ -1,1 +1,1 @@
-"""What OpenMMLab's door, :mod:`sk_plugins.mmpretrain_models`, needs: it imports the rooms that it registers."""
+"""What :mod:`sk_plugins.mmpretrain_models` needs: backbones, datasets, hooks and the training runtime."""

@@ -30,7 +30,7 @@ _OF_THE_UNIT = re.compile(r'stage\d\.\d+\.branch2\.[348]\.')
 class Backbone(TimmNames):
     """What OpenMMLab expects of a backbone, around a network of timm's kind.
 
-    A class of the door inherits from it, its network and ``BaseBackbone``, in this order, and names the network and
+    A registered class inherits from it, its network and ``BaseBackbone``, in this order, and names the network and
     its modules: timm's ``__init__`` reaches ``BaseModule.__init__`` through ``super()``.
     """
 
@@ -217,7 +217,7 @@ def _split(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class ResNetBackbone(Backbone, networks.SKResNet, BaseBackbone):
-    """The ResNets' part of the door: ``spec`` is the network; ``kwargs`` override its arguments, or are OpenMMLab's."""
+    """The ResNets' backbone: ``spec`` is the network; ``kwargs`` override its arguments, or are OpenMMLab's."""
 
     network = networks.SKResNet
     stem = ('conv1', 'bn1', 'maxpool')
@@ -247,7 +247,7 @@ class ResNetBackbone(Backbone, networks.SKResNet, BaseBackbone):
 
 
 class ShuffleNetBackbone(Backbone, networks.SKShuffleNetV2, BaseBackbone):
-    """ShuffleNetV2's part of the door, whose stages are those of mmpretrain's ``ShuffleNetV2``."""
+    """ShuffleNetV2's backbone, whose stages are those of mmpretrain's ``ShuffleNetV2``."""
 
     network = networks.SKShuffleNetV2
     stem = ('conv1',)

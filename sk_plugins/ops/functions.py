@@ -68,7 +68,7 @@ class NormReluSelect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        spec, kept = ctx.spec, ctx.saved_tensors  # once: checkpointing lets nobody ask again
+        spec, kept = ctx.spec, ctx.saved_tensors  # once: under checkpointing a second access raises
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
         if not _is_ordinary(grad):
             grads = _differentiate(lambda *t: norm_relu_select(spec.unflatten(t), spec.eps), tensors, ctx, grad)
@@ -105,7 +105,7 @@ class NormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        spec, kept = ctx.spec, ctx.saved_tensors  # once: checkpointing lets nobody ask again
+        spec, kept = ctx.spec, ctx.saved_tensors  # once: under checkpointing a second access raises
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
         if not _is_ordinary(grad):
             grads = _differentiate(lambda *t: _norm_act(spec, *t), tensors, ctx, grad)

@@ -1,7 +1,7 @@
 """What ``fuse_forward`` is written in: convolutions, and by an engine's passes what follows them.
 
 A convolution's norm is None where BatchNorm was folded into it. Its bias is then added in the engine's pass, which
-reads the map anyhow; on a GPU torch adds a bias in a pass of its own.
+reads the map for other reasons; on a GPU torch adds a bias in a pass of its own.
 """
 
 from collections.abc import Sequence

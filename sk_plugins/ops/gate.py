@@ -196,7 +196,7 @@ def _choose(module: Fusable, x: Tensor) -> ModuleType | None:
     if backend == 'plain' or (type(x) is not Tensor and type(x) is not nn.Parameter):
         return None
     on_gpu = x.is_cuda or _stubbed or gpu.INTERPRETS
-    # On a GPU nobody has timed the CPU's engine: it is for those who ask for it.
+    # The CPU's engine was not timed on a GPU: there it runs only where it is asked for by name.
     may_recompute = module.fuses_on_cpu and cpu.pays() and (backend == 'recompute' or not x.is_cuda)
     if not on_gpu and not may_recompute:
         return None

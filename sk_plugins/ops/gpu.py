@@ -144,7 +144,7 @@ def norm_act(spec, shortcut: Tensor | None, *norms: Tensor | None) -> tuple[Tens
         saved += kernels.statistics(ys, spec.eps, spec.momentum, spec.running)
         means, variances = saved[:1], saved[1:]
     out = kernels.norm_act(ys, _norms(weights, biases, means, variances, spec, 2), shortcut, spec.relu)
-    # Where the ReLU was open is seen in the output, which the next convolution keeps anyhow, or in y alone.
+    # The output, which the next convolution keeps too, tells where the ReLU was open; without a shortcut y does.
     if spec.relu and (shortcut is not None or len(ys) > 1):
         saved.append(out)
     return out, saved

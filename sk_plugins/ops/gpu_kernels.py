@@ -1,6 +1,6 @@
 """Triton kernels of BatchNorm, ReLU, pooling and selection over all branches, and their launchers.
 
-Each pass goes over all M branches at once, and none writes a map that is normalised or rectified alone:
+Each pass goes over all M branches, and none writes a map that is only normalised or rectified:
 
 - :func:`statistics` reads y_m for the batch's mean and variance, and updates the running ones;
 - :func:`moments` reads y_m (and the gradient of V) for sums over a map;

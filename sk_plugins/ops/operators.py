@@ -104,7 +104,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    kept = ctx.saved_tensors  # once: checkpointing lets nobody ask again
+    kept = ctx.saved_tensors  # once: under checkpointing a second access raises
     attention, rest = kept[:7], list(kept[7:])
     lists = []
     for length in ctx.lengths:

@@ -1,6 +1,6 @@
 """A trial of the GPU's engine on a device that it meets for the first time: it must be right there, and faster.
 
-Kernels that nobody has run on a card may be slower there than torch's own, or wrong. So before they are used they are
+On a card where they were never run, kernels may be slower than torch's own, or wrong. So before they are used they are
 timed against plain torch, the host included, forward and backward, on a small map and on a large one, and compared
 with it. The verdict is kept on disk, for the device, the dtype and the versions of everything that has a part in it.
 
@@ -280,7 +280,7 @@ def _try(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _compile(device: torch.device, dtype: torch.dtype) -> None:
-    """Have all kernels compiled at once: most of it is outside Python."""
+    """Compile the kernels in parallel: most of the work is outside Python."""
 
     def run(norm: str) -> None:
         with torch.cuda.device(device), torch.set_grad_enabled(norm == 'batch'):

@@ -62,7 +62,7 @@ class Inert:
 
 
 def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the weights and the ``meta`` of a checkpoint of mmengine's, timm's or a bare state dict.
+    """Read the weights and the ``meta`` of a checkpoint of mmengine's, timm's or a plain state dict.
 
     Pickles are read with ``weights_only=True``; what else they hold (mmengine's logs, optimizer state) stays
     unread, and nothing in them is run.
@@ -177,7 +177,7 @@ def pick_state_dict(checkpoint: Any, use_ema: bool = True, where: str = '') -> M
     """The state dict in what a checkpoint file holds.
 
     Args:
-        checkpoint: a checkpoint of mmengine's or timm's, or a bare state dict.
+        checkpoint: a checkpoint of mmengine's or timm's, or a plain state dict.
         use_ema: the averaged weights where the checkpoint has some, else the ones last trained.
         where: what the checkpoint comes from, for the message: ``'x.pth: '``.
 
@@ -188,7 +188,7 @@ def pick_state_dict(checkpoint: Any, use_ema: bool = True, where: str = '') -> M
     is_one = isinstance(found, Mapping) and len(found) > 0
     if not is_one or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         raise CheckpointError(
-            f'{where}holds no state dict of tensors (expected a checkpoint of mmengine or timm, or a bare state dict)'
+            f'{where}holds no state dict of tensors (expected a checkpoint of mmengine or timm, or a plain state dict)'
         )
     return found
 
@@ -222,7 +222,7 @@ def require_weights(state_dict: Mapping[str, Tensor]) -> None:
 
 
 def save_state_dict(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Write a bare state dict, as safetensors or, by any other ending, with ``torch.save``.
+    """Write a plain state dict, as safetensors or, by any other ending, with ``torch.save``.
 
     Raises:
         FileExistsError: ``path`` is a folder.
@@ -270,7 +270,7 @@ def write_atomically(path: str | os.PathLike, folder: bool = False) -> Iterator[
         try:
             partial = parent / target.name
             yield partial
-            # safetensors lets nobody else read what it writes.
+            # safetensors writes files that only their owner can read.
             umask = os.umask(0)
             os.umask(umask)
             for written in (partial, *partial.rglob('*')):

@@ -264,7 +264,7 @@ def load_partial(model: nn.Module, source: str | os.PathLike | Mapping[str, Tens
     """Load what fits by name and shape, such as torchvision's ShuffleNetV2 weights into SE and SK units.
 
     Args:
-        model: a network of timm's door, changed in place.
+        model: a network registered in timm, changed in place.
         source: a state dict under either world's names, a checkpoint file, an ``https://`` address of one (read with
             ``weights_only=True``) or ``hf-hub:OWNER/NAME[@REVISION]``.
 

@@ -48,7 +48,7 @@ def read_checkpoint(path: Path, map_location: Any = None, source: str | None = N
     """A checkpoint as mmengine's runner takes it, training state and all; nothing in the file is run.
 
     Args:
-        path: a file of mmengine's, timm's, a bare state dict, or one of safetensors.
+        path: a file of mmengine's, timm's, a plain state dict, or one of safetensors.
         map_location: as in ``torch.load``.
         source: how the file is called in errors of the network that its weights go into; ``path`` where None.
 

@@ -200,7 +200,7 @@ class SeededBatch(list):
         self.key, self.places = key, places
 
     def __iter__(self) -> Iterator[Any]:
-        # A worker's random numbers are nobody else's.
+        # Every worker has random numbers of its own.
         with _random_as_before() if get_worker_info() is None else contextlib.nullcontext():
             for index, place in zip(super().__iter__(), self.places):
                 _start_random(*self.key, place, devices=False)
