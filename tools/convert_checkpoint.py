@@ -37,7 +37,7 @@ from sk_plugins.weights.names import is_own
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('checkpoint', type=Path, help='of mmengine, timm, a bare state dict, or foreign')
+    parser.add_argument('checkpoint', type=Path, help='of mmengine, timm, a plain state dict, or another project')
     parser.add_argument('out', type=Path)
     parser.add_argument('--to', choices=['hub', 'timm', 'mmengine'])
     parser.add_argument('--config', help='for hub: the config it was trained with (a foreign checkpoint has none)')

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from gate_cases import WATCHES
-from plain_engine import put_in_place
-from randomised import randomise
+from helpers.gate_cases import WATCHES
+from helpers.plain_engine import put_in_place
+from helpers.randomised import randomise
 from timm.layers import BlurPool2d
 from timm.models.resnet import ResNet
 from torch import nn

@@ -51,10 +51,10 @@ class LoadSoundImage(LoadImageFromFile):
     """mmcv's ``LoadImageFromFile``, but that what it gives is the whole image, with its channels and its range.
 
     An empty or truncated file, or one that is no image, is an error with its name, as are pixels of 32 bits, more
-    pixels than twice ``PIL.Image.MAX_IMAGE_PIXELS``, and sides too unlike. Pixels of 16 bits become 8 by OpenCV, which divides them by
-    256, where Pillow would cut them off at 255. What OpenCV does not read, Pillow does. As in mmcv, images are turned
-    by their EXIF orientation unless ``color_type`` says otherwise, alpha goes (LA in Pillow excepted, which is laid on
-    grey), and of an animation the first frame counts.
+    pixels than twice ``PIL.Image.MAX_IMAGE_PIXELS``, and sides too unlike. Pixels of 16 bits become 8 by OpenCV, which
+    divides them by 256, where Pillow would cut them off at 255. What OpenCV does not read, Pillow does. As in mmcv,
+    images are turned by their EXIF orientation unless ``color_type`` says otherwise, alpha goes (LA in Pillow excepted,
+    which is laid on grey), and of an animation the first frame counts.
 
     Args:
         max_ratio: the most that the longer side may be of the shorter.
