@@ -181,7 +181,7 @@ class TestBranches:
     def test_parameters_of_half_precision(self, dtype):
         Case(2, (3, 6, 4, 3), dtype, batch=dtype == torch.float16, parameters=dtype, bias=True).check()
 
-    @pytest.mark.parametrize(('memory_format', 'programs'), zip(FORMATS.values(), (20, 1)), ids=FORMATS)
+    @pytest.mark.parametrize(('memory_format', 'programs'), [*zip(FORMATS.values(), (20, 1))], ids=FORMATS)
     def test_maps_of_several_tiles_and_splits(self, memory_format, programs, small_tiles, monkeypatch):
         monkeypatch.setattr(gpu.kernels, '_PROGRAMS', programs)
         case = Case(2, (2, 6, 7, 6), memory_format=memory_format)
@@ -324,7 +324,7 @@ class TestNormAct:
         for num, memory_format in zip((1, 2), FORMATS.values()):
             EndCase(num, shape, shortcut=num == 1, memory_format=memory_format).check()
 
-    @pytest.mark.parametrize(('memory_format', 'programs'), zip(FORMATS.values(), (1, 1024)), ids=FORMATS)
+    @pytest.mark.parametrize(('memory_format', 'programs'), [*zip(FORMATS.values(), (1, 1024))], ids=FORMATS)
     def test_several_tiles_and_splits(self, memory_format, programs, small_tiles, monkeypatch):
         monkeypatch.setattr(gpu.kernels, '_PROGRAMS', programs)
         for num in (1, 2):
