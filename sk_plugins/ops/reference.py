@@ -50,14 +50,15 @@ def select(branches: list[Tensor], attention: Tensor) -> Tensor:
         V, (B, C, H, W), of the branches' dtype.
     """
     attention = attention.to(branches[0].dtype)
+    # Not attention[:, 0]: torch 2.7 exports that ':' as a bound on the batch.
     if len(branches) == 1:
-        return branches[0] * attention[:, 0]
+        return branches[0] * attention.select(1, 0)
     if len(branches) == 2:
         # The weights sum to 1, so one interpolation does what two products and a sum would.
-        return torch.lerp(branches[1], branches[0], attention[:, 0])
-    selected = branches[0] * attention[:, 0]
+        return torch.lerp(branches[1], branches[0], attention.select(1, 0))
+    selected = branches[0] * attention.select(1, 0)
     for m, branch in enumerate(branches[1:], 1):
-        selected = torch.addcmul(selected, branch, attention[:, m])
+        selected = torch.addcmul(selected, branch, attention.select(1, m))
     return selected
 
 
