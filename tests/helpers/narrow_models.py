@@ -1,5 +1,8 @@
 """Every name that timm has from here, and narrow networks of each, as training could leave them."""
 
+import re
+from typing import Any, NamedTuple
+
 import pytest
 import timm
 import torch
@@ -30,9 +33,51 @@ BRANCHES_OF_CODE = ['sknet26', 'seresnext29_16x32d', 'shufflenetv2_x0_5', 'skshu
 # A network in which what is tested does not depend on the width takes a tenth of the time.
 NARROW = dict(channels=(16, 32, 64, 128), cardinality=8, base_width=16, num_classes=10)
 
+
+class Row(NamedTuple):
+    """What the tests know of a network by its paper, and a narrow one of its kind."""
+
+    names: str  # a pattern
+    channels: list[int]  # of the features
+    reductions: list[int]
+    pooled: int  # channels before the classifier
+    narrow: dict[str, Any]  # arguments that leave its proportions, and take a hundredth of the time
+    narrow_channels: list[int]
+    narrow_pooled: int
+    shallow: tuple[int, ...]  # units per stage for tools whose time goes by the size of the graph
+
+
+_STRIDES = [2, 4, 8, 16, 32]
 SHUFFLE_CHANNELS = {'0_5': (48, 96, 192), '1_0': (116, 232, 464), '1_5': (176, 352, 704), '2_0': (244, 488, 976)}
 
-_NARROW_CHANNELS = {'0_5': (12, 24, 48), '1_0': (28, 58, 116), '1_5': (44, 88, 176), '2_0': (60, 122, 244)}
+
+def _resnet(names, **narrow):
+    channels, narrow_channels = [64, 256, 512, 1024, 2048], [64, 64, 128, 256, 512]
+    return Row(names, channels, _STRIDES, 2048, dict(NARROW, **narrow), narrow_channels, 512, (1, 1, 1, 1))
+
+
+def _shufflenet(factor):
+    channels = SHUFFLE_CHANNELS[factor]
+    few = tuple(2 * (count // 8) for count in channels)
+    narrow = dict(channels=few, layers=(2, 2, 2), head_channels=64, num_classes=10)
+    pooled = 2048 if factor == '2_0' else 1024
+    return Row(f'shufflenetv2_x{factor}', [24, 24, *channels], _STRIDES, pooled, narrow, [24, 24, *few], 64, (2, 1, 1))
+
+
+_SMALL = dict(channels=(16, 32, 64), layers=(1, 2, 1), cardinality=4, base_width=32, num_classes=10)
+ROWS = [
+    Row('29_16x32d', [64, 256, 512, 1024], [1, 1, 2, 4], 1024, _SMALL, [64, 64, 128, 256], 256, (1, 1, 1)),
+    _resnet('sknet26'),
+    _resnet('sknet', layers=(1, 2, 1, 1)),
+    _resnet('101_32x4d', layers=(1, 1, 2, 1), cardinality=8, base_width=16),
+    _resnet('101_32x8d', layers=(1, 1, 2, 1), cardinality=8, base_width=32),
+    _resnet('101_64x4d', layers=(1, 1, 2, 1), cardinality=16, base_width=16),
+    *map(_shufflenet, SHUFFLE_CHANNELS),
+]
+
+
+def row(name):
+    return next(row for row in ROWS if re.search(row.names, name))
 
 
 def is_shuffle(name):
@@ -44,28 +89,19 @@ def is_small(name):
 
 
 def feature_shapes(name, narrow=False):
-    """Channels and reductions of the features, and the channels of what is pooled, written down from the papers."""
-    if is_shuffle(name):
-        channels = [24, 24, *(_NARROW_CHANNELS if narrow else SHUFFLE_CHANNELS)[name[-3:]]]
-        return channels, [2, 4, 8, 16, 32], 64 if narrow else 2048 if name.endswith('2_0') else 1024
-    channels = [64, 64, 128, 256, 512] if narrow else [64, 256, 512, 1024, 2048]
-    if is_small(name):
-        return channels[:4], [1, 1, 2, 4], channels[3]
-    return channels, [2, 4, 8, 16, 32], channels[4]
+    """Channels and reductions of the features, and the channels of what is pooled."""
+    found = row(name)
+    if narrow:
+        return found.narrow_channels, found.reductions, found.narrow_pooled
+    return found.channels, found.reductions, found.pooled
 
 
 def narrow(name):
-    """Arguments that leave the network's kind and its proportions, and take a hundredth of the time."""
-    if is_shuffle(name):
-        return dict(channels=_NARROW_CHANNELS[name[-3:]], layers=(2, 2, 2), head_channels=64, num_classes=10)
-    if is_small(name):
-        return dict(channels=(16, 32, 64), layers=(1, 2, 1), cardinality=4, base_width=32, num_classes=10)
-    if name == 'sknet26':
-        return NARROW
-    if name.startswith('sknet'):
-        return dict(NARROW, layers=(1, 2, 1, 1))
-    groups, width = name.rpartition('_')[2][:-1].split('x')
-    return dict(NARROW, layers=(1, 1, 2, 1), cardinality=int(groups) // 4, base_width=4 * int(width))
+    return dict(row(name).narrow)
+
+
+def shallow(name):
+    return row(name).shallow
 
 
 def make_model(name='sknet26', train=False, **kwargs):
@@ -102,8 +138,3 @@ def assert_same_gradients(model, expected, headless=False):
 
 def make_model_as_loaded(name, cfg, **kwargs):
     return timm.create_model(name, **{**narrow(name), **kwargs}, pretrained=True, pretrained_cfg_overlay=cfg)
-
-
-def shallow(name):
-    """Units per stage for tools whose time goes by the size of the graph."""
-    return (2, 1, 1) if is_shuffle(name) else (1, 1, 1) if is_small(name) else (1, 1, 1, 1)
