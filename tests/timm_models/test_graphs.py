@@ -27,7 +27,7 @@ def test_torchscript(name):
         assert_close(scripted(x), model(x), length=model)
 
 
-@each_kind
+@pytest.mark.parametrize('name', BRANCHES_OF_CODE)
 @torch.no_grad()
 def test_trace(name):
     model = make_model(name)
@@ -52,7 +52,7 @@ def test_fx_graph_of_the_whole_model(name):
     assert_same_gradients(graph, model)
 
 
-@each_kind
+@pytest.mark.parametrize('name', BRANCHES_OF_CODE)
 @torch.no_grad()
 def test_fx_graph_can_be_scripted(name):
     model = make_model(name).double()

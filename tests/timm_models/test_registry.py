@@ -134,7 +134,7 @@ def test_default_cfg(name):
     assert isinstance(model.get_submodule(cfg['first_conv']), nn.Conv2d)
 
 
-@each_model
+@each_kind
 def test_group_matcher(name):
     model = timm.create_model(name, device='meta')
     stem, stages, first = ('conv1', 'stage', 2) if is_shuffle(name) else ('(conv1|bn1)', 'layer', 1)

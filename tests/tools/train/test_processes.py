@@ -80,6 +80,7 @@ def test_two_processes_resume(reads_checkpoints, dist_train, distributed_run, tm
     assert [(e['epoch'], e['iter']) for e in training] == [(2, 4), (2, 5), (2, 6)]
 
 
+@pytest.mark.slow
 def test_two_processes_test(command, load_tool, distributed_run, short_digits, free_port, tmp_path):
     words = ['sknet_digits', str(distributed_run / 'epoch_1.pth')]
     options = ['--work-dir', str(tmp_path), '--cfg-options', *short_digits]

@@ -133,7 +133,7 @@ def test_autocast_step(build):
     """What --amp asks of the network, on any device: a bfloat16 step leaves finite float32 gradients."""
     runner = build('sknet_digits')
     model, device = runner.model.train(), next(runner.model.parameters()).device.type
-    samples = [Digits('train', pipeline=runner.cfg.train_dataloader.dataset.pipeline)[i] for i in range(8)]
+    samples = [Digits('train', pipeline=runner.cfg.train_dataloader.dataset.pipeline)[i] for i in range(4)]
     data = model.data_preprocessor(pseudo_collate(samples), training=True)
     with torch.autocast(device, torch.bfloat16):
         loss = model(**data, mode='loss')['loss']
