@@ -1,5 +1,6 @@
 """The error model of tests/helpers/tolerances.py, held against rounding itself."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -47,6 +48,17 @@ def test_what_is_compared():
     assert_close(a + 1e-6, a, scale=100.0)
     assert_close(a * (1 + 1e-3), a, dtype=torch.bfloat16)
     assert tolerance(torch.float32, 4, gain=2) == pytest.approx(4 * 2 * 2 * 2**-23)
+
+
+def test_numbers_and_arrays():
+    """In float64, unless a coarser dtype is named."""
+    assert_close({'a': 0.1 + 0.2, 'b': [3, 4.0]}, {'a': 0.3, 'b': [3.0, 4]})
+    assert_close(np.float32([0.1, 1]), np.array([0.1, 1]), dtype=torch.float32)
+    for value in (0.3 + 1e-12, 1):
+        with pytest.raises(AssertionError):
+            assert_close(value, 0.3)
+    with pytest.raises(AssertionError):
+        assert_close(np.float32([0.1, 1]), np.array([0.1, 1]))
 
 
 def test_sums_of_a_module():
