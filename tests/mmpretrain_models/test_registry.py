@@ -196,20 +196,16 @@ LAYERS = {
     'SKNet-29': (dict(type='SKNet', depth=29), [[1, 1, 1], [2, 2, 3], [4, 4, 4]]),
     'SKNet-50': (dict(type='SKNet', depth=50), RESNET_50),
     'SKNet-101': (dict(type='SKNet', depth=101), RESNET_101),
-    'SKResNeXt-26': (dict(type='SKResNeXt', depth=26), [[1, 1], [2, 2], [3, 3], [4, 4]]),
-    'SKResNeXt-50': (dict(type='SKResNeXt', depth=50), RESNET_50),
     'SKResNeXt-101': (dict(type='SKResNeXt', depth=101, groups=64), RESNET_101),
     'SKResNeXt-152': (
         dict(type='SKResNeXt', depth=152),
         [[1] * 3, [2] * 4 + [3] * 4, [4 + i // 4 for i in range(36)], [13] * 3],
     ),
-    'SKResNet-18': (dict(type='SKResNet', depth=18), [[1, 1], [2, 2], [3, 3], [4, 4]]),
     'SKResNet-34': (dict(type='SKResNet', depth=34), RESNET_50),
-    'SKResNet-50': (dict(type='SKResNet', depth=50), RESNET_50),
     'SKResNet-50d': (dict(type='SKResNet', depth='50d'), RESNET_50),
     **{
         f'SKShuffleNetV2-{unit}-{factor}': (dict(type='SKShuffleNetV2', widen_factor=factor, unit=unit), SHUFFLENET)
-        for unit, factor in (('sk', 0.5), ('sk', 1.0), ('se', 1.5), ('plain', 2.0))
+        for unit, factor in (('sk', 0.5), ('plain', 2.0))
     },
 }
 
