@@ -17,7 +17,7 @@ from sk_plugins.weights import CheckpointError, load_foreign, recognise_foreign
 @pytest.mark.parametrize(
     ('wrap', 'prefix'),
     [(dict, ''), (lambda w: {'state_dict': w}, 'module.'), (lambda w: {'model': w, 'epoch': 3}, '')],
-    ids=['bare', 'of several processes', 'with an epoch'],
+    ids=['weights alone', 'of several processes', 'with an epoch'],
 )
 def test_containers(tmp_path, wrap, prefix):
     network = randomise(SKNet(**NARROW))
