@@ -1,5 +1,6 @@
 """What tools/train.py trains: the recipes, precision, compilation, resuming, other data."""
 
+import functools
 import shutil
 import struct
 
@@ -171,6 +172,7 @@ def test_compile_trains(losses_of, monkeypatch):
     """Traced, but not handed to a compiler, which takes minutes on a CPU; nor is the optimizer, for each group."""
     calls, torch_compile = [], torch.compile
 
+    @functools.wraps(torch_compile)  # whose arguments are those that a config may have
     def compile_(function, **kwargs):
         calls.append((function.__name__, kwargs))
         return torch_compile(function, **kwargs)
