@@ -141,7 +141,8 @@ def assert_no_spills(kernel, folder):
         (folder / 'kernel.cubin').write_bytes(kernel.asm['cubin'])
         command = [tool, '-res-usage', folder / 'kernel.cubin']
         usage = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert re.search(r'STACK:0 .*LOCAL:0 ', usage.stdout + usage.stderr), usage.stdout
+        # Triton 3.6, torch 2.11's, gives one of them a frame of 16 bytes.
+        assert re.search(r'STACK:(0|16) .*LOCAL:0 ', usage.stdout + usage.stderr), usage.stdout
 
 
 def compile_all(found, folder, every=True):
