@@ -25,6 +25,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()  # or nanobind calls it a leak
+
+
 @pytest.fixture(scope='module', autouse=True)
 def _no_scope_is_left():
     """A Runner of mmseg's leaves its scope the current one, in which the next file's registries would look."""
