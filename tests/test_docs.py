@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers.foreign_networks import SKNet
 from helpers.hub_server import HubServer
+from helpers.third_party_networks import SKNet
 from safetensors.torch import save
 
 import sk_plugins
@@ -129,7 +129,7 @@ def flowers(tmp_path, imagenet):
     return tmp_path
 
 
-def write_foreign(path):
+def write_third_party(path):
     torch.save(SKNet(widths=(16, 32, 64, 96), outputs=(32, 64, 128, 192), dims=(8, 8, 8, 8)).state_dict(), path)
 
 
@@ -209,8 +209,8 @@ def test_python_snippet_runs(code, run_python, tmp_path):
     for name in ('mmpretrain', 'segmentation_models_pytorch', 'transformers', 'tensorboard'):
         if name in code:
             pytest.importorskip(name)
-    if "load_foreign('sknet.pth')" in code:
-        write_foreign(tmp_path / 'sknet.pth')
+    if "load_third_party('sknet.pth')" in code:
+        write_third_party(tmp_path / 'sknet.pth')
     run_python(code, tmp_path)
 
 
@@ -281,7 +281,7 @@ def test_shell_lines_run_in_their_order(flowers, imagenet, environment, run_pyth
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     (flowers / 'data' / 'imagenet').symlink_to(imagenet.root)
     (flowers / 'flowers.py').write_text(FLOWERS[0])
-    write_foreign(flowers / 'sknet.pth')
+    write_third_party(flowers / 'sknet.pth')
     lines = SHELL
     if not Path('/usr/share/datasets/fashion-mnist').is_dir():
         lines = [line for line in lines if 'fashion_mnist' not in line]

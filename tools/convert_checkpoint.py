@@ -24,14 +24,14 @@ from sk_plugins.networks import SKResNet
 from sk_plugins.weights import (
     CheckpointError,
     load_checkpoint,
-    recognise_foreign,
+    recognise_third_party,
     save_hub_folder,
     save_mmengine_checkpoint,
     save_state_dict,
     timm_arguments,
     to_timm,
 )
-from sk_plugins.weights.convert import Foreign, is_foreign
+from sk_plugins.weights.convert import ThirdPartyWeights, is_third_party
 from sk_plugins.weights.names import is_own
 
 
@@ -40,7 +40,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('checkpoint', type=Path, help='of mmengine, timm, a plain state dict, or another project')
     parser.add_argument('out', type=Path)
     parser.add_argument('--to', choices=['hub', 'timm', 'mmengine'])
-    parser.add_argument('--config', help='for hub: the config it was trained with (a foreign checkpoint has none)')
+    parser.add_argument(
+        '--config', help="for hub: the config it was trained with (another project's checkpoint has none)"
+    )
     parser.add_argument('--no-ema', action='store_true', help='the trained weights, not their running average')
     args = parser.parse_args(argv)
     if args.to is None:
@@ -58,8 +60,8 @@ def convert(checkpoint: Path, out: Path, to: str, config: str | None = None, use
     state_dict, meta = load_checkpoint(checkpoint, use_ema=use_ema)
     classes = (meta.get('dataset_meta') or {}).get('classes')
     try:
-        if is_foreign(state_dict) or not is_own(state_dict):
-            convert_foreign(recognise_foreign(state_dict), out, to, config)
+        if is_third_party(state_dict) or not is_own(state_dict):
+            convert_third_party(recognise_third_party(state_dict), out, to, config)
             return
         if to == 'hub' and config is None:
             raise CheckpointError('a Hub folder needs --config, the config that it was trained with')
@@ -82,11 +84,11 @@ def convert(checkpoint: Path, out: Path, to: str, config: str | None = None, use
         raise CheckpointError(f'{checkpoint}: {error}') from error
 
 
-def convert_foreign(found: Foreign, out: Path, to: str, config: str | None = None) -> None:
+def convert_third_party(found: ThirdPartyWeights, out: Path, to: str, config: str | None = None) -> None:
     """Write another project's network to ``out``, and print what it is. Errors as in ``checkpoints``."""
     if found.network is not SKResNet:
         raise CheckpointError(
-            f'recognised as {found.origin}, which is no network: sk_plugins.weights.load_foreign builds it'
+            f'recognised as {found.origin}, which is no network: sk_plugins.weights.load_third_party builds it'
         )
     if config is not None:
         raise CheckpointError(f'recognised as {found.origin}, which no --config of this project describes')
@@ -99,8 +101,8 @@ def convert_foreign(found: Foreign, out: Path, to: str, config: str | None = Non
             network = f'backbone=dict({words})'
     except ValueError as error:
         if to == 'hub':
-            raise CheckpointError(f'{error}; sk_plugins.weights.load_foreign builds it') from error
-        network = f'sk_plugins.weights.load_foreign, for it is no registered model ({error})'
+            raise CheckpointError(f'{error}; sk_plugins.weights.load_third_party builds it') from error
+        network = f'sk_plugins.weights.load_third_party, for it is no registered model ({error})'
     if to == 'timm':
         save_state_dict(found.state_dict, out)
     elif to == 'mmengine':

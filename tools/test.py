@@ -102,7 +102,7 @@ def set_show_dir(cfg: Config, folder: Path, tta: bool) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise ValueError(f'--show-dir {folder}: the config has no default_hooks.visualization')
-    where = str(folder.resolve())  # mmdet takes another path as one below the work dir, anew for every batch
+    where = str(folder.resolve())  # mmdet takes another path as one below the work dir, again for every batch
     if cfg.get('default_scope') == 'mmdet':
         hook.update(draw=True, test_out_dir=where)
     elif cfg.get('default_scope') == 'mmseg':

@@ -1,9 +1,8 @@
 """A model's SK units under the paper's names, and a record of their attention.
 
-What is watched are the logits on their way into the softmax, in eager mode and compiled. The softmax gets a ``forward``
-of its own, which torch.compile notices, as it does not notice hooks, and which is gone afterwards: a model that nobody
-records is as it was. While it is recorded, a unit runs module after module: on a CPU its outputs stay what they are bit
-for bit, in training its gradients, and on a GPU both, to rounding.
+The record keeps the logits on their way into the softmax, in eager mode and compiled. For as long as it runs, the
+softmax has a ``forward`` of its own, which torch.compile notices, as it does not notice hooks. A recorded unit runs
+module after module. On a CPU its outputs and gradients stay the same bit for bit, on a GPU to rounding.
 """
 
 import itertools

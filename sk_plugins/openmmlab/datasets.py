@@ -106,10 +106,10 @@ class ScaledFashionMNIST(FashionMNIST):
     def batch(
         self, indices: Sequence[int], scale: Sequence[float] | None = None, draw: int = 0
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Many images at once, without the pipeline: canvases (N, 64, 64) uint8, labels (N,), boxes (N, 4).
+        """A batch of images, without the pipeline: canvases (N, 64, 64) uint8, labels (N,), boxes (N, 4).
 
-        ``scale`` goes in the set's own place where given. Every ``draw`` places all garments anew; 0 is the one that
-        the set's items show.
+        ``scale`` goes in the set's own place where given. Every ``draw`` places all garments elsewhere; 0 is the one
+        that the set's items show.
 
         Raises:
             ValueError: no indices, or a ``scale`` that is no such range.

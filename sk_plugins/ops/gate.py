@@ -83,7 +83,7 @@ class Fusable(nn.Module):
         if torch.compiler.is_compiling():
             if self.has_operator and self.backend == 'triton' and self._goes_by_operators():
                 parts = self.parts(False)
-                # Asked in the graph, so that it is made anew where a norm changes.
+                # Asked in the graph, which is compiled again where a norm changes.
                 if _agree(parts[1] if parts[2] is None else [*parts[1], parts[2][1]]):
                     return self.fuse_forward(operators, x, parts)
             return super().__call__(x, *args, **kwargs)

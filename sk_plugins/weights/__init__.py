@@ -1,6 +1,6 @@
 """Weights: files, their names in timm and OpenMMLab, other projects' networks, and the Hugging Face Hub."""
 
-from .convert import load_foreign, recognise_foreign
+from .convert import load_third_party, recognise_third_party
 from .files import CheckpointError, HubError, load_checkpoint, save_state_dict
 from .hub import PartialLoad, load_partial, save_hub_folder
 from .names import save_mmengine_checkpoint, timm_arguments, to_mmpretrain, to_timm
@@ -10,9 +10,9 @@ __all__ = [
     'HubError',
     'PartialLoad',
     'load_checkpoint',
-    'load_foreign',
     'load_partial',
-    'recognise_foreign',
+    'load_third_party',
+    'recognise_third_party',
     'save_hub_folder',
     'save_mmengine_checkpoint',
     'save_state_dict',

@@ -25,12 +25,12 @@ from .names import BACKBONE, COUNTER, find_misfits, is_own, several
 
 __all__ = [
     'SUPPORTED',
-    'Foreign',
     'SKUnexpandedBottleneck',
-    'is_foreign',
-    'load_foreign',
+    'ThirdPartyWeights',
+    'is_third_party',
+    'load_third_party',
     'recognise',
-    'recognise_foreign',
+    'recognise_third_party',
 ]
 
 SUPPORTED = (
@@ -47,7 +47,7 @@ class SKUnexpandedBottleneck(SKBottleneck):
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ThirdPartyWeights:
     """A state dict of another project, in our terms.
 
     Attributes:
@@ -112,14 +112,14 @@ class Foreign:
         raise ValueError(f'{self.origin}: no registered model has {self.arguments["layers"]} units in its stages')
 
 
-def load_foreign(source: str | os.PathLike | Mapping[str, Any], **options) -> nn.Module:
+def load_third_party(source: str | os.PathLike | Mapping[str, Any], **options) -> nn.Module:
     """Build a network of ours from the weights of another project's, with equal outputs.
 
-    :data:`~sk_plugins.weights.convert.SUPPORTED` says what is supported. :func:`recognise_foreign` says what a file was
-    recognised as, and what was done to its tensors.
+    :data:`~sk_plugins.weights.convert.SUPPORTED` says what is supported. :func:`recognise_third_party` says what a file
+    was recognised as, and what was done to its tensors.
 
     Args:
-        source: a file as for :func:`~sk_plugins.weights.load_checkpoint`, or a state dict, bare or under
+        source: a file as for :func:`~sk_plugins.weights.load_checkpoint`, or a state dict, as it is or under
             ``'state_dict'`` or ``'model'``.
         **options: those of :func:`~sk_plugins.weights.convert.recognise`: ``prefix``, and what weights can't tell
             (``stride`` and ``in_channels`` of a layer on its own, ``reduce_act``, ``dilations``).
@@ -133,11 +133,13 @@ def load_foreign(source: str | os.PathLike | Mapping[str, Any], **options) -> nn
         CheckpointError: a file that cannot be read, or weights that are not supported or not whole; the message names
             the file, the tensors, and what is supported.
     """
-    return recognise_foreign(source, **options).build()
+    return recognise_third_party(source, **options).build()
 
 
-def recognise_foreign(source: str | os.PathLike | Mapping[str, Any], use_ema: bool = True, **options) -> Foreign:
-    """What :func:`load_foreign` builds its network from. Arguments and errors as there, ``use_ema`` as in
+def recognise_third_party(
+    source: str | os.PathLike | Mapping[str, Any], use_ema: bool = True, **options
+) -> ThirdPartyWeights:
+    """What :func:`load_third_party` builds its network from. Arguments and errors as there, ``use_ema`` as in
     :func:`load_checkpoint`.
     """
     if isinstance(source, Mapping):
@@ -158,7 +160,7 @@ def recognise(
     in_channels: int | None = None,
     reduce_act: bool | None = None,
     dilations: Sequence[int] | None = None,
-) -> Foreign:
+) -> ThirdPartyWeights:
     """Say whose SK network or SK layer a state dict is, and put it in our terms.
 
     Args:
@@ -173,8 +175,8 @@ def recognise(
             1, 2, ... in the SKConv lineage.
 
     Raises:
-        ValueError: nobody's that is known here, or tensors that are missing, unknown or of another shape than the rest
-            calls for; the message names them, what the state dict looks like, and what is supported.
+        ValueError: a layout that is not known here, or tensors that are missing, unknown or of another shape than the
+            rest calls for; the message names them, what the state dict looks like, and what is supported.
     """
     tensors = {k: v for k, v in state_dict.items() if not k.endswith(_COUNTERS)}
     if prefix:
@@ -205,7 +207,7 @@ def _convert(
     in_channels: int | None,
     reduce_act: bool | None,
     dilations: Sequence[int] | None,
-) -> Foreign:
+) -> ThirdPartyWeights:
     weights = _Weights(lineage.origin, tensors, lineage.rename)
     sk_kwargs = dict(lineage.sk_kwargs)
     if reduce_act is None:
@@ -223,10 +225,12 @@ def _convert(
         raise ValueError(f'{lineage.origin}: its tensors call for a network that there is not: {error}') from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state_dict = weights.fit(shapes, sizes)
-    return Foreign(lineage.origin, network, args, state_dict, (*weights.notes, *lineage.notes), lineage.ceil_pool)
+    return ThirdPartyWeights(
+        lineage.origin, network, args, state_dict, (*weights.notes, *lineage.notes), lineage.ceil_pool
+    )
 
 
-def is_foreign(state_dict: Mapping[str, Tensor]) -> bool:
+def is_third_party(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether the names are those of another project's SK network or SK layer that is known here."""
     return _find_lineage(state_dict) is not None
 

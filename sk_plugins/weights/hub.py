@@ -69,7 +69,7 @@ def explain_errors(
 ) -> Iterator[None]:
     """Within it, whatever goes wrong between the Hub and the network becomes one :class:`HubError`.
 
-    A cached weight file that cannot be read is removed, so that the next try downloads it anew; so is one that was
+    A cached weight file that cannot be read is removed, so that the next try downloads it again; so is one that was
     downloaded within and is not what the Hub's SHA-256 says.
 
     Args:
@@ -210,7 +210,7 @@ def _root_cause(error: BaseException) -> str:
 
 
 def download(url: str, read: Callable[[Path], _Read], cache_dir: str | os.PathLike | None = None) -> _Read:
-    """Read a file at an address, which stays in torch's cache; one that is there and cannot be read comes anew.
+    """Read a file at an address, which stays in torch's cache; one there that cannot be read is downloaded again.
 
     Args:
         url: the file's. A hash in its name, as torch's and timm's have it, is compared.

@@ -11,15 +11,15 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers.foreign_networks import SKConv
 from helpers.fuzzing import fuzz, tally
+from helpers.third_party_networks import SKConv
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import sk_plugins  # noqa: F401 - registers the models
 from sk_plugins._resources import ROOT
-from sk_plugins.weights import CheckpointError, load_checkpoint, load_foreign, load_partial
+from sk_plugins.weights import CheckpointError, load_checkpoint, load_partial, load_third_party
 
 MODELS = pytest.importorskip('mmpretrain.registry').MODELS
 pytest.importorskip('sk_plugins.mmpretrain_models')
@@ -282,13 +282,13 @@ def test_tampered_tensors(loader, folder, sample):
 # Other projects' weights.
 
 torch.manual_seed(0)
-FOREIGN = SKConv(8, 4, groups=2).eval()
+THIRD_PARTY = SKConv(8, 4, groups=2).eval()
 
 
 @fuzz(quick=40)
 @given(st.data())
-def test_tampered_foreign_tensors(folder, data):
-    tensors = dict(FOREIGN.state_dict())
+def test_tampered_third_party_tensors(folder, data):
+    tensors = dict(THIRD_PARTY.state_dict())
     names = sorted(name for name in tensors if not name.endswith('num_batches_tracked'))
     name = data.draw(st.sampled_from(names))
     what = data.draw(st.sampled_from(['nothing', 'removed', 'added', 'renamed', *OBJECTS, *TENSORS, *CAST]))
@@ -300,21 +300,21 @@ def test_tampered_foreign_tensors(folder, data):
         tensors[f'x{name}'] = tensors.pop(name)
     elif what != 'nothing':
         tensors[name] = {**OBJECTS, **TENSORS, **CAST}[what](tensors[name])
-    path = folder / 'foreign.pth'
+    path = folder / 'third_party.pth'
     path.write_bytes(write('pth', tensors))
     try:
-        layer = load_foreign(path)
+        layer = load_third_party(path)
     except CheckpointError as error:
         assert str(error).startswith(f'{path}: ')
         assert what not in ('nothing', *CAST), error
         assert not Code.mark.exists()
-        tally('load_foreign: refused')
+        tally('load_third_party: refused')
         return
     assert not Code.mark.exists()
-    tally('load_foreign: loaded')
+    tally('load_third_party: loaded')
     assert what in ('nothing', *CAST) or (what == 'flat' and tensors[name].numel() == max(tensors[name].shape))
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
-    torch.testing.assert_close(layer.double()(x), copy.deepcopy(FOREIGN).double()(x), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(layer.double()(x), copy.deepcopy(THIRD_PARTY).double()(x), rtol=2e-2, atol=2e-2)
 
 
 @pytest.fixture(scope='module')

@@ -36,7 +36,7 @@ UNITS = {
     'basic': lambda: SKBasicBlock(8, 8, sk_kwargs={**SK, 'split_input': True}),
     'strided basic': lambda: SKBasicBlock(6, 8, 2, shortcut(6, 8, 2), sk_kwargs=SK),
 }
-slow = pytest.mark.slow if gpu.INTERPRETS else pytest.mark.usefixtures()  # on a GPU nothing here is slow
+slow = pytest.mark.slow if gpu.INTERPRETS else ()  # on a GPU nothing here is slow
 each_unit = pytest.mark.parametrize(
     'name',
     [pytest.param(name, marks=slow if name in ('pooled bottleneck', 'basic') else ()) for name in UNITS],

@@ -8,8 +8,8 @@ pytest.importorskip('mmpretrain')
 
 import timm
 import torch
-from helpers.foreign_networks import SKConv, SKNet, insight_net, lucid_net
 from helpers.randomised import randomise
+from helpers.third_party_networks import SKConv, SKNet, insight_net, lucid_net
 from helpers.tolerances import assert_close
 from mmpretrain.registry import MODELS
 
@@ -130,7 +130,7 @@ def test_command(python_tool, checkpoint, weights, tmp_path):
 
 
 @pytest.fixture
-def convert_foreign(tool, capsys):
+def convert_third_party(tool, capsys):
     def run(network, tmp_path, *words):
         torch.save({'state_dict': network.state_dict()}, tmp_path / 'theirs.pth')
         tool.main([str(tmp_path / 'theirs.pth'), *map(str, words)])
@@ -150,9 +150,9 @@ def sknet26():
 ARGUMENTS = "channels=(8, 16, 32, 64), cardinality=4, base_width=32, sk_kwargs={'min_dim': 8, 'select_bias': True}"
 
 
-def test_foreign_to_hub(convert_foreign, tmp_path):
+def test_third_party_to_hub(convert_third_party, tmp_path):
     network = sknet26()
-    lines = convert_foreign(network, tmp_path, tmp_path / 'hub')
+    lines = convert_third_party(network, tmp_path, tmp_path / 'hub')
     assert lines == [
         'recognised as a network of SKConv and SKUnit (as of developer0hye, syt2)',
         'stage 1: outputs padded from 16 to 32 channels',
@@ -168,9 +168,9 @@ def test_foreign_to_hub(convert_foreign, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['ours.safetensors', 'ours.pth'])
-def test_foreign_to_timm(convert_foreign, tmp_path, name):
+def test_third_party_to_timm(convert_third_party, tmp_path, name):
     network = randomise(insight_net(layers=(2, 2, 2, 2)))
-    lines = convert_foreign(network, tmp_path, tmp_path / name, '--to', 'timm')
+    lines = convert_third_party(network, tmp_path, tmp_path / name, '--to', 'timm')
     assert lines[0] == "recognised as PytorchInsight's sk_resnet"
     prefix, call = lines[1].split('its network: timm.create_model')
     assert prefix == ''
@@ -180,9 +180,9 @@ def test_foreign_to_timm(convert_foreign, tmp_path, name):
     assert_close(model(x), network(x), length=network)
 
 
-def test_foreign_to_mmengine(convert_foreign, tmp_path):
+def test_third_party_to_mmengine(convert_third_party, tmp_path):
     network = sknet26()
-    lines = convert_foreign(network, tmp_path, tmp_path / 'ours.pth')
+    lines = convert_third_party(network, tmp_path, tmp_path / 'ours.pth')
     assert lines[-1] == f"its network: backbone=dict(type='SKNet', depth=26, {ARGUMENTS})"
     head = dict(type='LinearClsHead', num_classes=7, in_channels=256)
     backbone = eval(lines[-1].removeprefix('its network: backbone='))
@@ -194,16 +194,16 @@ def test_foreign_to_mmengine(convert_foreign, tmp_path):
     assert_close(model.eval()(x, mode='tensor'), network(x), length=network)
 
 
-def test_foreign_without_a_registered_name(convert_foreign, tmp_path):
+def test_third_party_without_a_registered_name(convert_third_party, tmp_path):
     """Its state dict can be had; a folder that names a model would lie."""
     network = randomise(lucid_net(expansion=1))
-    lines = convert_foreign(network, tmp_path, tmp_path / 'ours.safetensors')
+    lines = convert_third_party(network, tmp_path, tmp_path / 'ours.safetensors')
     said = "lucid's SKNet: its units do not widen their output, which no registered model has"
-    assert lines[-1] == (f'its network: sk_plugins.weights.load_foreign, for it is no registered model ({said})')
-    with pytest.raises(CheckpointError, match=rf'theirs\.pth: {said}; sk_plugins\.weights\.load_foreign builds'):
-        convert_foreign(network, tmp_path, tmp_path / 'hub')
+    assert lines[-1] == (f'its network: sk_plugins.weights.load_third_party, for it is no registered model ({said})')
+    with pytest.raises(CheckpointError, match=rf'theirs\.pth: {said}; sk_plugins\.weights\.load_third_party builds'):
+        convert_third_party(network, tmp_path, tmp_path / 'hub')
     with pytest.raises(CheckpointError, match=r"recognised as lucid's SKNet, which no --config of this project desc"):
-        convert_foreign(network, tmp_path, tmp_path / 'hub', '--config', 'sknet_digits')
+        convert_third_party(network, tmp_path, tmp_path / 'hub', '--config', 'sknet_digits')
     assert not (tmp_path / 'hub').exists()
 
 

@@ -21,7 +21,7 @@ from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 from sk_plugins._resources import find_config
 from sk_plugins.openmmlab.runtime.configs import ConfigError
 from sk_plugins.openmmlab.runtime.loading import load_from_http, load_from_local
-from sk_plugins.weights import CheckpointError, load_checkpoint, load_foreign, save_state_dict, to_timm
+from sk_plugins.weights import CheckpointError, load_checkpoint, load_third_party, save_state_dict, to_timm
 
 NO_FILES = ('default_hooks.checkpoint.interval=-1', 'default_hooks.checkpoint.save_last=False')
 NARROW = ('model.backbone.layers=1,1,1,1',)
@@ -232,7 +232,7 @@ def test_other_readers(start, load_tool, run, checkpoint, tmp_path, kind):
         lambda: start(tmp_path / 'work', *init),
         lambda: load_tool('test').main(test),
         lambda: load_tool('convert_checkpoint').main([str(path), str(tmp_path / 'out.safetensors')]),
-        lambda: load_foreign(path),
+        lambda: load_third_party(path),
     ):
         with pytest.raises((CheckpointError, FileNotFoundError), match=fits) as caught:
             read()

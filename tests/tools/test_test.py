@@ -162,11 +162,11 @@ def test_formats_agree(evaluate, digits_run, short_digits, tmp_path):
 @pytest.mark.parametrize(
     ('change', 'said'),
     [
-        ({'foreign': torch.zeros(3)}, r'unexpected key in source state_dict: backbone\.foreign'),
+        ({'unknown': torch.zeros(3)}, r'unexpected key in source state_dict: backbone\.unknown'),
         ({'layer1.0.conv2.attn.fc_reduce.weight': None}, r'layer1\.0\.conv2\.attn\.fc_reduce\.weight'),
         ({'fc.bias': torch.zeros(7)}, r'size mismatch for head\.fc\.bias'),
     ],
-    ids=['foreign', 'missing', 'shape'],
+    ids=['unknown', 'missing', 'shape'],
 )
 @pytest.mark.parametrize('words', [[], ['--tta']], ids=' '.join)
 def test_weights_that_do_not_fit(evaluate, short_digits, digits_run, tmp_path, change, said, words):

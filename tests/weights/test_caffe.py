@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers.tolerances import assert_close
 
-from sk_plugins.weights import CheckpointError, caffe, convert, load_foreign, recognise_foreign
+from sk_plugins.weights import CheckpointError, caffe, convert, load_third_party, recognise_third_party
 
 # Protocol buffers on the wire: a field is number << 3 | type, then a varint (type 0) or a length and bytes (type 2).
 
@@ -128,14 +128,14 @@ def net(images):
 
 @pytest.mark.parametrize('options', [{}, dict(legacy=True), dict(double=True)], ids=['', 'legacy', 'double'])
 def test_outputs_are_those_of_the_prototxt(net, images, tmp_path, options):
-    model = load_foreign(write(tmp_path / 'sknet.caffemodel', net.weights, **options)).double()
+    model = load_third_party(write(tmp_path / 'sknet.caffemodel', net.weights, **options)).double()
     expected = net(images.double())
     assert expected.std() > 0.1
     assert_close(model(images.double()), expected, length=model)
 
 
 def test_arguments_and_notes(net, tmp_path):
-    found = recognise_foreign(write(tmp_path / 'sknet.caffemodel', net.weights))
+    found = recognise_third_party(write(tmp_path / 'sknet.caffemodel', net.weights))
     assert found.origin == "the authors' Caffe SKNet"
     assert found.arguments['layers'] == (1, 2, 1, 1)
     assert found.arguments['num_classes'] == 5
@@ -212,18 +212,18 @@ def test_bad_files(tmp_path, content, said):
     path = tmp_path / 'sknet.caffemodel'
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf'sknet\.caffemodel: .*{said}'):
-        load_foreign(path)
+        load_third_party(path)
 
 
 def test_missing_file_and_layer(net, tmp_path):
     with pytest.raises(FileNotFoundError, match=r'none\.caffemodel: no such checkpoint file'):
-        load_foreign(tmp_path / 'none.caffemodel')
+        load_third_party(tmp_path / 'none.caffemodel')
     weights = {name: blobs for name, blobs in net.weights.items() if name != 'conv3_2/3x3g4d2/bn'}
     path = write(tmp_path / 'sknet.caffemodel', weights)
     with pytest.raises(
         CheckpointError, match=r'sknet\.caffemodel: recognised as the authors.* is missing; .* and 1 more'
     ):
-        load_foreign(path)
+        load_third_party(path)
 
 
 def test_without_protobuf(monkeypatch, tmp_path):
@@ -234,4 +234,4 @@ def test_without_protobuf(monkeypatch, tmp_path):
         CheckpointError,
         match=r"sknet\.caffemodel: a \.caffemodel is read with protobuf: pip install '\.\[caffe\]' in a clone",
     ):
-        load_foreign(tmp_path / 'sknet.caffemodel')
+        load_third_party(tmp_path / 'sknet.caffemodel')

@@ -60,15 +60,15 @@ def test_to_timm_leaves_a_neck_out(model):
 @pytest.mark.parametrize('rename', [to_timm, to_mmpretrain])
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])
 @pytest.mark.parametrize('name', ['vgg11', 'mobilenetv3_small_050', 'resnetv2_18'])
-def test_foreign_names(rename, prefix, name):
+def test_third_party_names(rename, prefix, name):
     with torch.device('meta'):
-        foreign = {prefix + k: v for k, v in timm.create_model(name, num_classes=2).state_dict().items()}
-    assert not is_timm_format(foreign)
+        others = {prefix + k: v for k, v in timm.create_model(name, num_classes=2).state_dict().items()}
+    assert not is_timm_format(others)
     with pytest.raises(CheckpointError) as caught:
-        rename(foreign)
+        rename(others)
     assert str(caught.value) == (
         "no 'layer1.0.conv2.paths.0.conv.weight' and no 'stage2.0.branch1.0.weight', with 'backbone.' before them or "
-        f'without, among its {len(foreign)} names ({", ".join(list(foreign)[:3])}, ...): expected the names of timm or '
+        f'without, among its {len(others)} names ({", ".join(list(others)[:3])}, ...): expected the names of timm or '
         'of mmpretrain'
     )
 

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 class Settings:
     """What all runs of a results file share.
 
-    ``epochs`` times ``train_images`` garments, each placed anew every epoch; the test set is the first
+    ``epochs`` times ``train_images`` garments, each placed elsewhere every epoch; the test set is the first
     ``test_images`` of its garments, placed once for all.
     """
 

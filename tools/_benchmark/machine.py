@@ -22,7 +22,7 @@ _keeps_freed_memory = False
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed, as torch's allocator does on GPUs; other C libraries are left as they are.
 
-    Otherwise glibc hands the top of the heap back to the system, and every step gets it anew, page by page. That took
+    Otherwise glibc hands the top of the heap back to the system, and every step gets it back page by page. That took
     up to a quarter of a training step. It is not the same for all models: the heap keeps its top where a model's
     parameters lie above another's maps.
     """

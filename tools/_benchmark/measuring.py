@@ -361,7 +361,7 @@ def _environment(settings: Settings) -> Iterator[None]:
             # Compiled models of an earlier run are in cycles, and would go while this one's memory is counted.
             gc.collect()
             torch.cuda.empty_cache()
-            # cuBLAS keeps a workspace per thread from its first use on; it is nobody's.
+            # cuBLAS keeps a workspace per thread from its first use on, which no model owns.
             weight = torch.ones(8, 8, device='cuda', requires_grad=True)
             (weight @ weight).sum().backward()
         # Models of one class share their code, and past the limit torch would run them eagerly without a word.

@@ -42,7 +42,7 @@ class UnreadableImageError(ValueError):
     index: int | None = None
 
     def __init__(self, message: str) -> None:
-        # torch makes an error of a worker anew from the text of its traceback, which ends with the message.
+        # torch rebuilds a worker's error from the text of its traceback, which ends with the message.
         super().__init__(message.rpartition(f'{type(self).__name__}: ')[2].strip())
 
 

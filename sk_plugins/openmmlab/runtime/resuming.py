@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there at all, and runs that go on from one as if they had never stopped.
 
 :class:`ResumableCheckpointHook` takes the place of mmengine's ``CheckpointHook``. What mmengine restores is left to
-it: weights, optimizer, schedules, averaged weights, logs, the best score. Random numbers are not restored but made
-anew: those of a training step from the seed and the iteration, those of a sample's augmentation from the seed, the
-epoch and the sample's place in it. So neither depends on the process that draws them, nor on what it drew before.
+it: weights, optimizer, schedules, averaged weights, logs, the best score. Random generators are not restored but
+seeded: for a training step from the seed and the iteration, for a sample's augmentation from the seed, the epoch and
+the sample's place in it. So neither depends on the process that draws them, nor on what it drew before.
 """
 
 import contextlib
@@ -187,7 +187,7 @@ def _random_as_before() -> Iterator[None]:
 
 
 class SeededBatch(list):
-    """The indices of a batch, before each of which random numbers start anew when a DataLoader fetches the samples.
+    """The indices of a batch. The random generators are seeded before each, when a DataLoader fetches the samples.
 
     Args:
         indices: the data set's.

@@ -22,8 +22,8 @@ class SurvivingRunner(Runner):
     """mmengine's ``Runner`` that does for any config what ``tools/train.py`` does.
 
     With ``runner_type='SurvivingRunner'`` in a config, and this package among its ``custom_imports``, a run that is
-    killed goes on as if it had not been, by ``resume=True``; losses, images and checkpoints are watched as
-    ``default_hooks.invalid_loss`` and ``unreadable_images`` say; and several processes train on CPUs, too.
+    killed goes on as if it had not been, by ``resume=True``. ``default_hooks.invalid_loss`` and ``unreadable_images``
+    say what happens at a loss that is NaN and at a broken image. Several processes train on CPUs, too.
 
     Raises:
         ConfigError: the config cannot be built; the message names the place in it.

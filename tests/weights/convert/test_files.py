@@ -5,13 +5,13 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from helpers.foreign_networks import SKConv, SKNet, insight_net, lucid_net
-from helpers.foreign_weights import NARROW, TRUE, make_input, randomise
+from helpers.third_party_networks import SKConv, SKNet, insight_net, lucid_net
+from helpers.third_party_weights import NARROW, TRUE, make_input, randomise
 from helpers.tolerances import assert_close
 from torch import nn
 
 import sk_plugins  # noqa: F401 - registers the models
-from sk_plugins.weights import CheckpointError, load_foreign, recognise_foreign
+from sk_plugins.weights import CheckpointError, load_third_party, recognise_third_party
 
 
 @pytest.mark.parametrize(
@@ -25,20 +25,20 @@ def test_containers(tmp_path, wrap, prefix):
     torch.save(weights, tmp_path / 'sknet.pth')
     expected = network(make_input())
     for source in (weights, tmp_path / 'sknet.pth', str(tmp_path / 'sknet.pth')):
-        assert_close(load_foreign(source)(make_input()), expected, length=network)
+        assert_close(load_third_party(source)(make_input()), expected, length=network)
 
 
 def test_safetensors(tmp_path):
     network = randomise(insight_net())
     safetensors.torch.save_file(network.state_dict(), tmp_path / 'sk_resnet50.safetensors')
-    model = load_foreign(tmp_path / 'sk_resnet50.safetensors')
+    model = load_third_party(tmp_path / 'sk_resnet50.safetensors')
     assert_close(model(make_input()), network(make_input()), length=model)
 
 
 def test_source_is_left_alone():
     network = randomise(SKNet(**NARROW, **TRUE, conv_bias=True, reduce='linear'))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    found = recognise_foreign(network.state_dict())
+    found = recognise_third_party(network.state_dict())
     model, second = found.build(), found.build()
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -52,21 +52,21 @@ def test_what_profilers_and_old_torch_leave():
     network = randomise(SKNet(**NARROW))
     weights = {k: v for k, v in network.state_dict().items() if not k.endswith('num_batches_tracked')}
     weights |= {'total_ops': torch.zeros(1), 'stage_1.0.conv1.0.total_params': torch.zeros(1)}
-    model = load_foreign(weights)
+    model = load_third_party(weights)
     assert_close(model(make_input()), network(make_input()), length=model)
 
 
 def test_headless_network():
     network = randomise(SKNet(**NARROW))
     weights = {k: v for k, v in network.state_dict().items() if not k.startswith('classifier')}
-    model = load_foreign(weights)
+    model = load_third_party(weights)
     assert model.num_classes == 0
     network.classifier = nn.Identity()
     assert_close(model(make_input()), network(make_input()), length=model)
 
 
 def test_trains_after_loading():
-    model = load_foreign(randomise(SKNet(**{**NARROW, 'outputs': (16, 64, 128, 192)})).state_dict()).train()
+    model = load_third_party(randomise(SKNet(**{**NARROW, 'outputs': (16, 64, 128, 192)})).state_dict()).train()
     model(make_input()).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -111,7 +111,7 @@ def meta_state_dict(make):
 )  # fmt: skip
 def test_unrecognised(make, said):
     with pytest.raises(CheckpointError, match=said):
-        load_foreign(make())
+        load_third_party(make())
 
 
 def drop(*names):
@@ -195,7 +195,7 @@ def test_tensors_that_do_not_fit(make, spoil, said, tmp_path):
     spoil(weights)
     torch.save(weights, tmp_path / 'spoilt.pth')
     with pytest.raises(CheckpointError, match=rf'spoilt\.pth: .*{said}'):
-        load_foreign(tmp_path / 'spoilt.pth')
+        load_third_party(tmp_path / 'spoilt.pth')
 
 
 @pytest.mark.parametrize(
@@ -211,12 +211,12 @@ def test_tensors_that_do_not_fit(make, spoil, said, tmp_path):
 def test_bad_options(options, said):
     weights = SKNet(**NARROW).state_dict()
     with pytest.raises(CheckpointError, match=said):
-        load_foreign(weights, **options)
+        load_third_party(weights, **options)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'none\.pth: no such checkpoint file'):
-        load_foreign(tmp_path / 'none.pth')
+        load_third_party(tmp_path / 'none.pth')
 
 
 @pytest.mark.parametrize(
@@ -233,4 +233,4 @@ def test_tensors_that_are_no_weights(spoil, said):
     state_dict = dict(SKConv(8, 4, groups=2).state_dict())
     state_dict['convs.1.0.weight'] = spoil(state_dict['convs.1.0.weight'])
     with pytest.raises(ValueError, match=rf'recognised as an SKConv layer, but convs\.1\.0\.weight is {said}'):
-        load_foreign(state_dict)
+        load_third_party(state_dict)

@@ -5,13 +5,13 @@ import re
 import pytest
 import timm
 import torch
-from helpers.foreign_networks import SKNet, insight_net, lucid_net
-from helpers.foreign_weights import CHANNELS, NARROW, TRUE, make_input, randomise
+from helpers.third_party_networks import SKNet, insight_net, lucid_net
+from helpers.third_party_weights import CHANNELS, NARROW, TRUE, make_input, randomise
 from helpers.tolerances import assert_close
 
 import sk_plugins  # noqa: F401 - registers the models
 from sk_plugins.networks import SKResNet
-from sk_plugins.weights import convert, load_foreign, recognise_foreign
+from sk_plugins.weights import convert, load_third_party, recognise_third_party
 
 # The networks: {name: (how to make it, the arguments it is recognised by, what its notes say)}.
 SK_KWARGS = dict(min_dim=8, select_bias=True)
@@ -123,7 +123,7 @@ def case(request):
 
 def test_networks(case):
     network, arguments, notes = case
-    found = recognise_foreign(network.state_dict())
+    found = recognise_third_party(network.state_dict())
     assert found.arguments == arguments
     assert list(found.notes) == notes
     model = found.build()
@@ -138,7 +138,7 @@ def test_networks(case):
 def test_single_precision(case):
     network, arguments, _ = case
     network.float()
-    model = load_foreign(network.state_dict())
+    model = load_third_party(network.state_dict())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     x = make_input(arguments.get('in_chans', 3), dtype=torch.float32)
     assert_close(model(x), network(x), length=model)
@@ -147,7 +147,7 @@ def test_single_precision(case):
 def test_padding_is_zeros_and_the_identity():
     torch.manual_seed(0)
     network = randomise(SKNet(**{**NARROW, 'outputs': (16, 64, 128, 192), 'dims': (8, 4, 8, 8)}))
-    model = load_foreign(network.state_dict())
+    model = load_third_party(network.state_dict())
     unit, reader = model.layer1[0], model.layer2[0]
     assert not unit.conv3.conv.weight[16:].any()
     assert not unit.downsample[0].weight[16:].any()
@@ -166,7 +166,7 @@ def test_groups_that_do_not_divide_the_base_width():
     torch.manual_seed(0)
     shape = dict(widths=(24, 48, 72, 96), outputs=(96, 192, 288, 384), dims=(8, 8, 8, 8))
     network = randomise(SKNet(**shape, groups=24))
-    found = recognise_foreign(network.state_dict())
+    found = recognise_third_party(network.state_dict())
     assert (found.arguments['cardinality'], found.arguments['base_width']) == (1, 64)
     assert found.arguments['sk_kwargs']['groups'] == 24
     assert_close(found.build()(make_input()), network(make_input()), length=network)
@@ -204,7 +204,7 @@ def test_an_error_would_show(make, err, options):
     weights = network.state_dict()
     err(weights)
     x = make_input()
-    assert (load_foreign(weights, **options)(x) - network(x)).abs().max() > 1e-3
+    assert (load_third_party(weights, **options)(x) - network(x)).abs().max() > 1e-3
 
 
 def test_full_size_sknet50():
@@ -213,7 +213,7 @@ def test_full_size_sknet50():
     shape = dict(widths=(128, 256, 512, 1024), outputs=(256, 512, 1024, 2048), dims=(32, 32, 32, 64))
     network = SKNet(**shape, layers=(3, 4, 6, 3), classes=1000, groups=32, sk='conv2')
     network = randomise(network, torch.float32)
-    found = recognise_foreign(network.state_dict())
+    found = recognise_third_party(network.state_dict())
     assert found.arguments == dict(layers=(3, 4, 6, 3), sk_kwargs=dict(select_bias=True), num_classes=1000)
     assert found.timm_model() == ('sknet50', dict(sk_kwargs=dict(select_bias=True), num_classes=1000))
     assert found.openmmlab_backbone() == dict(type='SKNet', depth=50, sk_kwargs=dict(select_bias=True))

@@ -1,4 +1,4 @@
-"""SK networks as other projects build and name them, restated for the tests of foreign weights.
+"""SK networks as other projects build and name them, restated for the tests of their weights.
 
 Parameter names are theirs; everything else is as plain as can be.
 """
