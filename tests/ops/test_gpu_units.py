@@ -36,10 +36,19 @@ UNITS = {
     'basic': lambda: SKBasicBlock(8, 8, sk_kwargs={**SK, 'split_input': True}),
     'strided basic': lambda: SKBasicBlock(6, 8, 2, shortcut(6, 8, 2), sk_kwargs=SK),
 }
-slow = pytest.mark.slow if gpu.INTERPRETS else ()  # on a GPU nothing here is slow
+
+
+def slow(test):
+    """Slow in Triton's interpreter, not on a GPU."""
+    return pytest.mark.slow(test) if gpu.INTERPRETS else test
+
+
 each_unit = pytest.mark.parametrize(
     'name',
-    [pytest.param(name, marks=slow if name in ('pooled bottleneck', 'basic') else ()) for name in UNITS],
+    [
+        pytest.param(name, marks=pytest.mark.slow if gpu.INTERPRETS and name in ('pooled bottleneck', 'basic') else ())
+        for name in UNITS
+    ],
 )
 
 
