@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import Attention, Branches, fuse
+from .reference import Attention, Branches, fuse, strided_like
 
 __all__ = ['NAME', 'backward', 'forward', 'norm_act', 'norm_act_backward', 'pays', 'saved_like', 'statistics']
 
@@ -198,6 +198,6 @@ def _attend_backward(spec, attention: Attention, saved, grad: Tensor) -> list[Te
     grad_s = (grad_r @ reduce)[:, :, None, None]
     bias = None if attention.select_bias is None else grad_logits.sum(0)
     return [
-        grad_s, grad_reduce.view_as(attention.reduce), grad_weight, grad_bias,
-        grad_select.view_as(attention.select), bias, None, None,
+        grad_s, strided_like(grad_reduce, attention.reduce), grad_weight, grad_bias,
+        strided_like(grad_select, attention.select), bias, None, None,
     ]  # fmt: skip

@@ -176,7 +176,10 @@ def _differentiate(function: Callable[..., Tensor], tensors: Sequence[Tensor | N
     """The gradients of ``function`` for its tensors, by autograd; themselves differentiable where that is wanted."""
     again = torch.is_grad_enabled()
     wanted = ctx.needs_input_grad[-len(tensors) :]
-    if not again:
+    if again:
+        # Views, each a tensor of its own: the saved ones may lead to one another, as a shortcut does to y, or be one.
+        tensors = [t.view_as(t) if need else t for t, need in zip(tensors, wanted)]
+    else:
         tensors = [t.detach().requires_grad_(need) if t is not None else None for t, need in zip(tensors, wanted)]
     with torch.enable_grad():
         output = function(*tensors)

@@ -197,7 +197,7 @@ def _choose(module: Fusable, x: Tensor) -> ModuleType | None:
         return None
     on_gpu = x.is_cuda or _stubbed or gpu.INTERPRETS
     # The CPU's engine was not timed on a GPU: there it runs only where it is asked for by name.
-    may_recompute = module.fuses_on_cpu and cpu.pays() and (backend == 'recompute' or not x.is_cuda)
+    may_recompute = module.fuses_on_cpu and cpu.pays() and (backend == 'recompute' or x.is_cpu)
     if not on_gpu and not may_recompute:
         return None
     # A tracer, asked first, would keep the answers about the map.

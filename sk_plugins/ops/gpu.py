@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from . import private
-from .reference import Attention, Branches
+from .reference import Attention, Branches, strided_like
 
 __all__ = ['NAME', 'backward', 'forward', 'norm_act', 'norm_act_backward', 'saved_like', 'statistics', 'why_not']
 
@@ -160,6 +160,8 @@ def norm_act_backward(
     statistics = (saved[:1], saved[1:2]) if spec.batch else (norms[3::5], norms[4::5])
     pointers = _norms(weights, biases, *statistics, spec, 2)
     out = saved[-1] if len(saved) == (3 if spec.batch else 1) else None
+    if out is not None and out.stride() != ys[0].stride():  # hooks on saved tensors may change it
+        (out,) = _dense([out], ys[0])
     sums = kernels.norm_act_moments(ys, pointers, grad, out, spec.relu)
     grad_ys, grad_shortcut = [None] * len(ys), None
     if needs_maps or shortcut is not None:
@@ -168,6 +170,8 @@ def norm_act_backward(
     grads: list[Tensor | None] = [grad_shortcut]
     for grad_y, grad_weight in zip(grad_ys, grad_weights):
         grads += [grad_y, grad_weight, grad_bias, None, None]
+    if len(ys) > 1:
+        grads[8] = grad_bias.clone()  # equal, and another tensor: callers may scale gradients in place
     return grads
 
 
@@ -234,10 +238,10 @@ def _attend_backward(spec, attention: Attention, kept, grad_a: Tensor, positions
         reduce, select = attention.reduce, attention.select
         grad_logits = private.softmax_backward(grad_a, a, 1).flatten(1)
         grad_z = grad_logits.mm(select.flatten(1).float())
-        grad_select = grad_logits.t().mm(z).view(select.shape)
+        grad_select = strided_like(grad_logits.t().mm(z), select)
         norm = z, r, attention.weight, mean, invstd, spec.batch
         grad_r, grad_weight, grad_bias = kernels.norm_relu_rows_grads(grad_z, *norm)
-        grad_reduce = grad_r.t().mm(s).view(reduce.shape)
+        grad_reduce = strided_like(grad_r.t().mm(s), reduce)
         level = torch.addmm(s, grad_r, reduce.flatten(1).float(), beta=0, alpha=1 / positions)
         grad_select_bias = None if attention.select_bias is None else grad_logits.sum(0)
     finally:

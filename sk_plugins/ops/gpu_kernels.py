@@ -208,7 +208,7 @@ def _update(running, value, momentum, mask):
 @triton.jit
 def _add_moments(p, q, y, offsets, mask, g, mu, scale, b):
     deviation = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) - mu[None, :]
-    live = tl.where(mask & (deviation * scale[None, :] + b[None, :] > 0), g, 0.0)
+    live = tl.where(mask & ~(deviation * scale[None, :] + b[None, :] <= 0), g, 0.0)
     return p + live, q + live * deviation
 
 
@@ -305,7 +305,7 @@ def _select_kernel(
         )  # fmt: skip
         y = tl.load(_pick(y0, y1, y2, y3, m) + base + offsets, mask=mask, other=0.0).to(tl.float32)
         z = (y - mu[None, :]) * scale[None, :] + b[None, :]
-        u = tl.where(z > 0, z, 0.0)
+        u = tl.where(z <= 0, 0.0, z)
         if ATTENDS:
             a = attention + image * attention_b + m * attention_m + channels * attention_c
             u = u * tl.load(a, mask=c_mask, other=0.0).to(tl.float32)[None, :]
@@ -336,7 +336,7 @@ def _input_grads_kernel(
         if ATTENDS:
             a = slope + image * slope_b + m * slope_m + channels * slope_c
             g_z = constant + g * tl.load(a, mask=c_mask, other=0.0).to(tl.float32)[None, :]
-        g_z = tl.where(deviation * scale[None, :] + b[None, :] > 0, g_z, 0.0)
+        g_z = tl.where(deviation * scale[None, :] + b[None, :] <= 0, 0.0, g_z)
         if NORM == 'batch':
             p = tl.load(sums + m * C + channels, mask=c_mask, other=0.0).to(tl.float32) / count
             q = tl.load(sums + (M + m) * C + channels, mask=c_mask, other=0.0).to(tl.float32) / count
@@ -388,7 +388,7 @@ def _norm_act_kernel(
     if HAS_SHORTCUT:
         total += tl.load(shortcut + base + offsets, mask=mask, other=0.0).to(tl.float32)
     if RELU:
-        total = tl.where(total > 0, total, 0.0)
+        total = tl.where(total <= 0, 0.0, total)
     tl.store(out + base + offsets, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -398,10 +398,10 @@ def _live(grad, out, y, offsets, mask, mu, scale, b, RELU: tl.constexpr, HAS_OUT
     g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
     if RELU:
         if HAS_OUT:
-            g = tl.where(tl.load(out + offsets, mask=mask, other=0.0) > 0, g, 0.0)
+            g = tl.where(tl.load(out + offsets, mask=mask, other=0.0) <= 0, 0.0, g)
         else:
             deviation = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) - mu[None, :]
-            g = tl.where(mask & (deviation * scale[None, :] + b[None, :] > 0), g, 0.0)
+            g = tl.where(mask & ~(deviation * scale[None, :] + b[None, :] <= 0), g, 0.0)
     return g
 
 
@@ -514,7 +514,7 @@ def _norm_relu_rows_kernel(
         mask = (row < rows)[:, None] & d_mask[None, :]
         at = row[:, None] * D + d[None, :]
         value = (tl.load(r + at, mask=mask, other=0.0).to(tl.float32) - mu[None, :]) * scale[None, :] + b[None, :]
-        tl.store(z + at, tl.where(value > 0, value, 0.0), mask=mask)
+        tl.store(z + at, tl.where(value <= 0, 0.0, value), mask=mask)
 
 
 @triton.jit(do_not_specialize=['rows'])
@@ -533,7 +533,7 @@ def _norm_relu_rows_grads_kernel(
         row = (i + tl.arange(0, BLOCK_B)).to(tl.int64)
         mask = (row < rows)[:, None] & d_mask[None, :]
         at = row[:, None] * D + d[None, :]
-        g = tl.where(tl.load(z + at, mask=mask, other=0.0) > 0, tl.load(grad + at, mask=mask, other=0.0), 0.0)
+        g = tl.where(tl.load(z + at, mask=mask, other=0.0) <= 0, 0.0, tl.load(grad + at, mask=mask, other=0.0))
         p += g
         q += g * (tl.load(r + at, mask=mask, other=0.0).to(tl.float32) - mu) * inv
     sum_p = tl.sum(p, 0)
@@ -544,7 +544,7 @@ def _norm_relu_rows_grads_kernel(
         row = (i + tl.arange(0, BLOCK_B)).to(tl.int64)
         mask = (row < rows)[:, None] & d_mask[None, :]
         at = row[:, None] * D + d[None, :]
-        g = tl.where(tl.load(z + at, mask=mask, other=0.0) > 0, tl.load(grad + at, mask=mask, other=0.0), 0.0)
+        g = tl.where(tl.load(z + at, mask=mask, other=0.0) <= 0, 0.0, tl.load(grad + at, mask=mask, other=0.0))
         if BATCH:
             xhat = (tl.load(r + at, mask=mask, other=0.0).to(tl.float32) - mu) * inv
             g = g - (sum_p / rows)[None, :] - xhat * (sum_q / rows)[None, :]

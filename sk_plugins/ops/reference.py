@@ -21,6 +21,7 @@ __all__ = [
     'norm_relu_select',
     'select',
     'select_reference',
+    'strided_like',
 ]
 
 
@@ -70,6 +71,16 @@ def fuse_reference(branches: list[Tensor]) -> Tensor:
 def select_reference(branches: list[Tensor], attention: Tensor) -> Tensor:
     """Eq. 6 as written: weigh a stack of the branches and sum. Shapes as in :func:`select`."""
     return (torch.stack(branches, dim=1) * attention).sum(1)
+
+
+def strided_like(grad: Tensor, weight: Tensor) -> Tensor:
+    """A 1x1 convolution's gradient, (O, I), in the shape and strides of its weight, which DistributedDataParallel wants.
+
+    channels_last gives a weight (O, I, 1, 1) strides of its own, over the same memory.
+    """
+    if weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last):
+        return grad.contiguous().as_strided(weight.shape, weight.stride())
+    return grad.view(weight.shape)
 
 
 class Attention(NamedTuple):

@@ -65,6 +65,15 @@ def test_one_gradient_then_another_of_the_same_graph(pair):
     torch.testing.assert_close(*found, **CLOSE)
 
 
+def test_a_differentiable_gradient_of_a_norm_that_two_branches_share(pair):
+    found = []
+    for layer in pair():
+        layer.paths[1].bn.weight = layer.paths[0].bn.weight
+        y = layer(make_input()).square().sum()
+        found += torch.autograd.grad(y, layer.paths[0].bn.weight, create_graph=True)
+    torch.testing.assert_close(*found, **CLOSE)
+
+
 @pytest.mark.parametrize('kwargs', SETTINGS.values(), ids=SETTINGS.keys())
 def test_batched_gradients(kwargs, pair):
     layer, _ = pair(**kwargs)

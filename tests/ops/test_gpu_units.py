@@ -133,6 +133,32 @@ class TestUnits:
         assert ways(unit) == {'triton': 1}
         assert_near(*found, 4000 * EPS)
 
+    @pytest.mark.parametrize('name', ['bottleneck', 'strided bottleneck'])
+    def test_a_differentiable_gradient_of_a_unit_with_a_shortcut(self, name):
+        """The shortcut is what the last convolution's map is made of: it must not be counted along both ways."""
+        found = []
+        for module, like in zip(make_unit(name), (torch.float32, torch.float64)):
+            x = make_unit(name)[2].to(like).requires_grad_()
+            y = module(x)
+            found.append(torch.autograd.grad(y.square().sum(), x, create_graph=True)[0].detach())
+        assert_near({'': found[0]}, {'': found[1]}, 960 * EPS)
+
+    def test_nan_stays_nan(self):
+        """As torch's ReLU has it: a loss that is NaN must be seen."""
+        for training in (True, False):
+            unit, plain, x = make_unit('bottleneck')
+            x[0, 3, 2, 2] = torch.nan
+            with torch.set_grad_enabled(training):
+                outputs = [m.train(training)(x.to(t)) for m, t in ((unit, torch.float32), (plain, torch.float64))]
+            assert outputs[1].isnan().any()
+            assert torch.equal(outputs[0].isnan(), outputs[1].isnan())
+
+    def test_gradients_of_one_value_are_tensors_of_their_own_and_lie_as_their_weights(self):
+        unit, _, x = make_unit('strided bottleneck')
+        grads = torch.autograd.grad(unit(x).square().sum(), list(unit.parameters()))
+        assert len({grad.data_ptr() for grad in grads}) == len(grads)
+        assert [grad.stride() for grad in grads] == [parameter.stride() for parameter in unit.parameters()]
+
     def test_compiled_layers_run_the_kernels_as_operators(self):
         torch.compiler.reset()
         layer, plain = copies(randomise(SelectiveKernel(8, groups=2, **SK)).to(DEVICE))

@@ -37,13 +37,14 @@ class OnGPU:
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     """What the measurements find, settable, and how often they ran: of one process whose verdicts nobody knows."""
-    found = SimpleNamespace(error=0.0, ratios=dict(FASTER), tried=[], devices=[])
+    found = SimpleNamespace(error=0.0, ratios=dict(FASTER), tried=[], devices=[], capturing=False)
     monkeypatch.setenv('SK_PLUGINS_CACHE', str(tmp_path))
     monkeypatch.delenv('SK_PLUGINS_ENGINE', raising=False)
     monkeypatch.setattr(gpu, 'HAS_TRITON', True)
     monkeypatch.setattr(gpu, 'load', lambda: None)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'A card')
     monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: found.capturing)
 
     @contextlib.contextmanager
     def device(device):
@@ -69,13 +70,13 @@ def bench(monkeypatch, tmp_path):
 
     monkeypatch.setattr(trial, '_ratio', ratio)
     monkeypatch.setattr(trial, '_said', set())
-    trial._verdict.cache_clear()
+    trial._verdicts.clear()
     yield found
-    trial._verdict.cache_clear()
+    trial._verdicts.clear()
 
 
 def new_process():
-    trial._verdict.cache_clear()
+    trial._verdicts.clear()
     trial._said.clear()
 
 
@@ -134,6 +135,29 @@ def test_a_failure_gives_way_to_plain_torch_in_this_process_alone(bench, error, 
     assert len(bench.tried) == 1
     new_process()
     bench.error = 0.0
+    assert trial.accepts(OnGPU())
+
+
+def test_no_trial_within_a_capture_or_a_backward_pass(bench):
+    bench.capturing = True
+    assert not trial.accepts(OnGPU())
+    bench.capturing = False
+
+    class Meets(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            assert not trial.accepts(OnGPU())
+            return grad
+
+    Meets.apply(torch.ones(1, requires_grad=True)).sum().backward()
+    assert bench.tried == []
+    assert trial.accepts(OnGPU())
+    assert len(bench.tried) == 1
+    bench.capturing = True
     assert trial.accepts(OnGPU())
 
 
