@@ -74,7 +74,7 @@ def select_reference(branches: list[Tensor], attention: Tensor) -> Tensor:
 
 
 def strided_like(grad: Tensor, weight: Tensor) -> Tensor:
-    """A 1x1 convolution's gradient, (O, I), in the shape and strides of its weight, which DistributedDataParallel wants.
+    """A 1x1 convolution's gradient, (O, I), with its weight's shape and strides, which DistributedDataParallel wants.
 
     channels_last gives a weight (O, I, 1, 1) strides of its own, over the same memory.
     """
