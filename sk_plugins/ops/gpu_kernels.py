@@ -208,7 +208,7 @@ def _update(running, value, momentum, mask):
 @triton.jit
 def _add_moments(p, q, y, offsets, mask, g, mu, scale, b):
     deviation = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) - mu[None, :]
-    live = tl.where(mask & ~(deviation * scale[None, :] + b[None, :] <= 0), g, 0.0)
+    live = tl.where(mask, tl.where(deviation * scale[None, :] + b[None, :] <= 0, 0.0, g), 0.0)
     return p + live, q + live * deviation
 
 
@@ -401,7 +401,7 @@ def _live(grad, out, y, offsets, mask, mu, scale, b, RELU: tl.constexpr, HAS_OUT
             g = tl.where(tl.load(out + offsets, mask=mask, other=0.0) <= 0, 0.0, g)
         else:
             deviation = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) - mu[None, :]
-            g = tl.where(mask & ~(deviation * scale[None, :] + b[None, :] <= 0), g, 0.0)
+            g = tl.where(mask, tl.where(deviation * scale[None, :] + b[None, :] <= 0, 0.0, g), 0.0)
     return g
 
 
