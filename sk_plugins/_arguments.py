@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from types import FunctionType
 from typing import Any
 
@@ -10,17 +11,23 @@ from torch import nn
 
 __all__ = [
     'MOST_CHANNELS',
+    'MOST_UNITS',
+    'UNITS',
     'check_choice',
     'check_dtype',
     'check_flags',
     'check_integer',
     'check_integers',
     'check_layers',
+    'check_positive',
     'check_sk_kwargs',
     'is_integer',
+    'is_module_class',
 ]
 
 MOST_CHANNELS = 2**20  # twice as many, and the weights of one convolution could be more than torch can count
+MOST_UNITS = 1000  # of a stage
+UNITS = ('sk', 'plain', 'se')
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FACTORIES = (FunctionType, functools.partial)
 
@@ -35,6 +42,14 @@ def check_integer(name: str, value: Any, least: int = 1, most: int = MOST_CHANNE
         raise ValueError(
             f'{name}={value!r} must be an integer of {f"at most {most}" if large else f"at least {least}"}'
         )
+
+
+def check_positive(name: str, value: Any) -> None:
+    """A number above zero, whole or not."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= MOST_CHANNELS:
+        large = is_number and value > MOST_CHANNELS
+        raise ValueError(f'{name}={value!r} must be a number {f"of at most {MOST_CHANNELS}" if large else "above 0"}')
 
 
 def check_integers(
@@ -64,13 +79,12 @@ def check_dtype(dtype: Any) -> None:
 
 def check_layers(**layers: Any) -> None:
     for name, layer in layers.items():
-        if not is_layer(layer):
+        if not (is_module_class(layer) or isinstance(layer, _FACTORIES)):
             raise ValueError(f'{name}={layer!r} must be a class of layers')
 
 
-def is_layer(value: Any) -> bool:
-    """A class of modules, or what stands for one."""
-    return issubclass(value, nn.Module) if isinstance(value, type) else isinstance(value, _FACTORIES)
+def is_module_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def check_sk_kwargs(sk_kwargs: Any, unit: str) -> None:

@@ -16,7 +16,7 @@ from mmpretrain.apis.model import ModelHub
 from mmpretrain.registry import MODELS
 
 from . import zoo
-from ._arguments import check_flags, check_integer, check_sk_kwargs
+from ._arguments import check_flags, check_integer, check_positive, check_sk_kwargs
 from ._resources import ROOT
 from .openmmlab import datasets as datasets
 from .openmmlab import hooks as hooks
@@ -91,13 +91,13 @@ class SKResNeXt(ResNetBackbone):
         TypeError: an argument that the network does not have.
     """
 
-    def __init__(self, depth: int, groups: int = 32, width_per_group: int = 4, **kwargs) -> None:
+    def __init__(self, depth: int, groups: int = 32, width_per_group: float = 4, **kwargs) -> None:
         layers = _choose(depth=(depth, zoo.LAYERS))
         for name, ours in (('cardinality', 'groups'), ('base_width', 'width_per_group')):
             if name in kwargs:
                 raise ValueError(f'{name}={kwargs[name]!r} is called {ours} here')
-        for name, value in (('groups', groups), ('width_per_group', width_per_group)):
-            check_integer(name, value)
+        check_integer('groups', groups)
+        check_positive('width_per_group', width_per_group)
         args = dict(layers=layers, cardinality=groups, base_width=width_per_group)
         super().__init__(replace(zoo.MODELS['sknet50'], args=args), depth, **kwargs)
         self.groups = groups

@@ -15,26 +15,34 @@ from timm.models import checkpoint_seq
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from .._arguments import MOST_CHANNELS, check_choice, check_flags, check_integer, check_integers, check_sk_kwargs
+from .._arguments import (
+    MOST_CHANNELS,
+    MOST_UNITS,
+    UNITS,
+    check_choice,
+    check_flags,
+    check_integer,
+    check_integers,
+    check_positive,
+    check_sk_kwargs,
+    is_module_class,
+)
 from .._timm import feature_take_indices
 from ..layers import ConvBNAct, SelectiveKernel, SelectiveKernelAttention
 from ..ops import Fusable, norm_act, norm_act_pool, register
 
-__all__ = ['UNITS', 'SKBasicBlock', 'SKBottleneck', 'SKResNet']
-
-UNITS = ('sk', 'plain', 'se')
-MOST_UNITS = 1000
+__all__ = ['SKBasicBlock', 'SKBottleneck', 'SKResNet']
 
 
-@register
-class SKBottleneck(Fusable):
-    """SK unit: 1x1 -> SK convolution -> 1x1, residual, ReLU after the sum.
+class _SKUnit(Fusable):
+    """What the units share: their arguments, the residual end, and how an engine computes that end.
 
-    (B, inplanes, H, W) to (B, 4 * planes, H / stride, W / stride). The arguments are those of timm's ``Bottleneck``,
-    and ``sk_kwargs`` goes to :class:`SelectiveKernel` (``kernel_sizes``, ``reduction``, ``select``, ...).
+    A block adds its convolutions in ``_add_convolutions``, and names the SK convolution and the last one.
     """
 
-    expansion = 4
+    expansion: int
+    sk_name: str
+    last_name: str
 
     def __init__(
         self,
@@ -43,7 +51,7 @@ class SKBottleneck(Fusable):
         stride: int = 1,
         downsample: nn.Module | None = None,
         cardinality: int = 1,
-        base_width: int = 64,
+        base_width: float = 64,
         reduce_first: int = 1,
         dilation: int = 1,
         first_dilation: int | None = None,
@@ -60,43 +68,38 @@ class SKBottleneck(Fusable):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         layers = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
-        width = int(planes * (base_width / 64)) * cardinality
-        if width < 1:
-            raise ValueError(
-                f'base_width={base_width} leaves the unit of {planes} planes no channels: it must be at least '
-                f'{64 / planes:g}'
-            )
-        first_planes = width // reduce_first
-        outplanes = planes * self.expansion
-
-        self.backend = _unit_backend(sk_kwargs)
-        self.conv1 = ConvBNAct(inplanes, first_planes, kernel_size=1, backend=self.backend, **layers)
-        self.conv2 = SelectiveKernel(
-            first_planes,
-            width,
+        sk = dict(
             stride=stride,
             dilation=first_dilation or dilation,
             aa_layer=aa_layer,
             drop_layer=drop_block,
-            **{'groups': cardinality, **(sk_kwargs or {})},
+            **(sk_kwargs or {}),
             **layers,
         )
-        self.conv3 = ConvBNAct(width, outplanes, kernel_size=1, apply_act=False, backend=self.backend, **layers)
-        self.se = create_attn(attn_layer, outplanes, **dd)
+        self.backend = _unit_backend(sk_kwargs)
+        layers['backend'] = self.backend
+        self._add_convolutions(inplanes, planes, cardinality, base_width, reduce_first, dilation, sk, layers)
+        self.se = create_attn(attn_layer, planes * self.expansion, **dd)
         self.act = act_layer(inplace=True)
         self.downsample = downsample
         self.drop_path = drop_path
 
-    def zero_init_last(self) -> None:
-        """Zero the last norm's scale, so that the unit starts as its shortcut."""
-        if getattr(self.conv3.bn, 'weight', None) is not None:
-            nn.init.zeros_(self.conv3.bn.weight)
+    def _add_convolutions(
+        self,
+        inplanes: int,
+        planes: int,
+        cardinality: int,
+        base_width: float,
+        reduce_first: int,
+        dilation: int,
+        sk: dict[str, Any],
+        layers: dict[str, Any],
+    ) -> None:
+        """Add the convolutions; ``sk`` are arguments of the SK convolution, ``layers`` of the others."""
+        raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
-        x = self.conv1(x)
-        x = self.conv2(x)
-        x = self.conv3(x)
+    def _end(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """The residual sum of the last convolution's output and the unit's input, and its ReLU."""
         if self.se is not None:
             x = self.se(x)
         if self.drop_path is not None:
@@ -106,9 +109,67 @@ class SKBottleneck(Fusable):
         x += shortcut
         return self.act(x)
 
+    def zero_init_last(self) -> None:
+        """Zero the last norm's scale, so that the unit starts as its shortcut."""
+        norm = getattr(self, self.last_name).bn
+        if getattr(norm, 'weight', None) is not None:
+            nn.init.zeros_(norm.weight)
+
+    def parts(self, folded: bool) -> tuple | None:
+        """The SK convolution and its parts, the last convolution and norm, and the modules of the shortcut."""
+        sk, last = getattr(self, self.sk_name), getattr(self, self.last_name)
+        of_sk = sk.parts(folded) if type(sk) is SelectiveKernel and sk.backend in ('auto', 'triton') else None
+        of_last = last.parts(folded) if type(last) is ConvBNAct else None
+        keeps_all = self.drop_path is None or not self.drop_path.training
+        plain = self.se is None and type(self.act) is nn.ReLU and keeps_all
+        if of_sk is None or of_last is None or of_last[2] or not plain:
+            return None
+        if self.downsample is not None and type(self.downsample) is not nn.Sequential:
+            return None
+        if self.downsample is None:
+            return sk, of_sk, *of_last[:2], None
+        layers = list(self.downsample)
+        if [type(layer) for layer in layers[-2:]] != [nn.Conv2d, nn.Identity if folded else nn.BatchNorm2d]:
+            return None
+        *pooling, conv, norm = layers
+        if folded and conv.bias is None:
+            return None
+        return sk, of_sk, *of_last[:2], (pooling, conv, None if folded else norm)
+
+
+@register
+class SKBottleneck(_SKUnit):
+    """SK unit: 1x1 -> SK convolution -> 1x1, residual, ReLU after the sum.
+
+    (B, inplanes, H, W) to (B, 4 * planes, H / stride, W / stride). The arguments are those of timm's ``Bottleneck``,
+    and ``sk_kwargs`` goes to :class:`SelectiveKernel` (``kernel_sizes``, ``reduction``, ``select``, ...).
+    """
+
+    expansion = 4
+    sk_name, last_name = 'conv2', 'conv3'
+
+    def _add_convolutions(self, inplanes, planes, cardinality, base_width, reduce_first, dilation, sk, layers) -> None:
+        width = _width(planes, base_width, cardinality)
+        if width < 1:
+            raise ValueError(
+                f'base_width={base_width} leaves the unit of {planes} planes no channels: it must be at least '
+                f'{64 / planes:g}'
+            )
+        first_planes = width // reduce_first
+        self.conv1 = ConvBNAct(inplanes, first_planes, kernel_size=1, **layers)
+        self.conv2 = SelectiveKernel(first_planes, width, **{'groups': cardinality, **sk})
+        self.conv3 = ConvBNAct(width, planes * self.expansion, kernel_size=1, apply_act=False, **layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.conv1(x)
+        x = self.conv2(x)
+        x = self.conv3(x)
+        return self._end(x, shortcut)
+
     def parts(self, folded: bool) -> tuple | None:
         first = self.conv1.parts(folded) if type(self.conv1) is ConvBNAct else None
-        rest = _parts(self, self.conv2, self.conv3, folded)
+        rest = super().parts(folded)
         return None if first is None or not first[2] or rest is None else (self.conv1, first, *rest)
 
     def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
@@ -119,7 +180,7 @@ class SKBottleneck(Fusable):
 
 
 @register
-class SKBasicBlock(Fusable):
+class SKBasicBlock(_SKUnit):
     """SK convolution -> 3x3, residual, ReLU after the sum: the unit of timm's ``skresnet18`` and ``skresnet34``.
 
     (B, inplanes, H, W) to (B, planes, H / stride, W / stride). Arguments as in :class:`SKBottleneck`, but that there
@@ -127,73 +188,18 @@ class SKBasicBlock(Fusable):
     """
 
     expansion = 1
+    sk_name, last_name = 'conv1', 'conv2'
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        cardinality: int = 1,
-        base_width: int = 64,
-        reduce_first: int = 1,
-        dilation: int = 1,
-        first_dilation: int | None = None,
-        sk_kwargs: dict[str, Any] | None = None,
-        act_layer: type[nn.Module] = nn.ReLU,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-        attn_layer: Callable[..., nn.Module] | str | None = None,
-        aa_layer: Callable[..., nn.Module] | None = None,
-        drop_block: Callable[..., nn.Module] | None = None,
-        drop_path: nn.Module | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        layers = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
+    def _add_convolutions(self, inplanes, planes, cardinality, base_width, reduce_first, dilation, sk, layers) -> None:
         first_planes = planes // reduce_first
-        outplanes = planes * self.expansion
-
-        self.conv1 = SelectiveKernel(
-            inplanes,
-            first_planes,
-            stride=stride,
-            dilation=first_dilation or dilation,
-            aa_layer=aa_layer,
-            drop_layer=drop_block,
-            **{'groups': 1, **(sk_kwargs or {})},
-            **layers,
-        )
-        self.backend = _unit_backend(sk_kwargs)
-        self.conv2 = ConvBNAct(
-            first_planes, outplanes, 3, dilation=dilation, apply_act=False, backend=self.backend, **layers
-        )
-        self.se = create_attn(attn_layer, outplanes, **dd)
-        self.act = act_layer(inplace=True)
-        self.downsample = downsample
-        self.drop_path = drop_path
-
-    def zero_init_last(self) -> None:
-        """Zero the last norm's scale, so that the unit starts as its shortcut."""
-        if getattr(self.conv2.bn, 'weight', None) is not None:
-            nn.init.zeros_(self.conv2.bn.weight)
+        self.conv1 = SelectiveKernel(inplanes, first_planes, **{'groups': 1, **sk})
+        self.conv2 = ConvBNAct(first_planes, planes * self.expansion, 3, dilation=dilation, apply_act=False, **layers)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
         x = self.conv1(x)
         x = self.conv2(x)
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-        x += shortcut
-        return self.act(x)
-
-    def parts(self, folded: bool) -> tuple | None:
-        return _parts(self, self.conv1, self.conv2, folded)
+        return self._end(x, shortcut)
 
     def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
         sk, of_sk, *end = parts
@@ -205,33 +211,9 @@ register(DropPath)
 
 
 def _unit_backend(sk_kwargs: dict[str, Any] | None) -> str:
-    """What a unit's SK convolution goes by, its other convolutions go by: keeping less memory is the former's alone."""
+    """The backend of a unit's other convolutions: the SK convolution's, or 'plain' where that is 'recompute'."""
     backend = (sk_kwargs or {}).get('backend', 'auto')
     return 'plain' if backend == 'recompute' else backend
-
-
-def _parts(unit: SKBottleneck | SKBasicBlock, sk: nn.Module, last: nn.Module, folded: bool) -> tuple | None:
-    """A unit's SK convolution and its parts, the last convolution and norm, and the modules of the shortcut.
-
-    None where a unit, from its SK convolution on, is not what an engine computes.
-    """
-    of_sk = sk.parts(folded) if type(sk) is SelectiveKernel and sk.backend in ('auto', 'triton') else None
-    of_last = last.parts(folded) if type(last) is ConvBNAct else None
-    keeps_all = unit.drop_path is None or not unit.drop_path.training
-    plain = unit.se is None and type(unit.act) is nn.ReLU and keeps_all
-    if of_sk is None or of_last is None or of_last[2] or not plain:
-        return None
-    if unit.downsample is not None and type(unit.downsample) is not nn.Sequential:
-        return None
-    if unit.downsample is None:
-        return sk, of_sk, *of_last[:2], None
-    layers = list(unit.downsample)
-    if [type(layer) for layer in layers[-2:]] != [nn.Conv2d, nn.Identity if folded else nn.BatchNorm2d]:
-        return None
-    *pooling, conv, norm = layers
-    if folded and conv.bias is None:
-        return None
-    return sk, of_sk, *of_last[:2], (pooling, conv, None if folded else norm)
 
 
 def _fuse_end(
@@ -297,7 +279,7 @@ class SKResNet(Fusable, ResNet):
         unit: str = 'sk',
         channels: Sequence[int] | None = None,
         cardinality: int = 32,
-        base_width: int = 4,
+        base_width: float = 4,
         output_stride: int = 32,
         small_stem: bool = False,
         zero_init_last: bool = False,
@@ -311,7 +293,7 @@ class SKResNet(Fusable, ResNet):
         )
         check_choice('unit', unit, UNITS)
         check_sk_kwargs(sk_kwargs, unit)
-        if not isinstance(block, str) and not _is_module_class(block):
+        if not isinstance(block, str) and not is_module_class(block):
             raise ValueError(f"block={block!r} must be 'bottleneck', 'basic' or a class of units")
         if isinstance(block, str):
             if (block, unit) not in _BLOCKS:
@@ -324,8 +306,7 @@ class SKResNet(Fusable, ResNet):
             block = _BLOCKS[block, unit]
         check_integer('cardinality', cardinality)
         bottleneck = issubclass(block, (SKBottleneck, Bottleneck))
-        # A unit's width is base_width / 64 * planes * cardinality.
-        check_integer('base_width', base_width, least=math.ceil(64 / min(channels)) if bottleneck else 1)
+        check_positive('base_width', base_width)
         check_flags(small_stem=small_stem)
         if bottleneck:
             _check_widths(channels, base_width, cardinality)
@@ -363,7 +344,7 @@ class SKResNet(Fusable, ResNet):
 
         self.backend = (block_args.get('sk_kwargs') or {}).get('backend', 'auto') if unit == 'sk' else 'plain'
 
-    # The stem goes by an engine; the units in the stages, which are called, see to themselves.
+    # An engine may compute the stem. Each unit asks the gate itself.
 
     def fused_modules(self) -> list[nn.Module]:
         return [self, self.conv1, self.bn1, self.act1, self.maxpool]
@@ -426,13 +407,16 @@ def count_stages(layers: Sequence[int]) -> int:
     return len(layers)
 
 
-def _is_module_class(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, nn.Module)
+def _width(planes: int, base_width: float, cardinality: int) -> int:
+    """Channels of a bottleneck's SK convolution, as timm counts them."""
+    return math.floor(planes * (base_width / 64)) * cardinality
 
 
-def _check_widths(channels: Sequence[int], base_width: int, cardinality: int) -> None:
+def _check_widths(channels: Sequence[int], base_width: float, cardinality: int) -> None:
+    if _width(min(channels), base_width, 1) < 1:
+        raise ValueError(f'{base_width=} must be a number of at least {64 / min(channels):g}')
     for planes in channels:
-        width = int(planes * (base_width / 64)) * cardinality
+        width = _width(planes, base_width, cardinality)
         if width > MOST_CHANNELS:
             raise ValueError(
                 f'{cardinality=} and {base_width=} give the unit of {planes} planes {width} channels: at most '

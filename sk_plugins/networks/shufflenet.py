@@ -14,10 +14,9 @@ from timm.layers import SqueezeExcite, create_classifier, get_act_layer, get_nor
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from .._arguments import check_choice, check_integer, check_integers, check_sk_kwargs
+from .._arguments import MOST_UNITS, UNITS, check_choice, check_integer, check_integers, check_sk_kwargs
 from .._timm import feature_take_indices
 from ..layers import SelectiveKernel, SelectiveKernelAttention
-from .resnet import MOST_UNITS, UNITS
 
 __all__ = ['SKShuffleNetV2', 'ShuffleUnit']
 

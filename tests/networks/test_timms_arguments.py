@@ -46,6 +46,7 @@ TAKEN = [
     *(dict(drop_rate=rate) for rate in (0, 0.5, 1.0, 2, np.float32(0.5), True)),
     *(dict(drop_path_rate=rate) for rate in (0.2, 1, np.float64(0.2))),
     *(dict(drop_block_rate=rate) for rate in (0.2, np.float64(0.2))),
+    *(dict(base_width=width) for width in (16.0, 6.5, np.float32(6.5))),
     dict(zero_init_last=True),
     dict(zero_init_last=1),
     dict(block_args=None),
