@@ -2,10 +2,9 @@
 
 from . import timm_models as timm_models
 from .fuse import fold_batch_norm
-from .fuse import fold_batch_norm as fuse  # its former name; import statements find the file all the same
 from .layers import SelectiveKernel
 from .networks import SKResNet
 
 __version__ = '0.1.0'
 
-__all__ = ['SKResNet', 'SelectiveKernel', '__version__', 'fold_batch_norm', 'fuse']
+__all__ = ['SKResNet', 'SelectiveKernel', '__version__', 'fold_batch_norm']

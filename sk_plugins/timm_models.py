@@ -9,11 +9,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from . import zoo
+from ._text import first_lines
 from .networks import SKResNet, SKShuffleNetV2
 from .networks.resnet import count_stages
 from .weights import hub
-from .weights.files import CheckpointError, first_lines, load_checkpoint
-from .weights.names import require_fit
+from .weights.files import CheckpointError, load_checkpoint
+from .weights.fit import require_fit
 
 __all__: list[str] = []
 
@@ -39,7 +40,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
             if cfg.file:
                 state_dict, _ = load_checkpoint(cfg.file)
             else:
-                state_dict, _ = hub.download(cfg.url, load_checkpoint, kwargs.get('cache_dir'))
+                state_dict, _ = hub.download_url(cfg.url, load_checkpoint, kwargs.get('cache_dir'))
             overlay = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'state_dict': state_dict}
             model = build_model_with_cfg(spec.network, variant, True, **{**args, 'pretrained_cfg_overlay': overlay})
             model.pretrained_cfg.pop('state_dict')  # or it would stay in memory

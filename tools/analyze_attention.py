@@ -21,10 +21,10 @@ from export_onnx import build
 from tqdm import tqdm
 
 from sk_plugins._resources import how_to_install
+from sk_plugins._text import first_lines
 from sk_plugins.analysis import ImageStream, record, study
 from sk_plugins.analysis.study import typical_units
 from sk_plugins.weights import HubError
-from sk_plugins.weights.files import first_lines
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

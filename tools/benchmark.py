@@ -7,10 +7,11 @@ python tools/benchmark.py --set host       # what Python costs, the GPU path's t
 python tools/benchmark.py --set gpu        # those on a GPU (`make bench-gpu`)
 python tools/benchmark.py --report results/benchmark_cpu.json --picture results/sknet50_cpu.png  # drawn again
 
-A model is a timm name or torchvision:NAME, with arguments in brackets where wanted, then :fuse (sk_plugins.fuse),
-:compile (torch.compile) or :stub (the GPU path on a CPU, whose launches compute nothing). Every repeat times each model
-once, in turn (A B C A B C ...), so that what slows the machine down for a while slows all of them. A ratio is the
-median over the repeats of the ratio within a repeat. The spread is the interquartile range in per cent of the median.
+A model is a timm name or torchvision:NAME, with arguments in brackets where wanted, then :fuse
+(sk_plugins.fold_batch_norm), :compile (torch.compile) or :stub (the GPU path on a CPU, whose launches compute nothing).
+Every repeat times each model once, in turn (A B C A B C ...), so that what slows the machine down for a while slows all
+of them. A ratio is the median over the repeats of the ratio within a repeat. The spread is the interquartile range in
+per cent of the median.
 The weights and the images are random. Memory that is freed stays with the process.
 
 Python calls and operator calls are exact counts. On a CPU, eager models are also timed at 2 x 32 x 32 on one thread,
@@ -49,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--repeats', type=int, metavar='N', help='default: 15')
     parser.add_argument('--threads', type=int, metavar='N', help="CPU threads (default: torch's)")
     parser.add_argument('--compile', action='store_true', help='torch.compile every model')
-    parser.add_argument('--fuse', action='store_true', help='sk_plugins.fuse every model (inference only)')
+    parser.add_argument('--fuse', action='store_true', help='fold_batch_norm for every model (inference only)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write everything measured there')
     parser.add_argument('--markdown', type=Path, metavar='FILE', help='write the tables there')
     parser.add_argument('--plot', type=Path, metavar='FILE', help='draw the ratios there (PNG, SVG or PDF)')

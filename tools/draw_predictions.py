@@ -25,7 +25,7 @@ from PIL import Image
 
 from sk_plugins.openmmlab.runtime.runner import build_runner
 from sk_plugins.weights import load_checkpoint
-from sk_plugins.weights.names import load_strictly
+from sk_plugins.weights.fit import load_strictly
 
 CELL = 2.2  # inches
 KINDS = ('pred_instances', 'pred_sem_seg')

@@ -24,11 +24,12 @@ from _errors import run
 from torch import Tensor, nn
 
 from sk_plugins import fold_batch_norm
+from sk_plugins._files import write_atomically
 from sk_plugins._resources import find_config, how_to_install
+from sk_plugins._text import first_lines
 from sk_plugins.weights import HubError, load_checkpoint, timm_arguments, to_timm
-from sk_plugins.weights.files import first_lines, write_atomically
+from sk_plugins.weights.fit import load_strictly
 from sk_plugins.weights.hub import explain_errors, load_state_dict
-from sk_plugins.weights.names import load_strictly
 
 TOLERANCE = 1e-4
 

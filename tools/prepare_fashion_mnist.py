@@ -13,7 +13,7 @@ from pathlib import Path
 
 from _common import run
 
-from sk_plugins.weights.files import write_atomically
+from sk_plugins._files import write_atomically
 
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')
 # Magic number, images and, for images, their sides.

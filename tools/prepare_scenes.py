@@ -29,8 +29,8 @@ from numpy.random import Generator
 from PIL import Image
 from scipy.ndimage import binary_fill_holes
 
+from sk_plugins._files import write_atomically
 from sk_plugins._resources import how_to_install
-from sk_plugins.weights.files import write_atomically
 
 # By their names in skimage.data, or in sklearn.datasets where they end in .jpg: those that need no download. The held
 # out ones are free of conditions (public domain, CC0), so that pictures of predictions can be shown.

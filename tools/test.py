@@ -20,7 +20,7 @@ from mmengine.runner import CheckpointLoader, Runner, load_state_dict
 from sk_plugins.openmmlab.runtime.configs import explain_config
 from sk_plugins.openmmlab.runtime.runner import build_runner
 from sk_plugins.weights import load_checkpoint
-from sk_plugins.weights.names import load_strictly
+from sk_plugins.weights.fit import load_strictly
 
 # How mmdet and mmpretrain merge the predictions of augmented copies where the config does not say.
 TTA_MODELS = {

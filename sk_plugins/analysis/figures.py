@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 
-from ..weights.files import write_atomically
+from .._files import write_atomically
 from .study import AttentionStudy, typical_units
 
 __all__ = ['draw_channels', 'draw_classes', 'draw_depth', 'draw_field', 'write']

@@ -17,7 +17,8 @@ from .._arguments import check_flags, is_integer
 from ..networks.resnet import count_stages
 from ..ops.private import BATCH_NORMS
 from ..weights.files import CheckpointError, HubError
-from ..weights.names import BACKBONE, require_fit
+from ..weights.fit import require_fit
+from ..weights.names import BACKBONE
 from ._internals import TimmNames
 
 __all__ = ['Backbone', 'ResNetBackbone', 'ShuffleNetBackbone']

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._files import write_atomically
 from . import gpu, private
 from .functions import BranchSpec, NormAct, NormReluSelect, NormSpec
 from .reference import Attention, Branches, batch_norm, norm_relu_select
@@ -165,18 +165,11 @@ def _is_verdict(value: Any) -> bool:
 
 def _write(key: str, verdict: dict[str, Any]) -> None:
     """Whole or not at all: other processes read and write the same file."""
-    path = part = None
     try:
-        path = cache_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile('w', dir=path.parent, suffix='.part', delete=False) as file:
-            part = Path(file.name)
-            json.dump({**_read(), key: verdict}, file, indent=1)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
-        logger.warning('The verdict on the Triton kernels cannot be kept in %s: %s', path, error)
+        with write_atomically(cache_file()) as partial:
+            partial.write_text(json.dumps({**_read(), key: verdict}, indent=1))
+    except (OSError, RuntimeError) as error:  # the last where there is no home
+        logger.warning('The verdict on the Triton kernels cannot be kept: %s', error)
 
 
 def _say_once(reason: str) -> None:

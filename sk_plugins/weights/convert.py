@@ -18,10 +18,12 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from .. import zoo
+from .._text import several
 from ..layers import SelectiveKernel
 from ..networks import SKBottleneck, SKResNet
 from .files import CheckpointError, find_fault, load_checkpoint, pick_state_dict
-from .names import BACKBONE, COUNTER, find_misfits, is_own, several
+from .fit import COUNTER, find_misfits
+from .names import BACKBONE, is_own
 
 __all__ = [
     'SUPPORTED',

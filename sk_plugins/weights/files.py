@@ -5,12 +5,9 @@ import io
 import os
 import pickletools
 import re
-import shutil
-import tempfile
-import textwrap
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from .._files import write_atomically
 from . import caffe
 
 __all__ = [
@@ -26,14 +24,12 @@ __all__ = [
     'HubError',
     'Inert',
     'find_fault',
-    'first_lines',
     'load_checkpoint',
     'pick_state_dict',
     'read_pickle',
     'require_weights',
     'save_state_dict',
     'torch_save',
-    'write_atomically',
 ]
 
 
@@ -244,74 +240,3 @@ def torch_save(content: Any, path: str | os.PathLike) -> None:
     with write_atomically(path) as partial, io.BytesIO() as file:
         torch.save(content, file)  # in memory: of a full disk torch says no more than that a position is unexpected
         partial.write_bytes(file.getvalue())
-
-
-@contextlib.contextmanager
-def write_atomically(path: str | os.PathLike, folder: bool = False) -> Iterator[Path]:
-    """A name to write a file, or fill a folder, under; it becomes ``path`` only if all goes well.
-
-    Others see what was at ``path`` before or what is written, also where the process or the machine stops in between:
-    that leaves a ``.NAME.*.part`` folder beside it. Folders on the way to ``path`` are made.
-
-    Args:
-        path: of the file or folder; a link stays, and what it points to is written.
-        folder: whether a folder is written. One that is there already must be empty.
-
-    Raises:
-        FileExistsError: ``path`` is a folder, and a file was to be written.
-        OSError: it cannot be written, as on a full disk; the message names ``path``.
-    """
-    target = Path(os.path.realpath(path))
-    if target.is_dir() and not folder:
-        raise FileExistsError(f'{path}: is a folder; name a file')
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        parent = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', suffix='.part', dir=target.parent))
-        try:
-            partial = parent / target.name
-            yield partial
-            # safetensors writes files that only their owner can read.
-            umask = os.umask(0)
-            os.umask(umask)
-            for written in (partial, *partial.rglob('*')):
-                if written.is_file():
-                    written.chmod(0o666 & ~umask)
-                    _synchronise(written)
-            if target.is_dir():
-                target.rmdir()
-            os.replace(partial, target)
-        finally:
-            shutil.rmtree(parent, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not every file system, or platform, has folders to be synchronised
-            _synchronise(target.parent)
-    except (OSError, safetensors.SafetensorError) as error:
-        if isinstance(error, OSError) and not _is_about(error, target):
-            raise
-        reason = getattr(error, 'strerror', None) or first_lines(error)
-        failed = OSError(f'{path}: cannot be written: {reason}')
-        failed.errno = getattr(error, 'errno', None)
-        raise failed from error
-
-
-def _is_about(error: OSError, target: Path) -> bool:
-    """Whether an error is the system's, in writing to ``target``, and not one of reading what is to be written."""
-    if error.errno is None or error.filename is None:
-        return error.errno is not None
-    named = Path(error.filename)
-    return named in (target, *target.parents) or str(named).startswith(str(target.with_name(f'.{target.name}.')))
-
-
-def _synchronise(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def first_lines(error: Exception, lines: int = 2, width: int = 200) -> str:
-    """The head of a message to which torch gives a line for each tensor, or a line with the names of them all."""
-    said = str(error).splitlines() or [type(error).__name__]
-    head, *rest = [textwrap.shorten(line, width, placeholder=' ...') for line in said]
-    more = f' ... and {len(rest) - lines} more' if len(rest) > lines else ''
-    return ' '.join([head, *rest[:lines]]) + more

@@ -22,23 +22,18 @@ from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor, nn
 from torch.hub import HASH_REGEX, download_url_to_file, get_dir
 
+from .._files import write_atomically
 from .._resources import how_to_install
-from .files import (
-    CheckpointError,
-    HubError,
-    find_fault,
-    first_lines,
-    load_checkpoint,
-    pick_state_dict,
-    write_atomically,
-)
-from .names import BACKBONE, COUNTER, load_strictly, several, to_timm
+from .._text import first_lines, several
+from .files import CheckpointError, HubError, find_fault, load_checkpoint, pick_state_dict
+from .fit import COUNTER, load_strictly
+from .names import BACKBONE, to_timm
 
 __all__ = [
     'WEIGHTS_NAME',
     'HubError',
     'PartialLoad',
-    'download',
+    'download_url',
     'explain_errors',
     'load_partial',
     'load_state_dict',
@@ -209,7 +204,7 @@ def _root_cause(error: BaseException) -> str:
 # Addresses
 
 
-def download(url: str, read: Callable[[Path], _Read], cache_dir: str | os.PathLike | None = None) -> _Read:
+def download_url(url: str, read: Callable[[Path], _Read], cache_dir: str | os.PathLike | None = None) -> _Read:
     """Read a file at an address, which stays in torch's cache; one there that cannot be read is downloaded again.
 
     Args:
@@ -279,7 +274,7 @@ def load_partial(model: nn.Module, source: str | os.PathLike | Mapping[str, Tens
     elif str(source).startswith('hf-hub:'):
         state_dict = load_state_dict(str(source).removeprefix('hf-hub:'))
     elif str(source).startswith(('https://', 'http://')):
-        state_dict = download(str(source), load_checkpoint)[0]
+        state_dict = download_url(str(source), load_checkpoint)[0]
     else:
         state_dict, _ = load_checkpoint(source)
     if any(name.startswith(BACKBONE) for name in state_dict):

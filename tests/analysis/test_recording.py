@@ -11,7 +11,7 @@ from timm.layers import SelectiveKernel as TimmSelectiveKernel
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sk_plugins import SelectiveKernel, SKResNet, fuse
+from sk_plugins import SelectiveKernel, SKResNet, fold_batch_norm
 from sk_plugins.analysis import record, recording, sk_units
 from sk_plugins.networks import SKShuffleNetV2
 
@@ -83,7 +83,7 @@ def in_float64(model, x):
 
 @pytest.mark.parametrize('folded', [False, True])
 def test_equals_a_direct_computation_and_changes_nothing(model, folded):
-    model = fuse(model) if folded else model
+    model = fold_batch_norm(model) if folded else model
     expected = in_float64(model, X)
     assert any(a.std() > 0.02 for a in expected.values())
     for grad in (False, True):

@@ -1,12 +1,13 @@
 """The weights of the network whose attention is measured, with the row of their run."""
 
 import json
-import os
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from sk_plugins._files import write_atomically
 
 from .networks import SELECTED
 from .rows import Row
@@ -18,11 +19,9 @@ def weights_path(work_dir: Path, seed: int) -> Path:
 
 def save_weights(model: nn.Module, path: Path, row: Row) -> None:
     """Write a model's weights, with the row of their run as metadata, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix('.part')
     weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-    save_file(weights, part, metadata={'run': json.dumps(row)})
-    os.replace(part, path)
+    with write_atomically(path) as partial:
+        save_file(weights, partial, metadata={'run': json.dumps(row)})
 
 
 def check_weights(path: Path, row: Row) -> None:

@@ -288,7 +288,7 @@ def prepare(variant: Variant, run: Run, settings: Settings, images: Tensor) -> T
     with _named(variant.label, run), context():
         _wake_residual_branches(plain)
         if variant.fuse:
-            plain = sk_plugins.fuse(plain)
+            plain = sk_plugins.fold_batch_norm(plain)
         plain.to(settings.device, memory_format=MEMORY_FORMATS[settings.memory_format])
         model = torch.compile(plain) if variant.compile else plain
         step = (train_step if training else infer_step)(model, images, settings)

@@ -16,7 +16,8 @@ from mmengine.runner import Runner
 from torch.distributed import init_process_group
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from ...weights.files import CheckpointError, HubError, first_lines
+from ..._text import first_lines
+from ...weights.files import CheckpointError, HubError
 from .._internals import find_built
 
 __all__ = ['ConfigError', 'check_hooks', 'check_keys', 'check_sections', 'explain_config', 'explain_parsing']

@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..._arguments import is_integer
+from ..._text import several
 from .configs import ConfigError
 
 __all__ = ['LoadSoundImage', 'SkipUnreadable', 'UnreadableImageError', 'skip_unreadable']
@@ -252,11 +253,10 @@ class SkipUnreadable(Dataset):
         count = int(self._unreadable.sum())
         if count > self.limit or count == len(self):
             indices = self._unreadable.nonzero().flatten().tolist()
-            names = [str(self.dataset.get_data_info(i).get('img_path')) for i in indices[:MOST_NAMES]]
-            more = f' and {count - MOST_NAMES} more' if count > MOST_NAMES else ''
+            names = [str(self.dataset.get_data_info(i).get('img_path')) for i in indices]
             raise UnreadableImageError(
                 f'{count} of {len(self)} images cannot be read, and limit={self.limit} may be skipped: '
-                f'{", ".join(names)}{more}; the last: {error}'
+                f'{several(names, most=MOST_NAMES)}; the last: {error}'
             ) from error
         if not known:
             message = f'{error}: skipped, {count} of at most {self.limit}'

@@ -25,8 +25,9 @@ from mmengine.runner.checkpoint import (
 )
 
 from ...weights.files import CheckpointError, Inert, load_checkpoint, pick_state_dict, read_pickle
-from ...weights.hub import download
-from ...weights.names import is_timm_format, load_strictly, to_mmpretrain
+from ...weights.fit import load_strictly
+from ...weights.hub import download_url
+from ...weights.names import is_timm_format, to_mmpretrain
 from .._internals import History, get_start
 
 __all__ = ['CheckpointFitHook', 'load_from_http', 'load_from_local', 'read_checkpoint']
@@ -104,9 +105,9 @@ def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
         return read_checkpoint(path, map_location, filename)
 
     first = get_dist_info()[0] == 0
-    checkpoint = download(filename, read) if first else None
+    checkpoint = download_url(filename, read) if first else None
     barrier()
-    return checkpoint if first else download(filename, read)
+    return checkpoint if first else download_url(filename, read)
 
 
 def _named(models: Callable[[], Mapping[str, str]], part: str = '') -> Callable[..., dict[str, Any]]:

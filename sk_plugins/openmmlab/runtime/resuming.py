@@ -27,7 +27,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
-from ...weights.files import CheckpointError, read_pickle, write_atomically
+from ..._files import write_atomically
+from ...weights.files import CheckpointError, read_pickle
 from .._internals import CheckpointSteps, get_start, set_start
 from .configs import ConfigError
 from .distributed import unwrap

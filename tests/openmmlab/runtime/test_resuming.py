@@ -26,6 +26,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import BatchSampler, Dataset
 
+from sk_plugins._files import write_atomically
 from sk_plugins.openmmlab.runtime.configs import ConfigError
 from sk_plugins.openmmlab.runtime.resuming import (
     ResumableBatches,
@@ -34,7 +35,6 @@ from sk_plugins.openmmlab.runtime.resuming import (
     make_resumable,
 )
 from sk_plugins.weights import CheckpointError
-from sk_plugins.weights.files import write_atomically
 
 IMAGES, BATCH, EPOCHS = 26, 4, 4
 STEPS = 7  # an epoch's: the last batch has two images

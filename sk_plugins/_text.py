@@ -1,0 +1,21 @@
+"""Long texts and lists, shortened for a message."""
+
+import textwrap
+from collections.abc import Iterable
+
+__all__ = ['first_lines', 'several']
+
+
+def first_lines(error: Exception, lines: int = 2, width: int = 200) -> str:
+    """The head of a message to which torch gives a line for each tensor, or a line with the names of them all."""
+    said = str(error).splitlines() or [type(error).__name__]
+    head, *rest = [textwrap.shorten(line, width, placeholder=' ...') for line in said]
+    more = f' ... and {len(rest) - lines} more' if len(rest) > lines else ''
+    return ' '.join([head, *rest[:lines]]) + more
+
+
+def several(words: Iterable[str], between: str = ', ', most: int = 3) -> str:
+    """The first few, and how many more there are."""
+    words = list(words)
+    more = f' and {len(words) - most} more' if len(words) > most else ''
+    return between.join(words[:most]) + more
