@@ -2,7 +2,13 @@
 
 from collections.abc import Sequence
 
-__all__ = ['feature_take_indices']
+__all__ = ['FEATURE_NETS', 'feature_take_indices']
+
+# The wrappers of features_only, and the method of each that calls the modules.
+FEATURE_NETS = (
+    ('timm.models._features.FeatureDictNet', '_collect'),
+    ('timm.models._features.FeatureHookNet', 'forward'),
+)
 
 
 def _feature_take_indices(num_features: int, indices: int | Sequence[int] | None = None) -> tuple[list[int], int]:

@@ -14,9 +14,10 @@ from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ._timm import FEATURE_NETS
 from .layers import SelectiveKernel
 from .ops import has_hooks
-from .ops.private import BATCH_NORMS
+from .ops.private import BATCH_NORMS, children, is_optimized
 
 __all__ = ['fold_batch_norm']
 
@@ -48,10 +49,6 @@ _KNOWN: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     'torchvision.models.resnet.ResNet': ('_forward_impl', (('conv1', 'bn1'),)),
 }
 _SEQUENTIAL = 'torch.nn.modules.container.Sequential'
-_FEATURE_NETS = (
-    ('timm.models._features.FeatureDictNet', '_collect'),
-    ('timm.models._features.FeatureHookNet', 'forward'),
-)
 _CONV_MODULE = 'mmcv.cnn.bricks.conv_module.ConvModule'
 
 
@@ -82,7 +79,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model={model!r} must be an nn.Module, not {type(model).__name__}')
-    if isinstance(model, torch.jit.ScriptModule) or '_orig_mod' in model._modules:
+    if isinstance(model, torch.jit.ScriptModule) or is_optimized(model):
         raise ValueError(
             f'model is a {type(model).__name__}: fold the model that it was made from, then script or compile the copy'
         )
@@ -102,7 +99,7 @@ def _fold_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
             module.eval()  # its copy forgets that
-    users = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    users = Counter(id(child) for module in model.modules() for child in children(module).values())
     for module in list(model.modules()):
         for chain in _chains(module):
             _fold_chain(_flatten(module, chain, users))
@@ -131,14 +128,14 @@ def _chains(module: nn.Module) -> Iterator[Sequence[str]]:
         if _known_as(module, name, method):
             yield from pairs
     if _known_as(module, _SEQUENTIAL):
-        yield list(module._modules)
+        yield list(children(module))
     elif _known_as(module, _CONV_MODULE):
         order = module.order
         if module.with_norm and order.index('norm') == order.index('conv') + 1:
             yield 'conv', module.norm_name
-    elif any(_known_as(module, *net) for net in _FEATURE_NETS):
+    elif any(_known_as(module, *net) for net in FEATURE_NETS):
         chain = []
-        for name in module._modules:
+        for name in children(module):
             chain.append(name)
             if name in getattr(module, 'return_layers', ()):  # its output is a feature
                 yield chain
@@ -149,11 +146,11 @@ def _chains(module: nn.Module) -> Iterator[Sequence[str]]:
 def _flatten(parent: nn.Module, names: Sequence[str], users: Counter) -> Iterator[tuple[nn.Module, str]]:
     """(parent, name) of a chain's modules, those in ``nn.Sequential`` each by itself, without identities."""
     for name in names:
-        child = parent._modules.get(name)
+        child = children(parent).get(name)
         if child is None or type(child) is nn.Identity:
             continue
         if _known_as(child, _SEQUENTIAL) and users[id(child)] == 1 and not has_hooks(child):
-            yield from _flatten(child, list(child._modules), users)
+            yield from _flatten(child, list(children(child)), users)
         else:
             yield parent, name
 
@@ -163,13 +160,13 @@ def _fold_chain(places: Iterator[tuple[nn.Module, str]]) -> None:
     for place in list(places):
         folded = before is not None and _fold_pair(*before, *place)
         parent, name = place
-        if not (folded and type(parent._modules[name]) is nn.Identity):
+        if not (folded and type(children(parent)[name]) is nn.Identity):
             before = place
 
 
 def _fold_pair(conv_parent: nn.Module, conv_name: str, norm_parent: nn.Module, norm_name: str) -> bool:
     """Fold a norm into the convolution before it, if these two are such; True if so."""
-    conv, norm = conv_parent._modules[conv_name], norm_parent._modules[norm_name]
+    conv, norm = children(conv_parent)[conv_name], children(norm_parent)[norm_name]
     if not (_is_convolution(conv) and _is_norm(norm) and conv.out_channels == norm.running_mean.numel()):
         return False
     # Not in place: another parent may hold the same convolution, and other norms follow it there.

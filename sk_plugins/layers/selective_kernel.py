@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import check_choice, check_dtype, check_flags, check_integer, check_layers, is_integer
-from ..ops import BACKENDS, Fusable, fuse, has_parts, norm_relu_select, register, select
-from ..ops.gpu import MAX_BRANCHES
+from ..ops import BACKENDS, Fusable, fuse, has_parts, norm_relu_select, register, select, takes_branches
 from .conv_bn_act import ConvBNAct
 
 __all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
@@ -275,7 +274,8 @@ class SelectiveKernel(Fusable):
 
     def parts(self, folded: bool) -> tuple | None:
         paths = [path.parts(folded) if type(path) is ConvBNAct else None for path in self.paths]
-        if not all(path is not None and path[2] for path in paths) or len(paths) > MAX_BRANCHES or self.bn is not None:
+        plain = all(path is not None and path[2] for path in paths) and self.bn is None
+        if not plain or not takes_branches(len(paths)):
             return None
         convs, norms, _ = zip(*paths)
         if self.attn is None:

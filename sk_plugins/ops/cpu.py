@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import Attention, Branches, fuse, strided_like
+from .reference import Attention, Branches, fuse, refuse_single_values, strided_like
 
 __all__ = ['NAME', 'backward', 'forward', 'norm_act', 'norm_act_backward', 'pays', 'saved_like', 'statistics']
 
@@ -30,7 +30,7 @@ def forward(spec, branches: Branches) -> tuple[Tensor, list[Tensor | None]]:
     """V, (B, C, H, W), and what the backward pass needs beside the branches."""
     ys, weights, biases, means, variances, attention = branches
     if spec.batch and ys[0].numel() == ys[0].shape[1]:
-        _refuse(ys[0])
+        refuse_single_values(ys[0])
     us, saved = [], []
     for m, y in enumerate(ys):
         running = (means[m], variances[m]) if means else spec.running[m] if spec.running else (None, None)
@@ -65,7 +65,7 @@ def norm_act(spec, shortcut: None, *norm: Tensor | None) -> tuple[Tensor, list[T
     y, weight, bias, *running = norm
     if spec.batch:
         if y.numel() == y.shape[1]:
-            _refuse(y)
+            refuse_single_values(y)
         running = spec.running[0]
     z, *saved = torch.native_batch_norm(y, weight, bias, *running, spec.batch, spec.momentum, spec.eps)
     return z, saved
@@ -81,10 +81,6 @@ def norm_act_backward(
         grad, y, weight, *used, spec.batch, spec.eps, [needs_maps, True, True]
     )
     return [None, *grads, None, None]
-
-
-def _refuse(y: Tensor) -> None:
-    raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(y.shape)}')
 
 
 def saved_like(spec, branches: Branches) -> list[Tensor]:

@@ -70,7 +70,7 @@ class NormReluSelect(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         spec, kept = ctx.spec, ctx.saved_tensors  # once: under checkpointing a second access raises
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
-        if not _is_ordinary(grad):
+        if not _can_fuse_backward(grad):
             grads = _differentiate(lambda *t: norm_relu_select(spec.unflatten(t), spec.eps), tensors, ctx, grad)
         else:
             needs_maps = any(ctx.needs_input_grad[1 : 1 + spec.num_branches])
@@ -107,7 +107,7 @@ class NormAct(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         spec, kept = ctx.spec, ctx.saved_tensors  # once: under checkpointing a second access raises
         tensors, saved = kept[: ctx.count], kept[ctx.count :]
-        if not _is_ordinary(grad):
+        if not _can_fuse_backward(grad):
             grads = _differentiate(lambda *t: _norm_act(spec, *t), tensors, ctx, grad)
         else:
             shortcut = tensors[0] if ctx.needs_input_grad[1] else None
@@ -137,7 +137,7 @@ class NormPoolRelu(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         spec, pool = ctx.spec, ctx.pool
         *tensors, out, indices = (kept := ctx.saved_tensors)[:7]
-        if not _is_ordinary(grad):
+        if not _can_fuse_backward(grad):
             return None, None, *_differentiate(lambda *t: _norm_pool_relu(spec, pool, *t), tensors, ctx, grad)
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
         # y stands for BN(y), of which the sizes alone are asked.
@@ -161,8 +161,8 @@ def _norm_act(spec: NormSpec, *tensors: Tensor | None) -> Tensor:
     return F.relu(total) if spec.relu else total
 
 
-def _is_ordinary(grad: Tensor) -> bool:
-    """Whether a gradient is one plain tensor with memory of its own, and no mode or second derivative is at work."""
+def _can_fuse_backward(grad: Tensor) -> bool:
+    """Whether the gradient is an ordinary tensor, and neither a mode nor a second derivative is active."""
     if torch.is_grad_enabled() or type(grad) is not Tensor or not private.is_ordinary():
         return False
     try:

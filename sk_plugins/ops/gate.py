@@ -7,7 +7,7 @@ class and has no hooks, and nothing is at work that looks for modules or replace
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain, repeat
+from itertools import chain, product, starmap
 from operator import attrgetter, contains, itemgetter
 from types import ModuleType
 
@@ -41,17 +41,15 @@ def register(cls: type) -> type:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody's code runs when this module is called: hooks, another ``forward``, or a compiled one."""
-    return (
-        any(getattr(module, name, None) for name in private.HOOKS)
-        or 'forward' in module.__dict__
-        or private.COMPILED in module.__dict__
+    """Whether somebody's code runs when this module is called: hooks, a replaced method, or a compiled ``forward``."""
+    return any(getattr(module, name, None) for name in private.HOOKS) or any(
+        name in module.__dict__ for name in private.REPLACEMENTS
     )
 
 
 def has_parts(module: nn.Module, **kinds: type | tuple[type, ...]) -> bool:
     """Whether a module's children have these names and exactly these classes."""
-    children = module._modules
+    children = private.children(module)
     return children.keys() == kinds.keys() and all(
         type(children[name]) in (kind if isinstance(kind, tuple) else (kind,)) for name, kind in kinds.items()
     )
@@ -142,6 +140,7 @@ class _Plan:
         self.methods = attrgetter(*module.methods)
         self.modules = modules
         self.states = [m.__dict__ for m in modules]
+        self.replacements = list(product(self.states, private.REPLACEMENTS))
         self.norms = [m.__dict__ for m in modules if isinstance(m, nn.BatchNorm2d)]
         self.convs = [m.__dict__ for m in modules if isinstance(m, nn.Conv2d)]
         self.fusables = [m.__dict__ for m in modules if isinstance(m, Fusable)]
@@ -177,13 +176,7 @@ class _Plan:
 
     def has_hooks(self) -> bool:
         """:func:`has_hooks` of every module."""
-        states = self.states
-        return (
-            any(chain.from_iterable(map(_HOOKS, states)))
-            or any(map(contains, states, repeat('forward')))
-            or any(map(contains, states, repeat(private.COMPILED)))
-            or any(map(contains, self.convs, repeat(private.CONVOLVES)))
-        )
+        return any(chain.from_iterable(map(_HOOKS, self.states))) or any(starmap(contains, self.replacements))
 
     def __reduce__(self):
         """A copied or pickled module looks for itself."""

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from . import private
-from .reference import Attention, Branches, strided_like
+from .reference import Attention, Branches, refuse_single_values, strided_like
 
 __all__ = ['NAME', 'backward', 'forward', 'norm_act', 'norm_act_backward', 'saved_like', 'statistics', 'why_not']
 
@@ -76,7 +76,7 @@ def forward(spec, branches: Branches) -> tuple[Tensor, list[Tensor]]:
     saved: list[Tensor] = []
     if spec.batch:
         if ys[0].numel() == ys[0].shape[1]:
-            _refuse(ys[0])
+            refuse_single_values(ys[0])
         saved += kernels.statistics(ys, spec.eps, spec.momentum, spec.running[: len(ys)])
         means, variances = saved[:1], saved[1:]
     norms = _norms(weights, biases, means, variances, spec, 4)
@@ -140,7 +140,7 @@ def norm_act(spec, shortcut: Tensor | None, *norms: Tensor | None) -> tuple[Tens
     saved: list[Tensor] = []
     if spec.batch:
         if ys[0].numel() == ys[0].shape[1]:
-            _refuse(ys[0])
+            refuse_single_values(ys[0])
         saved += kernels.statistics(ys, spec.eps, spec.momentum, spec.running)
         means, variances = saved[:1], saved[1:]
     out = kernels.norm_act(ys, _norms(weights, biases, means, variances, spec, 2), shortcut, spec.relu)
@@ -185,10 +185,6 @@ def _norms(weights, biases, means, spreads, spec, most: int):
     pads = most - len(means)
     pointers += [*means, *means[:1] * pads, *spreads, *spreads[:1] * pads]
     return pointers, spec.eps, 'batch' if spec.batch else 'running'
-
-
-def _refuse(y: Tensor) -> None:
-    raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(y.shape)}')
 
 
 def _refuse_norm(channels: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cpu, gpu
 from .functions import BranchSpec
-from .reference import Attention, Branches, norm_relu_select
+from .reference import Attention, Branches, norm_relu_select, update_running
 
 __all__ = ['NAME', 'apply']
 
@@ -37,9 +37,8 @@ def apply(spec: BranchSpec, branches: Branches) -> Tensor:
         engine = _spec(ys, attention[0], spec.batch, spec.eps).engine
         found = engine.statistics(spec, saved)
         for (mean, var), (batch_mean, invstd), count in zip(spec.running, found, counts):
-            batch_var = (invstd.detach().pow(-2) - spec.eps) * (count / (count - 1))
-            mean.lerp_(batch_mean.detach().to(mean.dtype), spec.momentum)
-            var.lerp_(batch_var.to(var.dtype), spec.momentum)
+            batch_var = invstd.detach().pow(-2) - spec.eps
+            update_running(mean, var, batch_mean.detach(), batch_var, count, spec.momentum)
     return v
 
 

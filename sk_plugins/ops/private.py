@@ -2,6 +2,8 @@
 
 No public function tells whether a transform of ``torch.func``, a dispatch mode or a hook of every module is at work.
 Where torch no longer has a name that tells, :func:`is_ordinary` is False, and the plain modules run: slower, and right.
+:mod:`.gate` and :mod:`.fused` read a module's ``_parameters`` and ``_buffers`` at every call. A function here, or
+``nn.Module.__getattr__``, would cost the host a Python call each time.
 """
 
 import torch
@@ -11,13 +13,15 @@ from torch.nn.modules import module as _module
 __all__ = [
     'BATCH_NORMS',
     'COMPILED',
-    'CONVOLVES',
     'HOOKS',
     'MODULE_CALL',
+    'REPLACEMENTS',
     'BatchNorm',
     'add_one',
+    'children',
     'in_backward',
     'is_compiled',
+    'is_optimized',
     'is_ordinary',
     'softmax_backward',
 ]
@@ -30,10 +34,10 @@ except ImportError:
 BATCH_NORMS = (BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 MODULE_CALL = nn.Module.__call__
-# In a module's __dict__: its hooks, what module.compile() puts there, and the method that some give a convolution.
+# In a module's __dict__: its hooks, and what is there only where somebody, or module.compile(), put it there.
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 COMPILED = '_compiled_call_impl'
-CONVOLVES = '_conv_forward'
+REPLACEMENTS = ('forward', COMPILED, '_conv_forward')
 _GLOBAL_HOOKS = (
     '_global_forward_hooks',
     '_global_forward_pre_hooks',
@@ -87,6 +91,16 @@ def _is_default_device() -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called; False where torch does not tell."""
     return getattr(module, COMPILED, None) is not None
+
+
+def is_optimized(module: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile`` returned for another."""
+    return '_orig_mod' in children(module)
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's children by name. ``named_children`` leaves out those that are None or have two names."""
+    return module._modules
 
 
 def add_one(counts: list[Tensor]) -> None:

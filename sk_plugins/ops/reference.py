@@ -19,9 +19,11 @@ __all__ = [
     'fuse',
     'fuse_reference',
     'norm_relu_select',
+    'refuse_single_values',
     'select',
     'select_reference',
     'strided_like',
+    'update_running',
 ]
 
 
@@ -152,3 +154,16 @@ def norm_relu_select(branches: Branches, eps: float) -> Tensor:
     z = F.relu(batch_norm(z, weight, bias, mean, var, eps))
     logits = F.conv2d(z, select_weight.to(dtype), None if select_bias is None else select_bias.to(dtype))
     return select(us, logits.unflatten(1, (len(ys), -1)).softmax(1))
+
+
+def update_running(
+    mean: Tensor, var: Tensor, batch_mean: Tensor, batch_var: Tensor, count: float, momentum: float
+) -> None:
+    """Update BatchNorm's running statistics by a batch's mean and biased variance, (C,), over so many values each."""
+    mean.lerp_(batch_mean.to(mean.dtype), momentum)
+    var.lerp_((batch_var * (count / (count - 1))).to(var.dtype), momentum)
+
+
+def refuse_single_values(y: Tensor) -> None:
+    """Raise torch's error for a batch (B, C, H, W) in training with one value per channel."""
+    raise ValueError(f'Expected more than 1 value per channel when training, got input size {tuple(y.shape)}')

@@ -500,3 +500,5 @@ def test_has_hooks():
     assert not has_hooks(layer)
     layer.forward = layer.forward
     assert has_hooks(layer)
+    layer.conv._conv_forward = layer.conv._conv_forward
+    assert has_hooks(layer.conv)

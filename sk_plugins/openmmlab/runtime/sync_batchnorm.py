@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...ops.private import BatchNorm
+from ...ops.reference import update_running
 
 __all__ = ['SyncBatchNorm', 'synchronise']
 
@@ -63,8 +64,7 @@ class SyncBatchNorm(BatchNorm):
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
                 momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
+                update_running(self.running_mean, self.running_var, mean, var, count, momentum)
         return _Normalise.apply(x, self.weight, self.bias, mean, var, count, self.eps, self.process_group)
 
 
