@@ -1,9 +1,10 @@
-"""Long texts and lists, shortened for a message."""
+"""What messages are made of: long texts and lists, shortened, and the names nearest to a wrong one."""
 
+import difflib
 import textwrap
 from collections.abc import Iterable
 
-__all__ = ['first_lines', 'several']
+__all__ = ['first_lines', 'nearest', 'several']
 
 
 def first_lines(error: Exception, lines: int = 2, width: int = 200) -> str:
@@ -12,6 +13,12 @@ def first_lines(error: Exception, lines: int = 2, width: int = 200) -> str:
     head, *rest = [textwrap.shorten(line, width, placeholder=' ...') for line in said]
     more = f' ... and {len(rest) - lines} more' if len(rest) > lines else ''
     return ' '.join([head, *rest[:lines]]) + more
+
+
+def nearest(name: str, names: Iterable[str], it: str = 'it') -> str:
+    """'; near it is depth', say, or nothing where no name is near."""
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    return f'; near {it} {"is" if len(near) == 1 else "are"} {", ".join(near)}' if near else ''
 
 
 def several(words: Iterable[str], between: str = ', ', most: int = 3) -> str:

@@ -8,7 +8,6 @@ OpenMMLab stays as it is: loaders that run nothing, and training that survives, 
 """
 
 from collections import OrderedDict
-from dataclasses import replace
 from typing import Any
 
 from mmengine.runner import CheckpointLoader
@@ -92,14 +91,13 @@ class SKResNeXt(ResNetBackbone):
     """
 
     def __init__(self, depth: int, groups: int = 32, width_per_group: float = 4, **kwargs) -> None:
-        layers = _choose(depth=(depth, zoo.LAYERS))
+        _choose(depth=(depth, zoo.LAYERS))
         for name, ours in (('cardinality', 'groups'), ('base_width', 'width_per_group')):
             if name in kwargs:
                 raise ValueError(f'{name}={kwargs[name]!r} is called {ours} here')
         check_integer('groups', groups)
         check_positive('width_per_group', width_per_group)
-        args = dict(layers=layers, cardinality=groups, base_width=width_per_group)
-        super().__init__(replace(zoo.MODELS['sknet50'], args=args), depth, **kwargs)
+        super().__init__(zoo.skresnext(depth, groups, width_per_group), depth, **kwargs)
         self.groups = groups
         self.width_per_group = width_per_group
 

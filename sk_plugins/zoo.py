@@ -11,7 +11,7 @@ from torch import nn
 
 from .networks import SKResNet, SKShuffleNetV2
 
-__all__ = ['LAYERS', 'MODELS', 'ModelSpec', 'PaperFigures', 'Weights', 'find', 'with_weights']
+__all__ = ['LAYERS', 'MODELS', 'ModelSpec', 'PaperFigures', 'Weights', 'find', 'skresnext', 'with_weights']
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,20 @@ def _sknets() -> list[ModelSpec]:
     ]
 
 
+def skresnext(depth: int, groups: int, width_per_group: float) -> ModelSpec:
+    """The row of an SK-ResNeXt, of ``MODELS`` or not."""
+    is_papers = (depth, groups, width_per_group) == (101, 32, 4)
+    return ModelSpec(
+        f'skresnext{depth}_{groups}x{width_per_group}d',
+        SKResNet,
+        dict(layers=LAYERS[depth], cardinality=groups, base_width=width_per_group),
+        ('SKResNeXt', dict(depth=depth, groups=groups, width_per_group=width_per_group)),
+        PaperFigures(48.9, 8.46, {'224': 20.19, '320': 18.40}) if is_papers else None,
+    )
+
+
 def _skresnexts() -> list[ModelSpec]:
-    return [
-        ModelSpec(
-            f'skresnext101_{groups}x{width}d',
-            SKResNet,
-            dict(layers=LAYERS[101], cardinality=groups, base_width=width),
-            ('SKResNeXt', dict(depth=101, groups=groups, width_per_group=width)),
-            PaperFigures(48.9, 8.46, {'224': 20.19, '320': 18.40}) if (groups, width) == (32, 4) else None,
-        )
-        for groups, width in ((32, 4), (32, 8), (64, 4))
-    ]
+    return [skresnext(101, groups, width) for groups, width in ((32, 4), (32, 8), (64, 4))]
 
 
 def _skresnets() -> list[ModelSpec]:

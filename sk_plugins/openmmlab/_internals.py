@@ -80,7 +80,8 @@ class TimmNames:
             state_dict.update(renamed)
 
 
-# Of the part that a registry or a runner fails to build, their errors say neither the config nor the place in it.
+# When a registry or a runner fails to build a part, its error names neither the config nor the place in it; only the
+# stack frames hold these.
 
 _BUILDER, _RUNNER = inspect.getfile(build_from_cfg), inspect.getfile(Runner)
 

@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from mmpretrain.models import ResNet
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.models.utils import build_norm_layer
 from torch import Tensor
 
 from .. import networks, zoo
 from .._arguments import check_flags, is_integer
+from .._text import nearest
 from ..networks.resnet import count_stages
 from ..ops.private import BATCH_NORMS
 from ..weights.files import CheckpointError, HubError
@@ -21,10 +23,20 @@ from ..weights.fit import require_fit
 from ..weights.names import BACKBONE
 from ._internals import TimmNames
 
-__all__ = ['Backbone', 'ResNetBackbone', 'ShuffleNetBackbone']
+__all__ = ['ResNetBackbone', 'ShuffleNetBackbone']
 
 # torchvision's weights go into SE and SK units but for what stands in the depthwise convolution's place.
 TORCHVISION = ('https://download.pytorch.org/', 'torchvision://')
+# What mmpretrain's, mmdetection's and mmsegmentation's ResNets take.
+_RESNETS = inspect.signature(ResNet).parameters.keys() | {
+    'contract_dilation',
+    'dcn',
+    'multi_grid',
+    'plugins',
+    'pretrained',
+    'stage_with_dcn',
+    'zero_init_residual',
+}
 _OF_THE_UNIT = re.compile(r'stage\d\.\d+\.branch2\.[348]\.')
 
 
@@ -85,13 +97,22 @@ class Backbone(TimmNames):
     def _require_known(self, arguments: dict[str, Any]) -> None:
         """Name arguments that the network would refuse one at a time, in timm's name."""
         known = {name for cls in self.network.__mro__ for name in inspect.signature(cls.__init__).parameters}
-        unknown = {k: v for k, v in arguments.items() if k not in known - {'self', 'args', 'kwargs'}}
-        if unknown:
-            raise TypeError(
-                f'{type(self).__name__} has no argument {", ".join(f"{k}={v!r}" for k, v in unknown.items())}: if a '
-                '_base_ config left it in the backbone, put _delete_=True beside type'
-                f'{" (weights are named in init_cfg)" if "pretrained" in unknown else ""}'
-            )
+        known -= {'self', 'args', 'kwargs'}
+        unknown = {k: v for k, v in arguments.items() if k not in known}
+        if not unknown:
+            return
+        said = f'{type(self).__name__} has no argument {", ".join(f"{k}={v!r}" for k, v in unknown.items())}'
+        own = {name for cls in (Backbone, type(self)) for name in inspect.signature(cls).parameters}
+        taken = sorted((known | own) - {'arguments', 'in_chans', 'kwargs', 'num_classes', 'num_stages'})
+        inherited = [name for name in unknown if name in _RESNETS]
+        for name in unknown:
+            if name not in inherited:
+                said += nearest(name, taken, 'it' if len(unknown) == 1 else name)
+        if inherited:
+            it = 'it' if len(inherited) == len(unknown) else ', '.join(inherited)
+            said += f': if a _base_ config left {it} in the backbone, put _delete_=True beside type'
+            said += ' (weights are named in init_cfg)' if 'pretrained' in unknown else ''
+        raise TypeError(said)
 
     def init_weights(self, *args, **kwargs) -> None:
         """The network's call, from its constructor, initialises; OpenMMLab's, later, applies ``init_cfg``.

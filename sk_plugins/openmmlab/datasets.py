@@ -108,7 +108,7 @@ class ScaledFashionMNIST(FashionMNIST):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A batch of images, without the pipeline: canvases (N, 64, 64) uint8, labels (N,), boxes (N, 4).
 
-        ``scale`` goes in the set's own place where given. Every ``draw`` places all garments elsewhere; 0 is the one
+        ``scale`` replaces the data set's own. Every ``draw`` places all garments elsewhere; 0 is the one
         that the set's items show.
 
         Raises:

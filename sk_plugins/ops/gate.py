@@ -2,7 +2,7 @@
 
 A :class:`Fusable` module says in ``forward`` what it computes, and in ``fuse_forward`` the same by an engine. The gate
 is asked when the module is called, once for a whole unit. It says yes only where every module inside is of a known
-class and has no hooks, and nothing is at work that looks for modules or replaces them. Elsewhere ``forward`` runs.
+class and has no hooks, and no tracer, mode or transform is active. Elsewhere ``forward`` runs.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """torch's private names, each with what stands in for it in a release that lacks it.
 
-No public function tells whether a transform of ``torch.func``, a dispatch mode or a hook of every module is at work.
+No public function tells whether a transform of ``torch.func``, a dispatch mode or a hook of every module is active.
 Where torch no longer has a name that tells, :func:`is_ordinary` is False, and the plain modules run: slower, and right.
 :mod:`.gate` and :mod:`.fused` read a module's ``_parameters`` and ``_buffers`` at every call. A function here, or
 ``nn.Module.__getattr__``, would cost the host a Python call each time.
@@ -12,9 +12,7 @@ from torch.nn.modules import module as _module
 
 __all__ = [
     'BATCH_NORMS',
-    'COMPILED',
     'HOOKS',
-    'MODULE_CALL',
     'REPLACEMENTS',
     'BatchNorm',
     'add_one',
@@ -79,7 +77,7 @@ def is_ordinary() -> bool:
 
 
 def _is_default_device() -> bool:
-    """Whether the function modes at work only choose a device for new tensors, as ``torch.set_default_device`` does."""
+    """Whether the active function modes only choose a device for new tensors, as ``torch.set_default_device`` does."""
     try:
         from torch.overrides import _get_current_function_mode_stack
         from torch.utils._device import DeviceContext

@@ -4,7 +4,7 @@ On a card where they were never run, kernels may be slower than torch's own, or 
 timed against plain torch, the host included, forward and backward, on a small map and on a large one, and compared
 with it. The verdict is kept on disk, for the device, the dtype and the versions of everything that has a part in it.
 
-``SK_PLUGINS_ENGINE`` set to ``plain`` or ``triton`` puts the verdict in the environment's hands.
+``SK_PLUGINS_ENGINE`` set to ``plain`` or ``triton`` replaces the verdict.
 """
 
 import importlib.metadata

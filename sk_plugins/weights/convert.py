@@ -26,7 +26,6 @@ from .fit import COUNTER, find_misfits
 from .names import BACKBONE, is_own
 
 __all__ = [
-    'SUPPORTED',
     'SKUnexpandedBottleneck',
     'ThirdPartyWeights',
     'is_third_party',

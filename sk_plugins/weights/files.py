@@ -236,7 +236,7 @@ def save_state_dict(state_dict: Mapping[str, Tensor], path: str | os.PathLike) -
 
 
 def torch_save(content: Any, path: str | os.PathLike) -> None:
-    """``torch.save`` to a file that is whole or not there. Errors as in :func:`write_atomically`."""
+    """``torch.save`` to a file that is whole or not there. Errors as in :func:`~sk_plugins._files.write_atomically`."""
     with write_atomically(path) as partial, io.BytesIO() as file:
         torch.save(content, file)  # in memory: of a full disk torch says no more than that a position is unexpected
         partial.write_bytes(file.getvalue())

@@ -38,7 +38,6 @@ __all__ = [
     'load_partial',
     'load_state_dict',
     'save_hub_folder',
-    'split_revision',
 ]
 
 _Read = TypeVar('_Read')

@@ -163,7 +163,7 @@ class TestEveryBackbone:
             ('SKShuffleNetV2', dict(unit='se', sk_kwargs=dict(groups=8)), "are for unit='sk', and this is unit='se'"),
             ('SKResNeXt', dict(groups=0), 'groups=0 must be an integer of at least 1'),
             ('SKResNeXt', dict(groups='32'), "groups='32' must be an integer of at least 1"),
-            ('SKResNeXt', dict(width_per_group=2.5), 'width_per_group=2.5 must be an integer of at least 1'),
+            ('SKResNeXt', dict(width_per_group=-2.5), 'width_per_group=-2.5 must be a number above 0'),
             ('SKNet-29', dict(out_indices=(3,)), r'out_indices=\(3,\) must be a sequence of stages from 0 to 2'),
             ('SKNet-29', dict(frozen_stages=4), r'frozen_stages=4 must be from -1 \(none\) to 3'),
             ('SKShuffleNetV2', dict(out_indices=(4,)), r'out_indices=\(4,\) must be a sequence of stages from 0 to 3'),
@@ -190,11 +190,9 @@ class TestEveryBackbone:
     @pytest.mark.parametrize(
         ('kwargs', 'named'),
         [
-            (dict(frozen_stage=1), 'frozen_stage=1'),
             (dict(num_stages=4, style='pytorch'), "num_stages=4, style='pytorch'"),
             (dict(dcn=dict(type='DCNv2')), "dcn={'type': 'DCNv2'}"),
             (dict(pretrained='torchvision://resnet50'), "pretrained='torchvision://resnet50'"),
-            (dict(kwargs=1), 'kwargs=1'),
         ],
         ids=str,
     )
@@ -203,6 +201,27 @@ class TestEveryBackbone:
         with pytest.raises(TypeError, match=re.escape(said)) as caught:
             MODELS.build({**case.cfg, **kwargs})
         assert ('init_cfg' in str(caught.value)) == ('pretrained' in kwargs)
+
+    @pytest.mark.parametrize(
+        ('kwargs', 'said'),
+        [
+            (dict(frozen_stage=1), 'frozen_stage=1; near it is frozen_stages'),
+            (dict(norm_evl=True, bogus=1), 'norm_evl=True, bogus=1; near norm_evl are norm_eval, '),
+            (dict(kwargs=1), 'kwargs=1'),
+        ],
+        ids=str,
+    )
+    def test_misspelt_argument(self, case, kwargs, said):
+        with pytest.raises(TypeError) as caught:
+            MODELS.build({**case.cfg, **kwargs})
+        assert f'{case.cfg["type"]} has no argument {said}' in str(caught.value)
+        assert '_delete_' not in str(caught.value)
+
+    def test_misspelt_and_inherited_arguments(self):
+        with pytest.raises(TypeError) as caught:
+            SKNet(26, dept=3, style='pytorch')
+        said = "SKNet has no argument dept=3, style='pytorch'; near dept is depth: if a _base_ config left style in the"
+        assert said in str(caught.value)
 
     def test_norms_are_mmpretrains_to_check(self):
         with torch.device('meta'), pytest.raises(KeyError, match='BatchNorn'):

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch.distributed import init_process_group
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from ..._text import first_lines
+from ..._text import first_lines, nearest
 from ...weights.files import CheckpointError, HubError
 from .._internals import find_built
 
@@ -92,11 +92,11 @@ def check_sections(cfg: Config, options: Iterable[str] = ()) -> None:
     for option in options:
         name = option.partition('.')[0]
         if name not in _SECTIONS and name not in cfg:
-            raise ConfigError(f'{option}: the config has no {name}{_near(name, _SECTIONS | set(cfg))}')
+            raise ConfigError(f'{option}: the config has no {name}{nearest(name, _SECTIONS | set(cfg))}')
 
 
 def check_keys(cfg: Config) -> None:
-    """Raise where a section has a key that mmengine would not look at, or fail of in the first step.
+    """Raise for keys that mmengine ignores, or that fail in the first step.
 
     Raises:
         ConfigError: names the key, and those that there are.
@@ -127,7 +127,7 @@ def check_hooks(runner: Runner) -> None:
     known = set(inspect.signature(runner.save_checkpoint).parameters)
     for hook in runner.hooks:
         for name in set(hook.args) - known if isinstance(hook, CheckpointHook) else ():
-            near = _near(name, _arguments(type(hook)))
+            near = nearest(name, _arguments(type(hook)))
             raise ConfigError(f'default_hooks.checkpoint.{name}: {type(hook).__name__} has no such argument{near}')
 
 
@@ -187,7 +187,7 @@ def _explain(cfg: Config, error: Exception, builder: str | None, variables: Mapp
         beside = [place for place in places if _same(_at(cfg, place.rpartition('.')[0]), part)]
         read = [place for place in places if place.partition('.')[0] in _SECTIONS]  # others are the file's own
         where = (beside or read or places or [None])[0]
-        near = _near(unexpected[1], _arguments(cls)) if beside else ''
+        near = nearest(unexpected[1], _arguments(cls)) if beside else ''
         return f'{where}: {_say(error)}{near}' if where else _say(error)
     where = next((place for place, value in _items(cfg) if _same(value, part)), None)
     if where is None and builder is not None and registry is None:
@@ -209,7 +209,7 @@ def _loader(cfg: Config, part: Any) -> str | None:
 def _no_such(cfg: Config, kind: str, registry: Registry) -> str:
     places = [place for place, value in _items(cfg) if place.endswith('type') and value == kind]
     where = f'{" and ".join(places[:2])}={kind!r}' if places else repr(kind)
-    return f'{where}: mmengine knows no {registry.name} of this name{_near(kind, _names(registry))}'
+    return f'{where}: mmengine knows no {registry.name} of this name{nearest(kind, _names(registry))}'
 
 
 def _say(error: Exception) -> str:
@@ -261,8 +261,3 @@ def _arguments(cls: Any) -> set[str]:
         with contextlib.suppress(TypeError, ValueError):
             names |= set(inspect.signature(one.__init__ if inspect.isclass(one) else one).parameters)
     return names - {'self', 'args', 'kwargs'}
-
-
-def _near(name: str, names: set[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    return f'; near it {"is" if len(near) == 1 else "are"} {", ".join(near)}' if near else ''

@@ -19,7 +19,6 @@ from .sync_batchnorm import synchronise
 __all__ = [
     'CPUDistributedDataParallel',
     'TotalBatchHook',
-    'init_gloo',
     'is_lost_peer',
     'unwrap',
     'use_gloo',

@@ -30,7 +30,7 @@ from ...weights.hub import download_url
 from ...weights.names import is_timm_format, to_mmpretrain
 from .._internals import History, get_start
 
-__all__ = ['CheckpointFitHook', 'load_from_http', 'load_from_local', 'read_checkpoint']
+__all__ = ['CheckpointFitHook']
 
 # What mmengine's own checkpoints hold besides tensors: the history of the logs, in numpy's arrays and numbers. numpy
 # gave its module another name at 2.0, and a file may be of either side.

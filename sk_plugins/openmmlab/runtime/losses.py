@@ -17,7 +17,7 @@ from ..._arguments import check_choice, is_integer
 from .configs import ConfigError
 from .distributed import unwrap
 
-__all__ = ['InvalidLossError', 'InvalidLossHook', 'name_images', 'watch_losses']
+__all__ = ['InvalidLossError', 'InvalidLossHook', 'watch_losses']
 
 # Where message_hub, and with it every checkpoint, keeps the number of skipped steps.
 SKIPPED = 'skipped_steps'
@@ -66,13 +66,14 @@ class InvalidLossHook(Hook):
     def before_train(self, runner: Runner) -> None:
         for hook in runner.hooks:
             if isinstance(hook, EMAHook):  # made its model in before_run, also that of a second train()
+                # EMAHook calls this after every step, and asks no hook whether the step was taken.
                 hook.ema_model.update_parameters = partial(self._average, hook.ema_model.update_parameters)
         if self._forward_hook is not None:  # train() for the second time
             return
         self._forward_hook = unwrap(runner.model).register_forward_hook(self._keep_losses)
         several = isinstance(runner.optim_wrapper, OptimWrapperDict)
         for wrapper in runner.optim_wrapper.values() if several else [runner.optim_wrapper]:
-            # Models hand their loss to it between forward and backward pass, and nothing else is called there.
+            # Models call this with their loss between forward and backward pass. mmengine has no hook there.
             wrapper.update_params = partial(self._update, runner, wrapper, wrapper.update_params, _Accumulated())
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:

@@ -34,10 +34,7 @@ from .configs import ConfigError
 from .distributed import unwrap
 
 __all__ = [
-    'ResumableBatches',
     'ResumableCheckpointHook',
-    'SeededBatch',
-    'WholeFileBackend',
     'find_resumable',
     'make_resumable',
 ]
@@ -285,8 +282,8 @@ class ResumableCheckpointHook(CheckpointSteps):
     - A file is whole or not there; ``last_checkpoint`` names one that is; what is outdated is removed when what
       takes its place, and the name of that, is on the disk.
     - ``resume=True`` without ``load_from`` goes on from :func:`find_resumable`.
-    - After validation, a checkpoint of the same moment is written again; where that did not come about, the resumed
-      run validates first.
+    - After validation, a checkpoint of the same moment is written again. If the run was killed before that, the
+      resumed run validates first.
     - A run goes on in the middle of an epoch, where a checkpoint is from there, and in the middle of an accumulation
       of gradients, where there is one process. Early stopping keeps its count.
     - The random numbers are those of the module's docstring.
@@ -442,6 +439,7 @@ class ResumableCheckpointHook(CheckpointSteps):
         self._resumed_position = 0
         self._position = start
         if start and isinstance(runner.train_loop, EpochBasedTrainLoop):
+            # The loop counts an epoch's steps from 0, and a hook cannot tell it where to begin.
             run_iter = runner.train_loop.run_iter
             runner.train_loop.run_iter = lambda number, data_batch: run_iter(start + number, data_batch)
 
