@@ -1,6 +1,7 @@
 """The site: Sphinx reads the pages as Markdown (MyST) and the API from the docstrings. `make docs` builds it."""
 
 import logging
+import re
 import warnings
 
 from sk_plugins import __version__
@@ -29,6 +30,30 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 # References to this package's public names must lead somewhere. Others' are names: the site is built without a network.
 nitpick_ignore_regex = [('py:.*', r'(?!sk_plugins\.).*'), ('py:.*', r'sk_plugins\.(.*\.)?_.*')]
+
+# The pages that are files from outside docs/. Pages link to the files, which a Git host shows as they are.
+PAGES = {
+    '../CHANGELOG.md': 'changelog.md',
+    '../CONTRIBUTING.md': 'contributing.md',
+    '../results/ablation/table.md': 'ablation_results.md',
+    '../results/scenes/README.md': 'scenes.md',
+}
+
+
+def include_files(app, docname, source):
+    """Put a file in the place of the link that is a paragraph of its own, and lead all other links to its page."""
+    text = source[0]
+    for link, path in re.findall(r'(?:\A|(?<=\n\n))(\[.+\]\((\.\./.+\.md)\))$', text, flags=re.MULTILINE):
+        offset = 0 if text.startswith(link) else 2
+        text = text.replace(link, f'```{{include}} {path}\n:heading-offset: {offset}\n:relative-images:\n```')
+    for path, page in PAGES.items():
+        text = text.replace(f']({path}', f']({page}')
+    source[0] = text
+
+
+def setup(app):
+    app.connect('source-read', include_files)
+
 
 html_theme = 'pydata_sphinx_theme'
 html_static_path = ['_static']
