@@ -5,10 +5,12 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+import _errors
 import torch.distributed as dist
-from _errors import fail
 from mmengine.config import Config, DictAction
 from mmengine.utils import import_modules_from_strings
 
@@ -101,16 +103,17 @@ def read_config(path: Path, options: dict | None = None) -> Config:
     return cfg
 
 
-def run(main) -> None:
+def fail_once(error: BaseException) -> NoReturn:
+    """Fail, but leave to the first process what all have to say, for as long as it takes to end the others."""
+    if int(os.environ.get('RANK', 0)) > 0 and not os.environ.get('SK_PLUGINS_TRACEBACK'):
+        wait_for_agent(5)
+    _errors.fail(error)
+
+
+def run(main: Callable[[], object]) -> None:
     """Call a tool's main; what the user can put right is one line on stderr and exit status 1."""
     try:
-        main()
-    except (CheckpointError, HubError, ImportError, OSError, ValueError) as error:
-        if os.environ.get('SK_PLUGINS_TRACEBACK'):
-            raise
-        if int(os.environ.get('RANK', 0)) > 0:
-            wait_for_agent(5)  # what all processes have to say, the first one says
-        fail(error)
+        _errors.run(main, CheckpointError, HubError, ImportError, OSError, ValueError, fail=fail_once)
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise

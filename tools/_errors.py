@@ -16,8 +16,10 @@ def fail(error: BaseException) -> NoReturn:
     raise SystemExit(1) from None
 
 
-def run(main: Callable[[], object], *errors: type[BaseException]) -> None:
-    """Call a tool's main; ``errors`` are its user's."""
+def run(
+    main: Callable[[], object], *errors: type[BaseException], fail: Callable[[BaseException], NoReturn] = fail
+) -> None:
+    """Call a tool's main; ``errors`` are its user's, and ``fail`` says them."""
     try:
         main()
     except errors as error:

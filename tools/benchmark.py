@@ -20,19 +20,17 @@ kernels, and the time of the step replayed as a CUDA graph.
 """
 
 import argparse
-import importlib.util
 import json
-from dataclasses import fields, replace
 from pathlib import Path
 
+from _benchmark.choosing import check_outputs, choose
 from _benchmark.drawing import draw, draw_networks
 from _benchmark.machine import describe_machine, keep_freed_memory
 from _benchmark.measuring import measure, say
-from _benchmark.models import Variant
-from _benchmark.readme import insert, read_reports, speed_table
+from _benchmark.readme import renew_table
 from _benchmark.reporting import Report, make_report, markdown
 from _benchmark.sets import SETS
-from _benchmark.settings import DTYPES, HOST, MEMORY_FORMATS, MODES, Run, Settings
+from _benchmark.settings import DTYPES, MEMORY_FORMATS, MODES
 from _errors import run
 
 
@@ -63,70 +61,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def choose_settings(args: argparse.Namespace, default: Settings) -> Settings:
-    """The default with what the arguments say.
-
-    Raises:
-        ValueError: what cannot be run here.
-    """
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
-    settings = replace(default, **given)
-    if not args.blank:
-        settings.check()
-    return settings
-
-
-def choose_models(args: argparse.Namespace) -> tuple[list[Variant], Variant]:
-    """The models of the command line and their baseline.
-
-    Raises:
-        ValueError: a model that is misspelt, given twice, or fused for training; a baseline that is none of them.
-    """
-    if not args.models:
-        raise ValueError('name the models to compare, or a --set of them')
-    variants = [Variant.parse(text, args.fuse, args.compile) for text in args.models]
-    for i, variant in enumerate(variants):
-        if variant in variants[:i]:
-            raise ValueError(f'model={variant.label!r} is given twice')
-        if variant.fuse and args.mode not in (None, 'infer'):
-            raise ValueError(f'model={variant.label!r}: fuse is for inference, got --mode {args.mode}')
-    if args.baseline is None:
-        return variants, variants[0]
-    baseline = Variant.parse(args.baseline, args.fuse, args.compile)
-    if baseline not in variants:
-        models = ', '.join(variant.label for variant in variants)
-        raise ValueError(f'--baseline {args.baseline} is not one of the models: {models}')
-    return variants, baseline
-
-
-def choose_runs(args: argparse.Namespace, variants: list[Variant], settings: Settings) -> dict[Run, list[Variant]]:
-    """A run for each mode; on a CPU, another of small images, where the host's part shows."""
-    modes = MODES if args.mode == 'both' else [args.mode or 'infer']
-    runs = {Run(mode): variants for mode in modes}
-    eager = [variant for variant in variants if not variant.compile]
-    if settings.device == 'cpu' and settings.size > HOST['size'] and eager:
-        runs.update({Run(mode, **HOST): eager for mode in modes})
-    return runs
-
-
-def check_outputs(args: argparse.Namespace) -> None:
-    """Before minutes of measuring, that its outcome can be written."""
-    for path in filter(None, (args.json, args.markdown, args.plot, args.picture)):
-        if path.is_dir():
-            raise ValueError(f'{path} is a folder: a file is needed')
-        path.parent.mkdir(parents=True, exist_ok=True)
-    for option in ('plot', 'picture'):
-        path = getattr(args, option)
-        if path is None:
-            continue
-        if path.suffix.lower() not in ('.png', '.svg', '.pdf'):
-            raise ValueError(f'--{option} {path}: the name must end in .png, .svg or .pdf')
-        if importlib.util.find_spec('matplotlib') is None:
-            raise ValueError(f"--{option} needs matplotlib, which is not installed (it comes with the extra 'mm')")
-    if args.readme is not None and args.json is None and args.report is None:
-        raise ValueError('--readme reads the files beside --json or --report: give one of them')
-
-
 def benchmark(args: argparse.Namespace) -> Report:
     """Measure what the arguments ask for.
 
@@ -136,37 +70,17 @@ def benchmark(args: argparse.Namespace) -> Report:
     if args.report is not None:
         check_outputs(args)
         return json.loads(args.report.read_text(encoding='utf-8'))
-    chosen = SETS.get(args.set)
-    if chosen is not None:
-        for option in ('models', 'baseline', 'mode', 'fuse', 'compile'):
-            if getattr(args, option):
-                name = 'models' if option == 'models' else f'--{option}'
-                raise ValueError(f'--set {args.set} brings its own models and modes: leave {name} out')
-        settings = choose_settings(args, chosen.settings)
-        title, baseline, runs = chosen.title, Variant.parse(chosen.baseline), chosen.runs()
-    else:
-        if args.blank:
-            raise ValueError('--blank is for a --set')
-        variants, baseline = choose_models(args)
-        settings = choose_settings(args, Settings())
-        title, runs = 'Benchmark', choose_runs(args, variants, settings)
-    if any(run.mode == 'train' for run in runs) and settings.batch_size < 2 and not args.blank:
-        raise ValueError('--batch-size 1: a training step needs two images or more, for the BatchNorms')
-    stubs = [variant.label for variants in runs.values() for variant in variants if variant.stub]
-    if stubs and settings.device != 'cpu':
-        raise ValueError(f'model={stubs[0]!r}: :stub stands for a GPU on a CPU, got --device {settings.device}')
+    plan = choose(args)
     check_outputs(args)
     if args.blank:
-        return make_report(title, settings, [], baseline.label, None, chosen)
-    # A model that can't be built is to be found now, not after minutes.
-    for variant in dict.fromkeys(replace(v, fuse=False, compile=False, stub=False) for vs in runs.values() for v in vs):
-        variant.build()
-    machine = describe_machine(settings.device)
-    machine['threads'] = settings.threads or machine['threads']
+        return make_report(plan.title, plan.settings, [], plan.baseline.label, None, plan.chosen)
+    plan.build_models()
+    machine = describe_machine(plan.settings.device)
+    machine['threads'] = plan.settings.threads or machine['threads']
     if machine['load_average'] and machine['load_average'] > 0.5:
         say(f'the machine is busy (load average {machine["load_average"]}): the spread will tell')
-    results = [result for one, variants in runs.items() for result in measure(variants, one, settings)]
-    return make_report(title, settings, results, baseline.label, machine, chosen)
+    results = [result for one, variants in plan.runs.items() for result in measure(variants, one, plan.settings)]
+    return make_report(plan.title, plan.settings, results, plan.baseline.label, machine, plan.chosen)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -182,8 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.picture is not None:
         draw_networks(report, args.picture)
     if args.readme is not None:
-        table = speed_table(*read_reports((args.json or args.report).parent))
-        args.readme.write_text(insert(args.readme.read_text(encoding='utf-8'), table), encoding='utf-8')
+        renew_table(args.readme, (args.json or args.report).parent)
     print(text, end='')
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from _tables import insert_table, markdown_table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -124,7 +125,7 @@ def markdown(table: list[Row]) -> str:
                 _weights(row),
             ]
         )
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+    return markdown_table(lines)
 
 
 def short_markdown(table: list[Row]) -> str:
@@ -141,7 +142,7 @@ def short_markdown(table: list[Row]) -> str:
                     _weights(row),
                 ]
             )
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+    return markdown_table(lines)
 
 
 def _errors(row: Row) -> str:
@@ -168,12 +169,6 @@ def _link(where: str) -> str:
     return f'[torchvision]({where})' if '://' in where else f'[{where}](https://huggingface.co/{where})'
 
 
-def insert(text: str, table: str) -> str:
-    """``text`` with its model table replaced."""
-    head, rest = text.split(BEGIN)
-    return f'{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}'
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--write', action='store_true', help='renew the tables in docs/models.md and README.md')
@@ -185,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         root = Path(__file__).resolve().parent.parent
         for page, text in (('docs/models.md', table), ('README.md', short_markdown(counted))):
             path = root / page
-            path.write_text(insert(path.read_text(encoding='utf-8'), text), encoding='utf-8')
+            path.write_text(insert_table(path.read_text(encoding='utf-8'), text, BEGIN, END), encoding='utf-8')
     if args.json is not None:
         args.json.write_text(json.dumps([asdict(row) for row in counted], indent=1) + '\n', encoding='utf-8')
     print(table)

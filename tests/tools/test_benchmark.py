@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from _benchmark import measuring
+from _benchmark.choosing import choose_runs
 from _benchmark.drawing import bars, draw
 from _benchmark.models import Variant, parse_arguments
 from _benchmark.reporting import make_report, markdown, summarise
@@ -201,16 +202,16 @@ def test_small_images_are_timed_too(tool):
     args = tool.parse_args(['sknet26', '--mode', 'both'])
     eager, compiled = Variant.parse('sknet26'), Variant.parse('sknet26:compile')
     host = dict(batch_size=2, size=32, threads=1)
-    assert tool.choose_runs(args, [eager, compiled], Settings()) == {
+    assert choose_runs(args, [eager, compiled], Settings()) == {
         Run('infer'): [eager, compiled],
         Run('train'): [eager, compiled],
         Run('infer', **host): [eager],
         Run('train', **host): [eager],
     }
     big = {Run('infer'): [eager, compiled], Run('train'): [eager, compiled]}
-    assert tool.choose_runs(args, [eager, compiled], Settings(size=32)) == big
-    assert tool.choose_runs(args, [eager, compiled], Settings(device='cuda')) == big
-    assert tool.choose_runs(args, [compiled], Settings()) == {run: [compiled] for run in big}
+    assert choose_runs(args, [eager, compiled], Settings(size=32)) == big
+    assert choose_runs(args, [eager, compiled], Settings(device='cuda')) == big
+    assert choose_runs(args, [compiled], Settings()) == {run: [compiled] for run in big}
 
 
 # What is written

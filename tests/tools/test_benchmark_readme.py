@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from _benchmark.drawing import draw_networks, network_bars
-from _benchmark.readme import BEGIN, END, FIGURES, insert, read_reports, speed_table
+from _benchmark.readme import BEGIN, END, FIGURES, read_reports, renew_table, speed_table
 from _benchmark.sets import SETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,15 +34,12 @@ def test_speed_table(tmp_path):
     assert len(rows) == len(FIGURES)
 
 
-def test_readme_shows_the_figures():
+def test_readme_shows_the_figures(tmp_path):
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    table = speed_table(*read_reports(ROOT / 'results'))
-    assert insert(text, table) == text, 'run `make table`'
-
-
-def test_insert():
-    before = f'a\n{BEGIN}\nold\n{END}\nb\n'
-    assert insert(before, 'new') == f'a\n{BEGIN}\nnew\n{END}\nb\n'
+    page = tmp_path / 'README.md'
+    page.write_text(text, encoding='utf-8')
+    renew_table(page, ROOT / 'results')
+    assert page.read_text(encoding='utf-8') == text, 'run `make table`'
 
 
 def test_picture_shows_what_was_measured(report):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from _tables import insert_table
 
 from sk_plugins import zoo
 
@@ -81,13 +82,6 @@ def test_papers_figures_stand_beside_the_counted(tool, rows):
     assert sum('(timm)' in line for line in lines) == 4
 
 
-def test_insert(tool):
-    before = f'# Title\n\n{tool.BEGIN}\nold\n{tool.END}\nAfter.\n'
-    after = tool.insert(before, '| new |')
-    assert after == f'# Title\n\n{tool.BEGIN}\n| new |\n{tool.END}\nAfter.\n'
-    assert tool.insert(after, '| new |') == after
-
-
 @pytest.mark.parametrize('write', [False, True])
 def test_main(tool, rows, tmp_path, monkeypatch, capsys, write):
     pages = [tmp_path / 'docs' / 'models.md', tmp_path / 'README.md']
@@ -123,4 +117,4 @@ def test_short_table(tool, rows):
 @pytest.mark.parametrize(('page', 'form'), [('docs/models.md', 'markdown'), ('README.md', 'short_markdown')])
 def test_pages_are_up_to_date(tool, rows, page, form):
     text = (ROOT / page).read_text(encoding='utf-8')
-    assert tool.insert(text, getattr(tool, form)(rows)) == text, 'run `make table`'
+    assert insert_table(text, getattr(tool, form)(rows), tool.BEGIN, tool.END) == text, 'run `make table`'

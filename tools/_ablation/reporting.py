@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from _tables import markdown_table
 
 from .attention import unmeasured
 from .comparing import Comparison, by_network, compare
@@ -80,7 +81,7 @@ def _networks_table(rows: Sequence[Row]) -> str:
                 *_comparison_cells(found),
             ]
         )
-    return _table(lines)
+    return markdown_table(lines)
 
 
 def _claims_table(rows: Sequence[Row]) -> str:
@@ -90,7 +91,7 @@ def _claims_table(rows: Sequence[Row]) -> str:
         lines.append(
             [claim, f'`{name}` - `{other}`', str(found.n if found else 0), *_comparison_cells(found)],
         )
-    return _table(lines)
+    return markdown_table(lines)
 
 
 def _attention_table(attention: Sequence[Row]) -> str:
@@ -108,7 +109,7 @@ def _attention_table(attention: Sequence[Row]) -> str:
                 ],
             ]
         )
-    return _table(lines)
+    return markdown_table(lines)
 
 
 def _mean_and_sd(values: Sequence[float]) -> str:
@@ -125,10 +126,6 @@ def _comparison_cells(found: Comparison | None) -> list[str]:
         f'{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})',
         '< 0.001' if found.p < 0.001 else f'{found.p:.3f}',
     ]
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
 
 
 def report(out: Path, data_root: Path) -> list[Path]:

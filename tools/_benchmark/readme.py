@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from _tables import insert_table, markdown_table
+
 from .reporting import NOT_MEASURED, Report, make_report
 from .sets import COLUMNS, SETS
 
@@ -35,7 +37,7 @@ def speed_table(cpu: Report, gpu: Report) -> str:
     for row, labels in FIGURES.items():
         cells = [cell for report, label in zip((cpu, gpu), labels) for cell in _ratios(report, label)]
         lines.append([row, *cells])
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+    return markdown_table(lines)
 
 
 def _ratios(report: Report, label: str) -> list[str]:
@@ -44,7 +46,7 @@ def _ratios(report: Report, label: str) -> list[str]:
     return [f'{ratio["median"]:.2f}' if ratio else NOT_MEASURED.removesuffix(' yet') for ratio in ratios]
 
 
-def insert(text: str, table: str) -> str:
-    """``text`` with its table of speed replaced."""
-    head, rest = text.split(BEGIN)
-    return f'{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}'
+def renew_table(page: Path, folder: Path) -> None:
+    """Write README's table of speed into ``page``, made of the reports in a folder."""
+    table = speed_table(*read_reports(folder))
+    page.write_text(insert_table(page.read_text(encoding='utf-8'), table, BEGIN, END), encoding='utf-8')

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from _tables import markdown_table
+
 from .measuring import Result
 from .sets import Set
 from .settings import MODES, Run, Settings
@@ -140,7 +142,7 @@ def figures_table(report: Report) -> str:
     """A set's figures, one row each; what was not measured says so."""
     lines = [['', *report['columns']], ['---'] * (1 + len(report['columns']))]
     lines += [[figure['label'], *map(_cell, figure['against'])] for figure in report['figures']]
-    return _table(lines)
+    return markdown_table(lines)
 
 
 def _cell(cell: dict[str, Any] | None) -> str:
@@ -209,7 +211,7 @@ def _models_table(rows: list[Row], columns: dict[str, list[str]]) -> str:
     if not columns:
         return ''
     heads, names = ['model', *columns], [f'`{row["model"]}`' for row in rows]
-    return _table([heads, ['---', *['---:'] * len(columns)], *zip(names, *columns.values())])
+    return markdown_table([heads, ['---', *['---:'] * len(columns)], *zip(names, *columns.values())])
 
 
 def _column(rows: list[Row], quantity: str, form: str, factor: float = 1) -> list[str]:
@@ -231,10 +233,6 @@ def _ratios(rows: list[Row], quantity: str, baseline: str) -> list[str]:
 
 def _ways(ways: dict[str, int] | None) -> str:
     return ', '.join(f'{way} {units}' for way, units in (ways or {}).items())
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
 
 
 def _how(report: Report) -> str:
