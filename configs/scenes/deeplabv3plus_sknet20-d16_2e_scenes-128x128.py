@@ -1,8 +1,12 @@
 # A small DeepLabV3+ for one CPU core, on the backbone of sknet20_scenes.py: 2 epochs of the scenes that
 # tools/prepare_scenes.py makes, by the garments' kinds. Commands, figures and pictures: results/scenes.
 _base_ = [
-    f'{__import__("mmseg").__path__[0]}/.mim/configs/_base_/{name}.py'  # see ../segmentation/_base_/default_runtime.py
-    for name in ('models/deeplabv3plus_r50-d8', 'default_runtime')
+    # Why not by mmseg::, see ../segmentation/_base_/default_runtime.py.
+    *(
+        f'{__import__("mmseg").__path__[0]}/.mim/configs/_base_/{name}.py'
+        for name in ('models/deeplabv3plus_r50-d8', 'default_runtime')
+    ),
+    '../_base_/models/sknet20.py',
 ]
 custom_imports = dict(imports=['sk_plugins.mmpretrain_models'], allow_failed_imports=False)
 
@@ -13,16 +17,9 @@ model = dict(
     backbone=dict(
         _delete_=True,
         type='mmpretrain.SKNet',
-        depth=26,
-        layers=(1, 2, 2, 1),
-        channels=(16, 32, 64, 128),
-        cardinality=8,
-        base_width=16,
-        stem_type='deep',
-        stem_width=8,
+        **_base_.pop('sknet20'),
         out_indices=(0, 1, 2, 3),
         output_stride=16,
-        channels_last=True,
         init_cfg=dict(type='Pretrained', checkpoint='work_dirs/sknet20_scenes/epoch_3.pth'),
     ),
     decode_head=dict(

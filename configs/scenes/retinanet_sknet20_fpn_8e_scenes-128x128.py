@@ -1,21 +1,18 @@
 # A small RetinaNet for one CPU core, on the backbone of sknet20_fashion_mnist.py: 8 epochs of the scenes that
 # tools/prepare_scenes.py makes. Commands, figures and pictures: results/scenes.
-_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', 'mmdet::_base_/default_runtime.py']
+_base_ = [
+    'mmdet::_base_/models/retinanet_r50_fpn.py',
+    'mmdet::_base_/default_runtime.py',
+    '../_base_/models/sknet20.py',
+]
 custom_imports = dict(imports=['sk_plugins.mmpretrain_models'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(
         _delete_=True,
         type='mmpretrain.SKNet',
-        depth=26,
-        layers=(1, 2, 2, 1),
-        channels=(16, 32, 64, 128),
-        cardinality=8,
-        base_width=16,
-        stem_type='deep',
-        stem_width=8,
+        **_base_.pop('sknet20'),
         out_indices=(0, 1, 2, 3),
-        channels_last=True,
         init_cfg=dict(type='Pretrained', checkpoint='work_dirs/sknet20_fashion_mnist/epoch_2.pth'),
     ),
     neck=dict(in_channels=[64, 128, 256, 512], out_channels=64, num_outs=3),

@@ -2,12 +2,13 @@
 # tools/prepare_scenes.py's scenes start from it. 0.84M parameters; some minutes on a CPU core.
 _base_ = [
     '../_base_/models/sknet_small.py',
+    '../_base_/models/sknet20.py',
     '../_base_/datasets/fashion_mnist_bs128.py',
     '../_base_/schedules/cosine_20e.py',
     '../_base_/default_runtime.py',
 ]
 
-model = dict(backbone=dict(in_channels=3, layers=(1, 2, 2, 1), small_stem=False, stem_type='deep', stem_width=8))
+model = dict(backbone=dict(**_base_.pop('sknet20'), in_channels=3, small_stem=False))
 data_preprocessor = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
 three_channels = [
     dict(type='NumpyToPIL'),
