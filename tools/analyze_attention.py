@@ -17,7 +17,7 @@ from pathlib import Path
 import timm
 import torch
 from _errors import run
-from export_onnx import build
+from _networks import build
 from tqdm import tqdm
 
 from sk_plugins._resources import how_to_install

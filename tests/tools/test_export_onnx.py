@@ -11,6 +11,7 @@ pytest.importorskip('onnxruntime')
 import onnxruntime
 import timm
 import torch
+from _networks import _from_config, build
 from helpers.randomised import randomise
 from helpers.tolerances import assert_close
 from safetensors.torch import save
@@ -94,22 +95,22 @@ def test_main(tool, folder, tmp_path, capsys):
 
 @pytest.mark.parametrize('prefixed', [False, True])
 @torch.no_grad()
-def test_checkpoint(tool, tmp_path, prefixed):
+def test_checkpoint(tmp_path, prefixed):
     model = randomise(timm.create_model('skshufflenetv2_x0_5', num_classes=7))
     path = tmp_path / 'trained.safetensors'
     save_state_dict(to_mmpretrain(model.state_dict()) if prefixed else model.state_dict(), path)
-    built, preprocessing = tool.build('skshufflenetv2_x0_5', str(path))
+    built, preprocessing = build('skshufflenetv2_x0_5', str(path))
     assert preprocessing['input_size'] == (3, 224, 224)
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(built(x), model(x))
     with pytest.raises(CheckpointError, match=r'trained\.safetensors: its weights do not fit shufflenetv2_x0_5'):
-        tool.build('shufflenetv2_x0_5', str(path))
+        build('shufflenetv2_x0_5', str(path))
 
 
-def test_checkpoint_of_the_hub(tool, hub):
+def test_checkpoint_of_the_hub(hub):
     model = randomise(timm.create_model('skshufflenetv2_x0_5', num_classes=7))
     hub.add('me/tiny', {'model.safetensors': save(model.state_dict())})
-    built, _ = tool.build('skshufflenetv2_x0_5', 'hf-hub:me/tiny')
+    built, _ = build('skshufflenetv2_x0_5', 'hf-hub:me/tiny')
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in built.state_dict().items())
 
 
@@ -127,26 +128,26 @@ def test_opset_that_torch_cannot_write(tool, tmp_path):
 
 
 @torch.no_grad()
-def test_config(tool, tmp_path):
+def test_config(tmp_path):
     pytest.importorskip('mmengine')
-    architecture, args, _ = tool._from_config('sknet_digits')
+    architecture, args, _ = _from_config('sknet_digits')
     model = randomise(timm.create_model(architecture, **args))
     save_state_dict(to_mmpretrain(model.state_dict()), tmp_path / 'epoch.pth')
-    built, preprocessing = tool.build('sknet_digits', str(tmp_path / 'epoch.pth'))
+    built, preprocessing = build('sknet_digits', str(tmp_path / 'epoch.pth'))
     x = torch.randn(2, *preprocessing['input_size'])
     assert built(x).shape == (2, 10)
     assert torch.equal(built(x), model(x))
 
 
-def test_without_openmmlab(tool, monkeypatch):
+def test_without_openmmlab(monkeypatch):
     monkeypatch.setitem(sys.modules, 'mmengine.config', None)
-    assert tool.build('skshufflenetv2_x0_5')[1]['input_size'] == (3, 224, 224)
+    assert build('skshufflenetv2_x0_5')[1]['input_size'] == (3, 224, 224)
     with pytest.raises(ValueError, match=r"takes mmengine: pip install '\.\[mm\]'"):
-        tool.build('sknet_digits')
+        build('sknet_digits')
 
 
-def test_random_weights_are_said(tool, capsys):
-    tool.build('skshufflenetv2_x0_5')
+def test_random_weights_are_said(capsys):
+    build('skshufflenetv2_x0_5')
     assert 'skshufflenetv2_x0_5: random weights' in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import _scenes
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,7 +81,7 @@ def test_boxes_masks_and_labels_fit(tool, garments, scenes, split, capsys):
         classes = np.asarray(Image.open(scenes / 'masks' / split / image['file_name'].replace('jpg', 'png')))
         covered = np.zeros((SIZE, SIZE), dtype=int)
         annotations = coco.imgToAnns[image['id']]
-        assert 1 <= len(annotations) <= tool.MAX_GARMENTS
+        assert 1 <= len(annotations) <= _scenes.MAX_GARMENTS
         for annotation in annotations:
             mask = coco.annToMask(annotation).astype(bool)
             covered += mask
@@ -96,7 +97,7 @@ def test_boxes_masks_and_labels_fit(tool, garments, scenes, split, capsys):
         assert np.array_equal(kinds, np.array([0, 1, 2, 1, 3, 1, 4, 1, 4, 5, 4])[classes])
 
 
-def test_close_ups(tool, scenes):
+def test_close_ups(scenes):
     """Of every garment, what its scene shows there."""
     for split in COUNTS:
         coco = COCO(scenes / 'annotations' / f'instances_{split}.json')
@@ -104,31 +105,31 @@ def test_close_ups(tool, scenes):
         assert lines == [f'{a["id"]:06d}.jpg {a["category_id"] - 1}' for a in coco.anns.values()]
         for annotation in coco.anns.values():
             picture = Image.open(scenes / 'garments' / split / f'{annotation["id"]:06d}.jpg')
-            assert picture.size == (tool.CLOSE_UP, tool.CLOSE_UP)
+            assert picture.size == (_scenes.CLOSE_UP, _scenes.CLOSE_UP)
             scene = Image.open(scenes / 'images' / split / coco.imgs[annotation['image_id']]['file_name'])
             left, top, width, height = (int(v) for v in annotation['bbox'])
             box = scene.crop((left, top, left + width, top + height))
-            half = tool.CLOSE_UP / tool.MARGIN / 2 / max(width, height)
+            half = _scenes.CLOSE_UP / _scenes.MARGIN / 2 / max(width, height)
             x, y = half * width, half * height
             middle = picture.crop(tuple(round(32 + v) for v in (-x, -y, x, y))).resize(box.size)
             difference = np.asarray(middle, dtype=float) - np.asarray(box, dtype=float)
             assert np.abs(difference).mean() < 16
 
 
-def test_close_up(tool):
+def test_close_up():
     picture = Image.fromarray(np.full((100, 100, 3), 200, dtype=np.uint8))
-    values = np.asarray(tool.close_up(picture, [0, 40, 40, 20]))  # a side of 50, five pixels of them outside
+    values = np.asarray(_scenes.close_up(picture, [0, 40, 40, 20]))  # a side of 50, five pixels of them outside
     assert (values[:, 8:] == 200).all()
     assert (values[:, :4] == 0).all()
 
 
-def test_held_out(tool, scenes):
+def test_held_out(scenes):
     coco = {split: json.loads((scenes / f'annotations/instances_{split}.json').read_text()) for split in COUNTS}
-    assert not set(tool.PHOTOGRAPHS['train']) & set(tool.PHOTOGRAPHS['val'])
+    assert not set(_scenes.PHOTOGRAPHS['train']) & set(_scenes.PHOTOGRAPHS['val'])
     for split in COUNTS:
         used = {image['photograph'] for image in coco[split]['images']}
         assert len(used) > 1
-        assert used <= set(tool.PHOTOGRAPHS[split])
+        assert used <= set(_scenes.PHOTOGRAPHS[split])
     # The garments' test set, as the fixture has it, is of other classes.
     assert {a['category_id'] for a in coco['train']['annotations']} <= {1, 2, 3, 4, 5}
     assert {a['category_id'] for a in coco['val']['annotations']} <= {6, 7, 8, 9, 10}
@@ -143,29 +144,29 @@ def test_same_arguments_same_files(make, scenes, tmp_path):
     assert not any(other[name] == expected[name] for name in expected if 'images' in name)
 
 
-def test_photographs_are_shipped(tool):
-    photographs = tool.load_photographs([name for names in tool.PHOTOGRAPHS.values() for name in names])
-    assert min(side for image in photographs.values() for side in image.shape[:2]) == tool.SIZES[1]
+def test_photographs_are_shipped():
+    photographs = _scenes.load_photographs([name for names in _scenes.PHOTOGRAPHS.values() for name in names])
+    assert min(side for image in photographs.values() for side in image.shape[:2]) == _scenes.SIZES[1]
     for image in photographs.values():
         assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)
 
 
-def test_crop(tool):
-    photograph = tool.load_photographs(['astronaut'])['astronaut']
-    whole = {tool.crop(photograph, 512, np.random.default_rng(seed)).tobytes() for seed in range(8)}
+def test_crop():
+    photograph = _scenes.load_photographs(['astronaut'])['astronaut']
+    whole = {_scenes.crop(photograph, 512, np.random.default_rng(seed)).tobytes() for seed in range(8)}
     assert whole == {photograph.tobytes(), photograph[:, ::-1].tobytes()}
-    small = tool.crop(photograph[:96, :128], 96, np.random.default_rng(0))
+    small = _scenes.crop(photograph[:96, :128], 96, np.random.default_rng(0))
     assert any(
         np.array_equal(small[:, ::step], photograph[:96, left : left + 96]) for left in range(33) for step in (1, -1)
     )
 
 
-def test_cut_out_has_no_holes_and_no_noise(tool):
+def test_cut_out_has_no_holes_and_no_noise():
     image = np.zeros((28, 28), dtype=np.uint8)
     image[4:24, 8:20] = 200
     image[10:14, 12:16] = 0  # black print on a shirt
-    image[0, 0] = tool.DARKEST - 1
-    light, opacity = tool.cut_out(image, 56, np.random.default_rng(0))
+    image[0, 0] = _scenes.DARKEST - 1
+    light, opacity = _scenes.cut_out(image, 56, np.random.default_rng(0))
     assert light.shape == (56, 56, 3)
     assert (opacity >= 0.5).sum() == 4 * 20 * 12
     assert opacity[24, 28] == 1
@@ -182,11 +183,11 @@ def test_compose(tool, garments):
     photograph = np.full((SIZE, SIZE, 3), (10, 20, 30), dtype=np.uint8)
     counts = []
     for seed in range(60):
-        scene, pasted = tool.compose(photograph, images, labels, SIZE, np.random.default_rng(seed))
+        scene, pasted = _scenes.compose(photograph, images, labels, SIZE, np.random.default_rng(seed))
         counts.append(len(pasted))
         for garment in pasted:
             assert garment.label == labels[garment.index]
-            assert garment.mask.sum() >= (1 - tool.MAX_HIDDEN) * garment.area
+            assert garment.mask.sum() >= (1 - _scenes.MAX_HIDDEN) * garment.area
         masks = np.stack([garment.mask for garment in pasted])
         assert masks.sum(0).max() == 1
         far = ~binary_dilation(masks.any(0), iterations=3)
@@ -235,7 +236,7 @@ def test_nothing_half_written(make, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_garments(tool, make, tmp_path, monkeypatch):
+def test_missing_garments(make, tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError('no network')
 
