@@ -1,12 +1,16 @@
 """Every snippet and command of README.md and docs/ is run as it stands, but for what ``shorten`` says it shortens."""
 
 import json
+import logging
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -336,3 +340,32 @@ def test_links_lead_somewhere(page):
         assert path.exists(), link
         if anchor:
             assert anchor in anchors(path.read_text(encoding='utf-8')), link
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_a_git_host_shows_no_directive_in_place_of_text(page):
+    assert '{include}' not in PAGES[page]
+
+
+@pytest.fixture(scope='module')
+def conf():
+    """docs/conf.py, which sets filters of warnings and levels of logs for Sphinx alone."""
+    level = logging.getLogger('mmengine').level
+    with warnings.catch_warnings():
+        yield SimpleNamespace(**runpy.run_path(str(ROOT / 'docs' / 'conf.py')))
+    logging.getLogger('mmengine').setLevel(level)
+
+
+def test_the_site_has_files_in_place_of_links(conf):
+    source = ['[A](../CHANGELOG.md)\n\nSee [B](../CONTRIBUTING.md#add-a-network).\n\n[C](../results/README.md)\n']
+    conf.include_files(None, 'page', source)
+    assert re.findall(r'^```\{include\} (\S+)\n:heading-offset: (\d)$', source[0], flags=re.MULTILINE) == [
+        ('../CHANGELOG.md', '0'),
+        ('../results/README.md', '2'),
+    ]
+    assert 'See [B](contributing.md#add-a-network).' in source[0]
+
+
+def test_every_file_that_is_a_page_is_linked_from_it(conf):
+    for file, page in conf.PAGES.items():
+        assert PAGES[f'docs/{page}'].splitlines()[0].endswith(f']({file})')

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import _counts
 import pytest
 from _tables import insert_table
 
@@ -17,8 +18,8 @@ def tool(load_tool):
 
 
 @pytest.fixture(scope='module')
-def rows(tool):
-    return tool.rows()
+def rows():
+    return _counts.rows()
 
 
 @pytest.mark.parametrize(
@@ -44,20 +45,20 @@ def test_all_models_have_a_row(rows):
     assert [row.name for row in rows] == list(zoo.MODELS)
 
 
-def test_activations_by_hand(tool):
+def test_activations_by_hand():
     # ResNeXt-29's stem, its nine units of three convolutions and three shortcuts, and its classifier.
     shapes = [(64, 32)]
     for width, out, side, before in ((512, 256, 32, 32), (1024, 512, 16, 32), (2048, 1024, 8, 16)):
         shapes += [(width, before), (width, side), (out, side), (out, side)] + 2 * [(width, side)] * 2
         shapes += 2 * [(out, side)]
     expected = sum(channels * side**2 for channels, side in shapes) + 100
-    assert tool.count(zoo.MODELS['resnext29_16x32d']).activations == expected
+    assert _counts.count(zoo.MODELS['resnext29_16x32d']).activations == expected
 
 
-def test_count_at_another_size(tool):
+def test_count_at_another_size():
     # Convolutions alone go with the area; the attention and the classifier don't.
     spec = zoo.MODELS['sknet26']
-    assert 3.9 < tool.count(spec, 128).gflops / tool.count(spec, 64).gflops < 4
+    assert 3.9 < _counts.count(spec, 128).gflops / _counts.count(spec, 64).gflops < 4
 
 
 def test_papers_figures_stand_beside_the_counted(tool, rows):
