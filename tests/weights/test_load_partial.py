@@ -14,6 +14,7 @@ from helpers.randomised import randomise
 from helpers.weight_files import RunsCode, differ, saved
 from mmpretrain.registry import MODELS
 
+import sk_plugins.mmpretrain_models  # noqa: F401 - registers the backbones
 from sk_plugins.weights import (
     CheckpointError,
     HubError,
