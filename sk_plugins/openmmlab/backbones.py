@@ -23,7 +23,7 @@ from ..weights.fit import require_fit
 from ..weights.names import BACKBONE
 from ._internals import TimmNames
 
-__all__ = ['ResNetBackbone', 'ShuffleNetBackbone']
+__all__ = ['Backbone', 'ResNetBackbone', 'ShuffleNetBackbone']
 
 # torchvision's weights go into SE and SK units but for what stands in the depthwise convolution's place.
 TORCHVISION = ('https://download.pytorch.org/', 'torchvision://')
