@@ -1,4 +1,4 @@
 from .conv_bn_act import ConvBNAct
-from .selective_kernel import SELECT_MODES, SelectiveKernel, SelectiveKernelAttention
+from .selective_kernel import SelectiveKernel, SelectiveKernelAttention
 
-__all__ = ['SELECT_MODES', 'ConvBNAct', 'SelectiveKernel', 'SelectiveKernelAttention']
+__all__ = ['ConvBNAct', 'SelectiveKernel', 'SelectiveKernelAttention']

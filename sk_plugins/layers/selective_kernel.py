@@ -10,7 +10,7 @@ from .._arguments import check_choice, check_dtype, check_flags, check_integer, 
 from ..ops import BACKENDS, Fusable, fuse, has_parts, norm_relu_select, register, select, takes_branches
 from .conv_bn_act import ConvBNAct
 
-__all__ = ['SELECT_MODES', 'SelectiveKernel', 'SelectiveKernelAttention']
+__all__ = ['SelectiveKernel', 'SelectiveKernelAttention']
 
 SELECT_MODES = ('channel', 'shared', 'sum')
 NORM_POSITIONS = ('branch', 'output', 'none')
