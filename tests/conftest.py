@@ -1,11 +1,14 @@
 import gc
 import importlib.util
 import os
+import random
 import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from helpers.file_reports import pytest_configure as pytest_configure
 from helpers.hub_server import HubServer
 
@@ -17,6 +20,23 @@ os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
 os.environ['HF_HUB_DISABLE_IMPLICIT_TOKEN'] = '1'
 os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:9'
 os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1'
+
+
+def _seed():
+    random.seed(0)
+    np.random.seed(0)  # from which mmengine draws the seed of a run that is given none
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Every test draws the same numbers, alone and in any order; and so do the fixtures of wider scopes."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call():
+    _seed()
 
 
 def pytest_collection_finish():
