@@ -22,21 +22,21 @@ os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:9'
 os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1'
 
 
-def _seed():
-    random.seed(0)
-    np.random.seed(0)  # from which mmengine draws the seed of a run that is given none
-    torch.manual_seed(0)
+def _seed(seed):
+    random.seed(seed)
+    np.random.seed(seed)  # from which mmengine draws the seed of a run that is given none
+    torch.manual_seed(seed)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
     """Every test draws the same numbers, alone and in any order; and so do the fixtures of wider scopes."""
-    _seed()
+    _seed(0)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call():
-    _seed()
+    _seed(1)
 
 
 def pytest_collection_finish():
