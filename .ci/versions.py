@@ -24,18 +24,23 @@ from tables import ROOT, Counts, rows_of, run_tests, table, write
 
 
 class Row(NamedTuple):
-    """An environment: ``torchvision`` and ``timm`` are exact releases, or '' for the newest that fits."""
+    """An environment: ``torchvision`` and ``timm`` are exact releases, or '' for the newest that fits.
+
+    ``numpy`` limits what the tests take: the interpreter of Triton 3.6 fails with NumPy 2.4 (``TypeError: only
+    0-dimensional arrays can be converted to Python scalars``).
+    """
 
     python: str
     torch: str
     torchvision: str
     timm: str
     why: str
+    numpy: str = ''
 
 
 MATRIX = (
     Row('3.10', '2.7.0', '0.22.0', '1.0.31', 'the oldest of all'),
-    Row('3.11', '2.11.0', '0.26.0', '', 'checks arguments of batch_norm more strictly'),
+    Row('3.11', '2.11.0', '0.26.0', '', 'checks arguments of batch_norm more strictly', '<2.4'),
     Row('3.12', '2.12.1', '0.27.1', '', 'what detection pins'),
     Row('3.13', '', '', '', 'the newest of all'),
 )
@@ -91,7 +96,8 @@ def run_row(row: Row, python: str | None, arguments: list[str]) -> tuple[tuple[s
             f'{name}=={pin}' if pin else name
             for name, pin in zip((*NAMES, 'torchvision'), (row.torch, row.timm, row.torchvision))
         ]
-        install = [inside, '-m', 'pip', 'install', '--quiet', '--no-cache-dir', *wanted, *NEEDED, '--editable', ROOT]
+        install = [inside, '-m', 'pip', 'install', '--quiet', '--no-cache-dir', *wanted, f'numpy{row.numpy}']
+        install += [*NEEDED, '--editable', ROOT]
         for command in ([python, '-m', 'venv', folder], install):
             if subprocess.run(list(map(str, command))).returncode:
                 return found, Counts(problem='cannot be installed', seconds=time.perf_counter() - start)
