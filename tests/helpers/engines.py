@@ -11,9 +11,20 @@ from sk_plugins.ops import Fusable, gpu
 RUNS = gpu.HAS_TRITON and (gpu.INTERPRETS or torch.cuda.is_available())
 DEVICE = 'cuda' if torch.cuda.is_available() and not gpu.INTERPRETS else 'cpu'
 runs = pytest.mark.skipif(not RUNS, reason='needs a GPU; test_gpu runs it again in the interpreter')
+SLOWLY = [pytest.mark.slow] if gpu.INTERPRETS else []
 
 if RUNS:
     gpu.load()
+
+
+def slowly(*values):
+    """Parameters of a test that takes long in Triton's interpreter, not on a GPU."""
+    return pytest.param(*values, marks=SLOWLY)
+
+
+def slow(test):
+    """A test that takes long in Triton's interpreter, not on a GPU."""
+    return pytest.mark.slow(test) if gpu.INTERPRETS else test
 
 
 def draw(*size, seed=0, dtype=torch.float32, scale=1.0, shift=0.0):

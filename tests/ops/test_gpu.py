@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.engines import DEVICE, RUNS, draw, runs, sizes_kept
+from helpers.engines import DEVICE, RUNS, draw, runs, sizes_kept, slow, slowly
 
 from sk_plugins.ops import functions, gpu
 from sk_plugins.ops.functions import BranchSpec, NormAct, NormReluSelect, NormSpec
@@ -147,10 +147,10 @@ class TestBranches:
         ('num', 'name', 'batch'),
         [
             (1, 'contiguous', True),
-            (2, 'contiguous', False),
+            slowly(2, 'contiguous', False),
             (2, 'channels_last', True),
             (3, 'channels_last', False),
-            (4, 'contiguous', True),
+            slowly(4, 'contiguous', True),
         ],
     )
     def test_every_number_of_branches(self, num, name, batch):
@@ -163,37 +163,41 @@ class TestBranches:
         ('select', 'bias', 'batch'),
         [
             ('channel', True, True),
-            ('channel', True, False),
-            ('shared', False, True),
+            slowly('channel', True, False),
+            slowly('shared', False, True),
             ('shared', True, False),
             ('sum', False, True),
-            ('sum', False, False),
+            slowly('sum', False, False),
         ],
     )
     def test_every_attention(self, select, bias, batch):
         Case(2 if batch else 3, (3, 5, 3, 4), select=select, bias=bias, batch=batch).check()
 
+    @slow
     def test_maps_of_half_precision(self):
         Case(2, (3, 5, 4, 3), torch.bfloat16).check()
         Case(2, (3, 5, 4, 3), torch.float16, torch.contiguous_format, batch=False).check()
 
-    @pytest.mark.parametrize('dtype', HALVES)
+    @pytest.mark.parametrize('dtype', [HALVES[0], slowly(HALVES[1])])
     def test_parameters_of_half_precision(self, dtype):
         Case(2, (3, 6, 4, 3), dtype, batch=dtype == torch.float16, parameters=dtype, bias=True).check()
 
-    @pytest.mark.parametrize(('memory_format', 'programs'), [*zip(FORMATS.values(), (20, 1))], ids=FORMATS)
-    def test_maps_of_several_tiles_and_splits(self, memory_format, programs, small_tiles, monkeypatch):
+    @pytest.mark.parametrize(
+        ('name', 'programs'), [slowly('contiguous', 20), ('channels_last', 1)], ids=['contiguous', 'channels_last']
+    )
+    def test_maps_of_several_tiles_and_splits(self, name, programs, small_tiles, monkeypatch):
         monkeypatch.setattr(gpu.kernels, '_PROGRAMS', programs)
-        case = Case(2, (2, 6, 7, 6), memory_format=memory_format)
+        case = Case(2, (2, 6, 7, 6), memory_format=FORMATS[name])
         case.check()
         splits = {place[-1] for (_, _, _, reduces), (_, place, _) in gpu.kernels._layouts.items() if reduces}
         assert (splits == {1}) == (programs == 1)
 
-    @pytest.mark.parametrize('shape', [(3, 6, 1, 1), (1, 4, 9, 3), (2, 1, 3, 4), (3, 17, 1, 5)])
+    @pytest.mark.parametrize('shape', [*map(slowly, [(3, 6, 1, 1), (1, 4, 9, 3), (2, 1, 3, 4)]), (3, 17, 1, 5)])
     def test_odd_shapes(self, shape):
         memory_format = FORMATS['contiguous' if shape[2] == 1 else 'channels_last']
         Case(2, shape, memory_format=memory_format, batch=shape[0] > 1).check()
 
+    @slow
     def test_sixty_four_bit_offsets(self, monkeypatch):
         """Images of 2**31 elements need them; here they are taken for a small one."""
         monkeypatch.setattr(gpu.kernels, '_WIDE', 1)
@@ -212,6 +216,7 @@ class TestBranches:
         case.ys[0] = case.ys[0].detach().contiguous().requires_grad_()  # one of each format
         case.check()
 
+    @slow
     def test_two_runs_are_equal_to_the_bit(self):
         outcomes = []
         for _ in range(2):
@@ -301,34 +306,40 @@ class EndCase:
 
 @runs
 class TestNormAct:
-    @each_statistics
-    @pytest.mark.parametrize('num', [1, 2])
+    @pytest.mark.parametrize(
+        ('num', 'batch'),
+        [slowly(1, True), (1, False), (2, True), slowly(2, False)],
+        ids=['1-batch', '1-running', '2-batch', '2-running'],
+    )
     def test_every_end(self, num, batch):
         for relu, shortcut in itertools.product((True, False), repeat=2):
             memory_format = FORMATS['contiguous' if relu == shortcut else 'channels_last']
             EndCase(num, (3, 5, 4, 3), relu, shortcut, batch, memory_format=memory_format).check()
 
-    @pytest.mark.parametrize('dtype', HALVES)
+    @pytest.mark.parametrize('dtype', [HALVES[0], slowly(HALVES[1])])
     def test_half_precision(self, dtype):
         for num, parameters in zip((1, 2), (torch.float32, dtype)):
             EndCase(num, (3, 5, 4, 3), batch=num == 1, dtype=dtype, parameters=parameters).check()
 
+    @slow
     def test_a_shortcut_of_another_dtype_or_format(self):
         for dtype in HALVES:
             EndCase(1, (3, 5, 4, 3), dtype=dtype, shortcut_dtype=torch.float32).check()
         EndCase(1, (3, 5, 4, 3), shortcut_format=torch.contiguous_format).check()
         EndCase(1, (3, 5, 4, 3), memory_format=torch.contiguous_format, shortcut_format=torch.channels_last).check()
 
-    @pytest.mark.parametrize('shape', [(3, 6, 1, 1), (2, 1, 3, 4), (2, 17, 1, 5)])
+    @pytest.mark.parametrize('shape', [slowly((3, 6, 1, 1)), slowly((2, 1, 3, 4)), (2, 17, 1, 5)])
     def test_odd_shapes(self, shape):
         for num, memory_format in zip((1, 2), FORMATS.values()):
             EndCase(num, shape, shortcut=num == 1, memory_format=memory_format).check()
 
-    @pytest.mark.parametrize(('memory_format', 'programs'), [*zip(FORMATS.values(), (1, 1024))], ids=FORMATS)
-    def test_several_tiles_and_splits(self, memory_format, programs, small_tiles, monkeypatch):
+    @pytest.mark.parametrize(
+        ('name', 'programs'), [('contiguous', 1), slowly('channels_last', 1024)], ids=['contiguous', 'channels_last']
+    )
+    def test_several_tiles_and_splits(self, name, programs, small_tiles, monkeypatch):
         monkeypatch.setattr(gpu.kernels, '_PROGRAMS', programs)
         for num in (1, 2):
-            EndCase(num, (2, 6, 5, 4), shortcut=num == 1, memory_format=memory_format).check()
+            EndCase(num, (2, 6, 5, 4), shortcut=num == 1, memory_format=FORMATS[name]).check()
 
     @each_statistics
     def test_norms_of_another_length_are_refused(self, batch):
@@ -351,12 +362,14 @@ class TestNormAct:
             case.tensors[i] = case.tensors[i].detach()
         case.check()
 
+    @slow
     def test_gradients_that_are_not_dense(self):
         case = EndCase(1, (2, 3, 4, 5))
         for grad in (case.grad.contiguous(), draw(1, seed=4).expand(2, 3, 4, 5), draw(2, 6, 4, 6)[:, ::2, :, 1:]):
             case.grad = grad
             case.check()
 
+    @slow
     def test_where_the_relu_was_open_is_kept_as_the_output_or_not_at_all(self):
         for num, shortcut, kept in ((1, False, 1), (1, True, 3), (2, False, 3)):
             case = EndCase(num, (4, 8, 16, 16), shortcut=shortcut)
@@ -391,6 +404,7 @@ class TestKernels:
         attention = torch.full((1, 2, 2), 0.5, device=DEVICE)
         assert torch.equal(gpu.kernels.select(ys, norms, attention), ys[0])
 
+    @slow
     def test_more_partial_statistics_than_a_block(self):
         y = draw(130, 1, 1, 2, shift=1.0)
         running = torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE)
@@ -401,7 +415,7 @@ class TestKernels:
         assert_near(running[0], MOMENTUM * exact.mean((0, 2, 3)), 260)
         assert_near(running[1], 1 - MOMENTUM + MOMENTUM * exact.var((0, 2, 3)), 260)
 
-    @pytest.mark.parametrize('channels', [70, 1, None])
+    @pytest.mark.parametrize('channels', [70, slowly(1), None])
     def test_moments_of_more_images_and_channels_than_a_block(self, channels):
         given, pooled, level = draw(2, 40, 3, 70, seed=1), draw(2, 40, 3, 70, seed=2), draw(40, 70, seed=3)
         if channels is None:
@@ -432,22 +446,16 @@ class TestKernels:
             assert_near(ours, theirs, rows)
 
 
-@pytest.mark.parametrize(
-    ('file', 'chosen', 'number'),
-    [
-        ('test_gpu', 'not slow', 45),
-        ('test_gpu_units', 'not slow', 16),
-        pytest.param('test_gpu_units', 'slow', 4, marks=pytest.mark.slow),
-    ],
-)
-def test_numbers_in_tritons_interpreter(file, chosen, number):
+@pytest.mark.parametrize(('chosen', 'number'), [('not slow', 45), pytest.param('slow', 39, marks=pytest.mark.slow)])
+def test_numbers_in_tritons_interpreter(chosen, number):
+    """By default each kernel once, in float32 and bfloat16, a unit of either kind, and an odd shape."""
     if RUNS or not gpu.HAS_TRITON:
         pytest.skip('they run here' if RUNS else 'triton is not installed')
     environment = {**os.environ, 'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': ''}
     for name in [name for name in environment if name.startswith('PYTEST_')]:
         del environment[name]
     command = [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '-m', chosen]
-    command += [str(Path(__file__).with_name(f'{file}.py'))]
+    command += [str(Path(__file__).with_name(name)) for name in ('test_gpu.py', 'test_gpu_units.py')]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=590)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert int(re.search(r'(\d+) passed', result.stdout)[1]) >= number

@@ -5,13 +5,24 @@ import itertools
 
 import pytest
 import torch
-from helpers.engines import DEVICE, copies, draw, every_gradient, randomise, runs, set_backend, sizes_kept
+from helpers.engines import (
+    DEVICE,
+    copies,
+    draw,
+    every_gradient,
+    randomise,
+    runs,
+    set_backend,
+    sizes_kept,
+    slow,
+    slowly,
+)
 from torch import nn
 
 from sk_plugins import SelectiveKernel
 from sk_plugins.fuse import fold_batch_norm
 from sk_plugins.networks.resnet import SKBasicBlock, SKBottleneck, SKResNet
-from sk_plugins.ops import gpu, ways
+from sk_plugins.ops import ways
 
 SK = dict(kernel_sizes=(3, 5), min_dim=4)
 EPS = torch.finfo(torch.float32).eps
@@ -38,17 +49,8 @@ UNITS = {
 }
 
 
-def slow(test):
-    """Slow in Triton's interpreter, not on a GPU."""
-    return pytest.mark.slow(test) if gpu.INTERPRETS else test
-
-
 each_unit = pytest.mark.parametrize(
-    'name',
-    [
-        pytest.param(name, marks=pytest.mark.slow if gpu.INTERPRETS and name in ('pooled bottleneck', 'basic') else ())
-        for name in UNITS
-    ],
+    'name', [name if name in ('strided bottleneck', 'strided basic') else slowly(name) for name in UNITS]
 )
 
 
@@ -133,7 +135,7 @@ class TestUnits:
         assert ways(unit) == {'triton': 1}
         assert_near(*found, 4000 * EPS)
 
-    @pytest.mark.parametrize('name', ['bottleneck', 'strided bottleneck'])
+    @pytest.mark.parametrize('name', ['bottleneck', slowly('strided bottleneck')])
     def test_a_differentiable_gradient_of_a_unit_with_a_shortcut(self, name):
         """The shortcut is what the last convolution's map is made of: it must not be counted along both ways."""
         found = []
@@ -159,6 +161,7 @@ class TestUnits:
         assert len({grad.data_ptr() for grad in grads}) == len(grads)
         assert [grad.stride() for grad in grads] == [parameter.stride() for parameter in unit.parameters()]
 
+    @slow
     def test_compiled_layers_run_the_kernels_as_operators(self):
         torch.compiler.reset()
         layer, plain = copies(randomise(SelectiveKernel(8, groups=2, **SK)).to(DEVICE))
@@ -176,6 +179,7 @@ class TestUnits:
         assert_near(*({n: b for n, b in m.named_buffers() if 'running' in n} for m in (layer, plain)), 960 * EPS)
         torch.compiler.reset()
 
+    @slow
     def test_half_precision_modules_and_autocast(self):
         dtype = torch.bfloat16
         eps = torch.finfo(dtype).eps
@@ -193,6 +197,7 @@ class TestUnits:
         del expected['input']
         assert_near(found, expected, 64 * eps)
 
+    @slow
     def test_frozen_weights_and_inputs_without_gradients(self):
         unit, plain, x = make_unit('strided bottleneck')
         for module in (unit, plain):
@@ -218,6 +223,7 @@ class TestUnits:
         grads = [{name: parameter.grad for name, parameter in module.named_parameters()} for module in (unit, plain)]
         assert_near(*grads, 960 * EPS)
 
+    @slow
     def test_gradients_share_no_memory_that_they_both_use(self):
         """The two norms of a strided unit's end have the same gradient of their shifts."""
         unit, _, x = make_unit('strided bottleneck')
@@ -243,6 +249,7 @@ class TestUnits:
         kept = [size // (4 * 256 * 4) for size in sizes_kept(lambda: unit(x)) if size >= 4 * 256 * 4 * width]
         assert kept == [width] * 5 + [32] * 3
 
+    @slow
     def test_a_tiny_network(self):
         torch.manual_seed(0)
         widths = dict(channels=(8, 8, 16), cardinality=2, base_width=32, num_classes=3, sk_kwargs=SK)
