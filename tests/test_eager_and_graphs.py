@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from helpers.kinds import quick
 from helpers.randomised import randomise
 from timm.models import FeatureGraphNet, get_notrace_functions, get_notrace_modules
 
@@ -66,18 +67,14 @@ def assert_equal_graphs(model, x, graphs=tuple(GRAPHS)):
     } == {}
 
 
-def names(quick):
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-
-
-@pytest.mark.parametrize('name', names(['sknet26', 'seresnext29_16x32d', 'skshufflenetv2_x0_5']))
+@pytest.mark.parametrize('name', quick(NAMES, ['seresnext29_16x32d', 'skshufflenetv2_x0_5']))
 def test_at_timms_size(name):
     graphs = ('create_feature_extractor', 'jit.trace')
     kwargs = dict(layers=(1, 2, 2, 1)) if '101' in name else {}  # deeper, the tracers alone take half a minute
     assert_equal_graphs(make_model(name, **kwargs), make_input(size=32 if name in SMALL else 128), graphs)
 
 
-@pytest.mark.parametrize('name', names(['sknet26']))
+@pytest.mark.parametrize('name', quick(NAMES, ['sknet26']))
 def test_at_224(name):
     assert_equal_graphs(make_model(name), make_input(size=224), ('symbolic_trace', 'jit.trace'))
 

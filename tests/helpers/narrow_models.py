@@ -8,6 +8,7 @@ import timm
 import torch
 
 import sk_plugins as sk_plugins
+from helpers.kinds import one_of_each, quick
 from helpers.randomised import randomise
 from helpers.tolerances import assert_close
 
@@ -25,8 +26,12 @@ KINDS = [
 ]
 
 each_model = pytest.mark.parametrize('name', NAMES)
+# Narrow, the names of one kind are one network.
+each_narrow_model = pytest.mark.parametrize('name', one_of_each(NAMES))
 
 each_kind = pytest.mark.parametrize('name', KINDS)
+# Where a kind takes seconds: one of either class by default.
+each_slow_kind = pytest.mark.parametrize('name', quick(KINDS, ['sknet26', 'skshufflenetv2_x0_5']))
 # For tools whose time goes by the size of the graph: each branch of the networks' code once.
 BRANCHES_OF_CODE = ['sknet26', 'seresnext29_16x32d', 'shufflenetv2_x0_5', 'skshufflenetv2_x0_5']
 

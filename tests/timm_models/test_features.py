@@ -40,8 +40,13 @@ INDICES = [(0,), (3,), (1, 3), (0, 1, 2, 3), (-1,), (-2, -1)]
 @pytest.mark.parametrize(
     ('name', 'feature_cls', 'out_indices'),
     [
-        *itertools.product(KINDS, [None, 'dict', 'hook', 'fx', 'getter'], [(1, 3)]),
+        *itertools.product(['sknet26', 'skshufflenetv2_x0_5'], [None, 'dict', 'hook', 'fx', 'getter'], [(1, 3)]),
         *itertools.product(['sknet26', 'skshufflenetv2_x0_5'], [None], INDICES),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(KINDS, [None, 'dict', 'hook', 'fx', 'getter'], [(1, 3)])
+            if case[0] not in ('sknet26', 'skshufflenetv2_x0_5')
+        ),
     ],
     ids=str,
 )

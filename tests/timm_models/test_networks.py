@@ -11,7 +11,8 @@ from helpers.narrow_models import (
     assert_same_gradients,
     assert_same_state,
     each_kind,
-    each_model,
+    each_narrow_model,
+    each_slow_kind,
     feature_shapes,
     is_shuffle,
     is_small,
@@ -47,7 +48,7 @@ def test_forward_and_backward(name):
         assert torch.isfinite(parameter.grad).all(), parameter_name
 
 
-@each_model
+@each_narrow_model
 def test_every_parameter_matters(name):
     """In float64, where a gradient that is no more than rounding would show as one."""
     model = make_model(name, train=True).double()
@@ -91,7 +92,7 @@ def test_reset_classifier(name):
 
 
 @pytest.mark.parametrize(('global_pool', 'times'), [('avg', 1), ('max', 1), ('avgmax', 1), ('catavgmax', 2)])
-@each_kind
+@each_slow_kind
 @torch.no_grad()
 def test_global_pool(name, global_pool, times):
     model = make_model(name, global_pool=global_pool)
@@ -119,7 +120,7 @@ def test_children_stand_in_the_order_they_are_called_in(name):
         assert torch.equal(nn.Sequential(*children.values())(x), model(x))
 
 
-@each_kind
+@each_slow_kind
 def test_grad_checkpointing(name):
     model = make_model(name, train=True).double()
     checkpointed = copy.deepcopy(model)
@@ -183,7 +184,7 @@ def test_output_stride(output_stride, reductions, dilations):
 
 
 @pytest.mark.parametrize('in_chans', [1, 4])
-@each_kind
+@each_slow_kind
 @torch.no_grad()
 def test_in_chans(name, in_chans):
     model = make_model(name, in_chans=in_chans)
