@@ -20,9 +20,13 @@ def make_inputs(dtype=torch.float32):
 
 # As they are, timm_models/test_graphs.py has those that are ours alone.
 STATES = [*((name, True) for name in FAMILIES), ('skresnet18', False), ('skresnet50d', False)]
+SCRIPTED = [('sknet50', True), ('skresnet50d', False), ('skshufflenetv2_x1_0', True)]
 
 
-@pytest.mark.parametrize(('name', 'folded'), STATES)
+@pytest.mark.parametrize(
+    ('name', 'folded'),
+    [state if state in SCRIPTED else pytest.param(*state, marks=pytest.mark.slow) for state in STATES],
+)
 @torch.no_grad()
 def test_torchscript(name, folded):
     model = make_model(name, folded, torch.float64)
@@ -33,7 +37,13 @@ def test_torchscript(name, folded):
 
 @pytest.mark.parametrize(
     ('name', 'folded'),
-    [('sknet50', True), ('skresnet50d', True), ('skresnet50d', False), ('skshufflenetv2_x1_0', True)],
+    [
+        ('sknet50', True),
+        *(
+            pytest.param(*state, marks=pytest.mark.slow)
+            for state in (('skresnet50d', True), ('skresnet50d', False), ('skshufflenetv2_x1_0', True))
+        ),
+    ],
 )
 @torch.no_grad()
 def test_torch_export(name, folded):
@@ -44,7 +54,7 @@ def test_torch_export(name, folded):
         assert_close(program(x), model(x), length=model)
 
 
-QUICK = [('sknet50', 'train'), ('sknet50', 'folded')]
+QUICK = [('sknet50', 'folded')]
 
 COMPILED = [
     pytest.param(name, mode, marks=[] if (name, mode) in QUICK else pytest.mark.slow)

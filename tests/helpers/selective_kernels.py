@@ -36,6 +36,12 @@ each_variant = pytest.mark.parametrize('kwargs', VARIANTS.values(), ids=VARIANTS
 _OF_CONVOLUTIONS = {'with 1x1', 'true kernels', 'strided', 'dilated', 'in full'}
 WAYS = {name: kwargs for name, kwargs in VARIANTS.items() if name not in _OF_CONVOLUTIONS}
 each_way = pytest.mark.parametrize('kwargs', WAYS.values(), ids=WAYS.keys())
+# Where a compiler takes a second for each: those whose graphs have least in common.
+_UNLIKE = ('plain', 'one branch', 'group norm', 'norm at the output')
+each_compiled_way = pytest.mark.parametrize(
+    'kwargs',
+    [pytest.param(kwargs, id=name, marks=() if name in _UNLIKE else pytest.mark.slow) for name, kwargs in WAYS.items()],
+)
 
 
 def make_layer(in_channels=64, train=False, **kwargs):

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.kinds import one_of_each
 from helpers.tolerances import assert_close
 from torch import nn
 
@@ -29,10 +30,12 @@ NETWORKS = {
     'seshufflenetv2_x0_5': SHUFFLE,
     'shufflenetv2_x0_5': SHUFFLE,
 }
-# Every name comes back from a step; those of SK units by every way through them.
+# A name of every kind comes back from a step; those of SK units by every way through them.
 STEPS = [
-    (name, backend) for name in NETWORKS for backend in (BACKENDS if name.startswith('sk') else (None,))
-]  # fmt: skip
+    pytest.param(name, backend, marks=() if name in one_of_each(NETWORKS) else pytest.mark.slow)
+    for name in NETWORKS
+    for backend in (BACKENDS if name.startswith('sk') else (None,))
+]
 
 
 def make_network(name, backend=None, **kwargs):
@@ -67,7 +70,7 @@ def test_step(name, backend):
         assert torch.isfinite(parameter.grad).all(), parameter_name
 
 
-@pytest.mark.parametrize(('name', 'backend'), [s for s in STEPS if s[1] not in (None, 'plain')], ids=str)
+@pytest.mark.parametrize(('name', 'backend'), [s for s in STEPS if s.values[1] not in (None, 'plain')], ids=str)
 def test_step_is_the_plain_ones(name, backend):
     """In float64, where nothing but a mistake makes the weights differ after a step."""
     network, plain = (make_network(name, way).double() for way in (backend, 'plain'))
@@ -92,11 +95,12 @@ def test_torch_compile_in_inference():
     'make',
     [
         # Inductor takes minutes for what a network's backward pass adds to its units'.
-        pytest.param(lambda: make_network('sknet26', channels=(8, 8, 8), layers=(1, 1, 1)), marks=pytest.mark.slow),
+        lambda: make_network('sknet26', channels=(8, 8, 8), layers=(1, 1, 1)),
         lambda: nn.Sequential(SelectiveKernel(3, 8, groups=1, min_dim=8), nn.Flatten(), nn.Linear(8 * 32 * 32, 10)),
     ],
     ids=['network', 'layer'],
 )
+@pytest.mark.slow
 def test_torch_compile_in_training(make):
     """By inductor: the loss and the gradients of a step."""
     torch.compiler.reset()

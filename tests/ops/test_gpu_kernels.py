@@ -191,6 +191,7 @@ def test_inference_alone_takes_six_variants(step):
     assert Counter(name for name, _ in found) == expected
 
 
+@pytest.mark.slow
 def test_other_batches_and_sizes_take_no_more_variants(step):
     """The stages' maps differ in channels and size: neither makes a variant, as long as tiles are full."""
     first = step('sknet50')

@@ -26,7 +26,14 @@ SETTINGS = {
     'split': dict(split_input=True),
     'strided': dict(stride=2),
 }
-each_setting = pytest.mark.parametrize('kwargs', SETTINGS.values(), ids=SETTINGS.keys())
+# Compiling takes a second each: two branches, more of them, and none to select from, by default.
+each_setting = pytest.mark.parametrize(
+    'kwargs',
+    [
+        pytest.param(kwargs, id=name, marks=() if name in ('two', 'three', 'summed') else pytest.mark.slow)
+        for name, kwargs in SETTINGS.items()
+    ],
+)
 each_mode = pytest.mark.parametrize('training', [True, False], ids=['training', 'eval'])
 
 
@@ -74,7 +81,9 @@ def outcomes(layer, run, x):
     return found | {name: b.clone() for name, b in layer.named_buffers()}
 
 
-@pytest.mark.parametrize('select', ['channel', 'shared', 'sum'])
+@pytest.mark.parametrize(
+    'select', ['channel', *(pytest.param(select, marks=pytest.mark.slow) for select in ('shared', 'sum'))]
+)
 @each_mode
 def test_opcheck(select, training):
     layer = make_layer(training, torch.float32, select=select, select_bias=select == 'channel')
@@ -113,6 +122,7 @@ def test_compiled_layers_equal_the_plain_modules(kwargs, training):
     assert 'batch_norm' not in str(graph.graph)
 
 
+@pytest.mark.slow
 def test_compiled_through_autograd_with_dynamic_sizes():
     layer = set_backend(make_layer(), 'triton')
     plain = set_backend(copy.deepcopy(layer), 'plain')
@@ -129,7 +139,7 @@ def tiny_network(**kwargs):
     return randomise(SKResNet((1, 1, 1), **widths, **kwargs))
 
 
-@each_mode
+@pytest.mark.parametrize('training', [True, pytest.param(False, marks=pytest.mark.slow)], ids=['training', 'eval'])
 def test_a_compiled_network_equals_the_plain_one(training):
     network = set_backend(tiny_network().double().train(training), 'triton')
     plain = set_backend(copy.deepcopy(network), 'plain')

@@ -1,24 +1,27 @@
 """Networks as graphs: scripted, traced, of torch.fx, exported and compiled."""
 
 import copy
-import itertools
 
 import pytest
 import timm
 import torch
+from helpers.kinds import quick
 from helpers.narrow_models import (
     BRANCHES_OF_CODE,
     NARROW,
     assert_same_gradients,
     each_kind,
+    each_slow_kind,
     make_input,
     make_model,
     shallow,
 )
 from helpers.tolerances import assert_close
 
+each_branch_of_code = pytest.mark.parametrize('name', quick(BRANCHES_OF_CODE, ['sknet26', 'skshufflenetv2_x0_5']))
 
-@each_kind
+
+@each_slow_kind
 @torch.no_grad()
 def test_torchscript(name):
     model = make_model(name, scriptable=True)
@@ -27,7 +30,7 @@ def test_torchscript(name):
         assert_close(scripted(x), model(x), length=model)
 
 
-@pytest.mark.parametrize('name', BRANCHES_OF_CODE)
+@each_branch_of_code
 @torch.no_grad()
 def test_trace(name):
     model = make_model(name)
@@ -36,6 +39,7 @@ def test_trace(name):
         assert_close(traced(x), model(x), length=model)
 
 
+@pytest.mark.slow
 def test_torchscript_at_full_depth():
     model = timm.create_model('sknet50', **NARROW, scriptable=True).eval()
     with torch.no_grad():
@@ -52,7 +56,7 @@ def test_fx_graph_of_the_whole_model(name):
     assert_same_gradients(graph, model)
 
 
-@pytest.mark.parametrize('name', BRANCHES_OF_CODE)
+@pytest.mark.parametrize('name', quick(BRANCHES_OF_CODE, ['sknet26']))
 @torch.no_grad()
 def test_fx_graph_can_be_scripted(name):
     model = make_model(name).double()
@@ -61,7 +65,7 @@ def test_fx_graph_can_be_scripted(name):
     assert_close(scripted(x), model(x), length=model)
 
 
-@pytest.mark.parametrize('name', BRANCHES_OF_CODE)
+@pytest.mark.parametrize('name', quick(BRANCHES_OF_CODE, ['skshufflenetv2_x0_5']))
 @torch.no_grad()
 def test_exportable(name):
     model = make_model(name, exportable=True, layers=shallow(name))
@@ -74,8 +78,14 @@ def test_exportable(name):
 @pytest.mark.parametrize(
     ('exporter', 'name'),
     [
-        *itertools.product(['dynamo'], ['sknet26', 'skshufflenetv2_x0_5']),
-        *itertools.product(['TorchScript'], BRANCHES_OF_CODE),
+        ('dynamo', 'sknet26'),
+        pytest.param('dynamo', 'skshufflenetv2_x0_5', marks=pytest.mark.slow),
+        ('TorchScript', 'shufflenetv2_x0_5'),
+        *(
+            pytest.param('TorchScript', name, marks=pytest.mark.slow)
+            for name in BRANCHES_OF_CODE
+            if name != 'shufflenetv2_x0_5'
+        ),
     ],
 )
 @pytest.mark.filterwarnings('ignore:.*legacy TorchScript-based ONNX export:DeprecationWarning')
@@ -100,7 +110,9 @@ def test_onnx(tmp_path, exporter, name):
         assert_close(torch.from_numpy(output), model(x), length=model)
 
 
-@pytest.mark.parametrize('name', ['sknet29_16x32d', 'seresnext29_16x32d', 'skshufflenetv2_x0_5'])
+@pytest.mark.parametrize(
+    'name', quick(['sknet29_16x32d', 'seresnext29_16x32d', 'skshufflenetv2_x0_5'], ['sknet29_16x32d'])
+)
 def test_compile_without_a_graph_break(name):
     torch.compiler.reset()
     model = make_model(name, layers=shallow(name)).double()

@@ -31,7 +31,7 @@ FAMILIES = {
     'sknet29_16x32d': dict(RESNET, cardinality=4, base_width=16),
 }
 # As they are, timm_models/test_graphs.py has them.
-QUICK = [('sknet50', True), ('skshufflenetv2_x1_0', True)]
+QUICK = [('skshufflenetv2_x1_0', True)]
 EVERY = [
     pytest.param(name, folded, marks=[] if (name, folded) in QUICK else pytest.mark.slow)
     for name in FAMILIES
@@ -119,6 +119,7 @@ def test_repository_that_is_not_there(tool, hub, tmp_path):
         tool.main(['hf-hub:me/nothing', str(tmp_path / 'a.onnx')])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_opset_that_torch_cannot_write(tool, tmp_path):
     model = randomise(zoo.MODELS['skshufflenetv2_x1_0'].build(**SHUFFLE))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.selective_kernels import (
+    each_compiled_way,
     each_variant,
     each_way,
     make_input,
@@ -29,7 +30,7 @@ def test_torch_trace(kwargs):
         assert_close(traced(x), layer(x), length=layer)
 
 
-@each_way
+@each_compiled_way
 def test_torch_compile_without_a_graph_break(kwargs):
     # Training is what has something to break: the check of the batch. A random layer has nothing to compare there.
     train = 'drop_layer' not in kwargs
@@ -54,7 +55,7 @@ def test_compiled_training_still_refuses_a_batch_of_one():
         compiled(make_input(1))
 
 
-@each_way
+@each_compiled_way
 def test_torch_export(kwargs):
     layer = make_layer(**kwargs)
     dims = {0: torch.export.Dim('batch', min=1)}

@@ -168,6 +168,7 @@ def losses_of(train, short_digits, tmp_path):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_compile_trains(losses_of, monkeypatch):
     """Traced, but not handed to a compiler, which takes minutes on a CPU; nor is the optimizer, for each group."""
     calls, torch_compile = [], torch.compile
@@ -205,7 +206,7 @@ def test_two_epochs(digits_run):
     assert not (digits_run / 'epoch_1.pth').exists()  # max_keep_ckpts=1
 
 
-@pytest.mark.parametrize('how', ['auto', 'path'])
+@pytest.mark.parametrize('how', ['auto', pytest.param('path', marks=pytest.mark.slow)])
 def test_resume(reads_checkpoints, train, short_digits, digits_run, tmp_path, how):
     if how == 'auto':
         work_dir = copy_run(digits_run, tmp_path / 'run')
