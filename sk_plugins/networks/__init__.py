@@ -1,4 +1,5 @@
 from .resnet import SKBasicBlock, SKBottleneck, SKResNet
 from .shufflenet import ShuffleUnit, SKShuffleNetV2
+from .simclr import SKResNetSimCLR
 
-__all__ = ['SKBasicBlock', 'SKBottleneck', 'SKResNet', 'SKShuffleNetV2', 'ShuffleUnit']
+__all__ = ['SKBasicBlock', 'SKBottleneck', 'SKResNet', 'SKResNetSimCLR', 'SKShuffleNetV2', 'ShuffleUnit']

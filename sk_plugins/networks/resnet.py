@@ -375,9 +375,7 @@ class SKResNet(Fusable, ResNet):
         for module in self.modules():
             if isinstance(module, SelectiveKernelAttention):
                 module.init_weights()
-        if isinstance(self.fc, nn.Linear):
-            nn.init.normal_(self.fc.weight, std=0.01)
-            nn.init.zeros_(self.fc.bias)
+        init_classifier(self.fc)
 
     # timm counts five feature maps, whatever the number of stages.
 
@@ -398,6 +396,13 @@ class SKResNet(Fusable, ResNet):
                 self.reset_classifier(0, '')
             return indices
         return super().prune_intermediate_layers(indices, prune_norm, prune_head)
+
+
+def init_classifier(fc: nn.Module) -> None:
+    """N(0, 0.01), as the authors train; nothing where there is no classifier."""
+    if isinstance(fc, nn.Linear):
+        nn.init.normal_(fc.weight, std=0.01)
+        nn.init.zeros_(fc.bias)
 
 
 def count_stages(layers: Sequence[int]) -> int:
