@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from .. import zoo
 from .._text import several
 from ..layers import SelectiveKernel
-from ..networks import SKBottleneck, SKResNet
+from ..networks import SKBottleneck, SKResNet, SKResNetSimCLR
+from . import simclr
 from .files import CheckpointError, find_fault, load_checkpoint, pick_state_dict
-from .fit import COUNTER, find_misfits
+from .fit import COUNTER, find_misfits, require_fit
 from .names import BACKBONE, is_own
 
 __all__ = [
@@ -37,7 +38,8 @@ __all__ = [
 SUPPORTED = (
     'PyTorch networks of SKConv and SKUnit (developer0hye/SKNet-PyTorch, syt2/SKNet and what is built on them) and '
     "their SKConv layers one by one, PytorchInsight's sk_resnet50/101/152, lucid's sk_resnet_18/34/50, "
-    "sk_resnext_50_32x4d and its SelectiveKernel layer, and the authors' Caffe models (.caffemodel)"
+    "sk_resnext_50_32x4d and its SelectiveKernel layer, the authors' Caffe models (.caffemodel), and SimCLRv2 as "
+    "lightly-ai's PyTorch files and Google's TensorFlow 1 checkpoints"
 )
 
 
@@ -96,10 +98,16 @@ class ThirdPartyWeights:
         kind, named = spec.openmmlab
         if 'in_chans' in args:
             args['in_channels'] = args.pop('in_chans')
-        return {'type': kind, **named, **{k: v for k, v in args.items() if k != 'num_classes'}}
+        return {'type': kind, **named, **{k: v for k, v in args.items() if k not in _OF_THE_HEAD}}
 
     def _named(self) -> tuple[zoo.ModelSpec, dict[str, Any]]:
         """The zoo's SKNet with as many units, and the arguments that make it this network."""
+        if self.network is SKResNetSimCLR:
+            args = {**self.arguments}
+            spec = zoo.find_simclr(args.pop('layers'), args.pop('width_factor'))
+            if spec is None:
+                raise ValueError(f'{self.origin}: no registered model is of this depth and width')
+            return spec, args
         if self.network is not SKResNet:
             raise ValueError(f'{self.origin}: a layer on its own has no name in a registry')
         if self.ceil_pool:
@@ -111,6 +119,9 @@ class ThirdPartyWeights:
             if spec.openmmlab[0] == 'SKNet' and tuple(spec.args['layers']) == self.arguments['layers']:
                 return spec, args
         raise ValueError(f'{self.origin}: no registered model has {self.arguments["layers"]} units in its stages')
+
+
+_OF_THE_HEAD = ('num_classes', 'projection')
 
 
 def load_third_party(source: str | os.PathLike | Mapping[str, Any], **options) -> nn.Module:
@@ -161,6 +172,7 @@ def recognise(
     in_channels: int | None = None,
     reduce_act: bool | None = None,
     dilations: Sequence[int] | None = None,
+    projection: int | None = None,
 ) -> ThirdPartyWeights:
     """Say whose SK network or SK layer a state dict is, and put it in our terms.
 
@@ -174,6 +186,8 @@ def recognise(
             is a single layer named ``fc``, as in the projects that have it so.
         dilations: of the branches; where None, those of the project: true kernels where the kernels differ, else
             1, 2, ... in the SKConv lineage.
+        projection: of SimCLRv2, how many layers of the contrastive head stand before the classifier: 0, or 1 in a
+            fine-tuned network; where None, what the optimizer's variables tell, or 0.
 
     Raises:
         ValueError: a layout that is not known here, or tensors that are missing, unknown or of another shape than the
@@ -185,6 +199,8 @@ def recognise(
         tensors = {k.removeprefix(below): v for k, v in tensors.items() if k.startswith(below)}
         if not tensors:
             raise ValueError(f'prefix={prefix!r}: no tensor lies below it; the first are {several(state_dict)}')
+    if simclr.is_lightly(tensors) or simclr.is_tensorflow(tensors):
+        return _convert_simclr(tensors, projection)
     lineage = _find_lineage(tensors)
     if lineage is None:
         raise ValueError(f'not recognised: it looks like {_describe(tensors)}. Supported are {SUPPORTED}')
@@ -231,8 +247,40 @@ def _convert(
     )
 
 
+def _convert_simclr(tensors: Mapping[str, Tensor], projection: int | None) -> ThirdPartyWeights:
+    """SimCLRv2's network with its classifier, on as many layers of the contrastive head as that sees."""
+    notes = ['the input is RGB in [0, 1], neither shifted nor scaled']
+    if simclr.is_lightly(tensors):
+        origin = "lightly-ai's SimCLRv2"
+        state_dict = simclr.from_lightly(tensors, projection or 0)
+        if projection:
+            notes.append('the classifier, which was trained on the features, is left out')
+    else:
+        origin = "Google's SimCLRv2"
+        found = simclr.count_projection(tensors)
+        if projection is None and found is None:
+            notes.append("no optimizer's variables tell whether it was fine-tuned: taken as not (else projection=1)")
+        projection = (found or 0) if projection is None else projection
+        variables = {k: v for k, v in tensors.items() if not v.is_meta}
+        state_dict = simclr.from_tensorflow(variables, projection)
+    if projection:
+        notes.append(f'the classifier stands on {projection} of the contrastive head')
+    try:
+        arguments = simclr.network_arguments(state_dict)
+        wanted = SKResNetSimCLR(**arguments, device='meta').state_dict()
+    except ValueError as error:
+        raise ValueError(f'{origin}: {error}') from error
+    for name in wanted:
+        if name.endswith(COUNTER):
+            state_dict.setdefault(name, torch.tensor(0))
+    require_fit(state_dict, wanted, origin, 'the network of their shapes', ValueError)
+    return ThirdPartyWeights(origin, SKResNetSimCLR, arguments, state_dict, tuple(notes))
+
+
 def is_third_party(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether the names are those of another project's SK network or SK layer that is known here."""
+    if simclr.is_lightly(state_dict) or simclr.is_tensorflow(state_dict):
+        return True
     return _find_lineage(state_dict) is not None
 
 

@@ -17,7 +17,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from .._files import write_atomically
-from . import caffe
+from . import caffe, tensorflow
 
 __all__ = [
     'CheckpointError',
@@ -64,7 +64,8 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
     unread, and nothing in them is run.
 
     Args:
-        path: a ``.safetensors`` file, a ``torch.save`` file, or a ``.caffemodel``.
+        path: a ``.safetensors`` file, a ``torch.save`` file, a ``.caffemodel``, or a TensorFlow checkpoint
+            (``model.ckpt-250228``, without the endings of its files, or its folder).
         use_ema: the averaged weights where the checkpoint has some, else the ones last trained.
 
     Returns:
@@ -72,10 +73,15 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it cannot be read (a ``.caffemodel`` needs the extra ``caffe``), or holds no state dict of
-            tensors.
+        CheckpointError: it cannot be read (a ``.caffemodel`` needs the extra ``caffe``, TensorFlow's the extra
+            ``tf``), or holds no state dict of tensors.
     """
     path = Path(path)
+    if tensorflow.is_checkpoint(path):
+        try:
+            return tensorflow.read(path), {}
+        except (ValueError, ImportError) as error:
+            raise CheckpointError(str(error)) from error
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such checkpoint file')
     if path.suffix == '.safetensors':
@@ -190,6 +196,10 @@ def pick_state_dict(checkpoint: Any, use_ema: bool = True, where: str = '') -> M
 
 
 def _find_state_dict(checkpoint: Mapping[str, Any], use_ema: bool) -> Any:
+    if isinstance(checkpoint.get('resnet'), Mapping):  # lightly-ai's SimCLRv2, and its contrastive head
+        head = checkpoint.get('head')
+        head = head if isinstance(head, Mapping) else {}
+        return {**checkpoint['resnet'], **{f'head.{name}': tensor for name, tensor in head.items()}}
     state_dict = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
     if use_ema and isinstance(checkpoint.get('state_dict_ema'), Mapping):  # timm's
         return checkpoint['state_dict_ema']

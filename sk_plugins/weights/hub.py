@@ -22,12 +22,14 @@ from timm.models import clean_state_dict, save_for_hf
 from torch import Tensor, nn
 from torch.hub import HASH_REGEX, download_url_to_file, get_dir
 
+from .. import zoo
 from .._files import write_atomically
 from .._resources import how_to_install
 from .._text import first_lines, several
 from .files import CheckpointError, HubError, find_fault, load_checkpoint, pick_state_dict
 from .fit import COUNTER, load_strictly
 from .names import BACKBONE, to_timm
+from .simclr import to_own
 
 __all__ = [
     'WEIGHTS_NAME',
@@ -37,6 +39,7 @@ __all__ = [
     'explain_errors',
     'load_partial',
     'load_state_dict',
+    'read_file',
     'save_hub_folder',
 ]
 
@@ -121,7 +124,8 @@ def explain_errors(
 
 
 def load_state_dict(repo: str, device: str = 'cpu', cache_dir: str | os.PathLike | None = None) -> dict[str, Tensor]:
-    """The tensors of a repository's ``model.safetensors``; a pickle is never read.
+    """The tensors of a repository's ``model.safetensors``, or of the pickle that the zoo names in its place, under our
+    names; no other pickle is read.
 
     Args:
         repo: 'owner/name', or 'owner/name@revision' with a branch, tag or commit.
@@ -131,12 +135,31 @@ def load_state_dict(repo: str, device: str = 'cpu', cache_dir: str | os.PathLike
     Raises:
         ValueError: ``repo`` is not of that form.
         HubError: no such repository, revision or file, no access, no connection, a broken download, or a file that
-            is not safetensors.
+            is not safetensors, or no pickle of tensors.
+    """
+    repo_id, _ = split_revision(repo)
+    return to_own(read_file(repo, zoo.weight_file(repo_id) or WEIGHTS_NAME, device, cache_dir))
+
+
+def read_file(
+    repo: str, filename: str, device: str = 'cpu', cache_dir: str | os.PathLike | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a repository's safetensors file, or of a pickle read weights-only, under the names they have.
+
+    Arguments and errors as in :func:`load_state_dict`.
     """
     repo_id, revision = split_revision(repo)
-    with explain_errors(repo, cache_dir):
-        path = hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision, cache_dir=cache_dir)
-        return safetensors.torch.load_file(path, device=device)
+    with explain_errors(repo, cache_dir, filename):
+        path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
+        if filename.endswith('.safetensors'):
+            return safetensors.torch.load_file(path, device=device)
+        try:
+            state_dict, _ = load_checkpoint(path)
+        except CheckpointError as error:
+            _forget(Path(path))
+            reason = str(error).removeprefix(f'{path}: ')
+            raise CheckpointError(f'{filename}: {reason}; it was removed from the cache') from error
+        return {name: tensor.to(device) for name, tensor in state_dict.items()}
 
 
 def _cached(repo: str, cache_dir: str | os.PathLike | None, filename: str) -> Path | None:
@@ -276,6 +299,7 @@ def load_partial(model: nn.Module, source: str | os.PathLike | Mapping[str, Tens
         state_dict = download_url(str(source), load_checkpoint)[0]
     else:
         state_dict, _ = load_checkpoint(source)
+    state_dict = to_own(state_dict)
     if any(name.startswith(BACKBONE) for name in state_dict):
         state_dict = to_timm(state_dict)
     wanted = model.state_dict()

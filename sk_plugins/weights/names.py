@@ -126,6 +126,7 @@ def _timm_name(kind: str, backbone: Mapping[str, Any]) -> tuple[str, dict[str, A
 
 _DEFAULTS = {
     'SKResNeXt': dict(groups=32, width_per_group=4),
+    'SKResNetSimCLR': dict(width_factor=1),
     'SKShuffleNetV2': dict(widen_factor=1.0, unit='sk'),
 }
 
