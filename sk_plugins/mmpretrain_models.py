@@ -19,10 +19,10 @@ from ._arguments import check_flags, check_integer, check_positive, check_sk_kwa
 from ._resources import ROOT
 from .openmmlab import datasets as datasets
 from .openmmlab import hooks as hooks
-from .openmmlab.backbones import ResNetBackbone, ShuffleNetBackbone
+from .openmmlab.backbones import ResNetBackbone, ShuffleNetBackbone, SimCLRBackbone
 from .weights import hub
 
-__all__ = ['SKNet', 'SKResNeXt', 'SKResNet', 'SKShuffleNetV2']
+__all__ = ['SKNet', 'SKResNeXt', 'SKResNet', 'SKResNetSimCLR', 'SKShuffleNetV2']
 
 
 def _choose(**argument_and_choices) -> Any:
@@ -133,6 +133,31 @@ class SKResNet(ResNetBackbone):
 
 
 @MODELS.register_module()
+class SKResNetSimCLR(SimCLRBackbone):
+    """SimCLRv2's ResNet with selective kernels, for images in [0, 1]: a mean of 0, and a std of 255 for bytes.
+
+    Stage i of ``out_indices`` gives (B, C_i, H / s_i, W / s_i), C = 256 w, 512 w, 1024 w, 2048 w and s = 4, 8, 16, 32,
+    with w the width factor. The parameters are those of timm's ``skresnet*_simclr``, whose published weights load:
+    ``hf-hub:lightly-ai/simclrv2-imagenet1k-r50_1x_sk1`` and its siblings. The other arguments are :class:`SKNet`'s.
+
+    Args:
+        depth: 26, 50, 101 or 152.
+        width_factor: w, 1 and on.
+        **kwargs: further arguments of :class:`~sk_plugins.networks.SKResNetSimCLR`: ``sk_kwargs``, ``channels``, ...
+
+    Raises:
+        ValueError: an argument out of its range; the message names it, its value and what is right.
+        TypeError: an argument that the network does not have.
+    """
+
+    def __init__(self, depth: int, width_factor: int = 1, **kwargs) -> None:
+        _choose(depth=(depth, zoo.LAYERS))
+        check_integer('width_factor', width_factor)
+        super().__init__(zoo.simclr(depth, width_factor), depth, **kwargs)
+        self.width_factor = width_factor
+
+
+@MODELS.register_module()
 class SKShuffleNetV2(ShuffleNetBackbone):
     """ShuffleNetV2 with plain, SE or SK units: (B, in_channels, H, W) to a tuple of stage outputs.
 
@@ -175,6 +200,8 @@ class SKShuffleNetV2(ShuffleNetBackbone):
 @CheckpointLoader.register_scheme(prefixes='hf-hub:')
 def load_from_hf_hub(filename: str, map_location: str | None = None) -> dict[str, Any]:
     """``hf-hub:OWNER/NAME[@REVISION]``: a repository's safetensors, as a checkpoint with timm's names.
+
+    Of a repository that the zoo names with a pickle, that is read, weights-only.
 
     Raises:
         sk_plugins.weights.HubError: names the repository and the cause.

@@ -1,18 +1,20 @@
 """Every model of the zoo as a registered timm model."""
 
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from . import zoo
 from ._text import first_lines
-from .networks import SKResNet, SKShuffleNetV2
-from .networks.resnet import count_stages
-from .weights import hub
+from .networks import SKResNet, SKResNetSimCLR, SKShuffleNetV2
+from .networks.resnet import count_stages, init_classifier
+from .weights import hub, simclr
 from .weights.files import CheckpointError, load_checkpoint
 from .weights.fit import require_fit
 
@@ -22,7 +24,7 @@ __all__: list[str] = []
 def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
     spec = zoo.MODELS[variant]
     args = {'pretrained_filter_fn': _require_fit, **spec.arguments(**kwargs)}
-    if spec.network is SKResNet:
+    if issubclass(spec.network, SKResNet):
         args['feature_cfg'] = dict(out_indices=tuple(range(count_stages(args['layers']) + 1)))
     if not pretrained:
         return build_model_with_cfg(spec.network, variant, False, **args)
@@ -41,20 +43,55 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
                 state_dict, _ = load_checkpoint(cfg.file)
             else:
                 state_dict, _ = hub.download_url(cfg.url, load_checkpoint, kwargs.get('cache_dir'))
-            overlay = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'state_dict': state_dict}
-            model = build_model_with_cfg(spec.network, variant, True, **{**args, 'pretrained_cfg_overlay': overlay})
-            model.pretrained_cfg.pop('state_dict')  # or it would stay in memory
-            return model
+            return _build_with(state_dict, spec.network, variant, args)
         except (RuntimeError, CheckpointError, SafetensorError, pickle.UnpicklingError, EOFError, OSError) as error:
             raise RuntimeError(
                 f'{variant}: the weights of {where} cannot be loaded: {first_lines(error, width=400)}'
             ) from error
-    with hub.explain_errors(cfg.hf_hub_id, kwargs.get('cache_dir'), cfg.hf_hub_filename or hub.WEIGHTS_NAME):
-        return build_model_with_cfg(spec.network, variant, True, **args)
+    filename = cfg.hf_hub_filename or hub.WEIGHTS_NAME
+    with hub.explain_errors(cfg.hf_hub_id, kwargs.get('cache_dir'), filename):
+        if filename.endswith('.safetensors'):
+            return build_model_with_cfg(spec.network, variant, True, **args)
+        state_dict = hub.read_file(cfg.hf_hub_id, filename, cache_dir=kwargs.get('cache_dir'))
+        return _build_with(state_dict, spec.network, variant, args)
+
+
+def _build_with(
+    state_dict: dict[str, Tensor], network: type[nn.Module], variant: str, args: dict[str, Any]
+) -> nn.Module:
+    """timm's builder with these weights."""
+    # timm copies what is in a cfg, so that the weights come in by the filter.
+    overlay = {**(args.get('pretrained_cfg_overlay') or {}), 'source': '', 'state_dict': {'': torch.empty(0)}}
+    args = {**args, 'pretrained_cfg_overlay': overlay}
+    args['pretrained_filter_fn'] = lambda _, model: _require_fit(state_dict, model)
+    if network is SKResNetSimCLR and not args.keys() & {'device', 'dtype'}:
+        network = partial(_build_empty, network)  # of up to 3.2 GB
+    model = build_model_with_cfg(network, variant, True, **args)
+    model.pretrained_cfg.pop('state_dict')
+    return model
+
+
+def _build_empty(network: type[nn.Module], **kwargs) -> nn.Module:
+    """A network on the device ``meta`` that takes for its own the tensors of the first state dict it loads."""
+    model = network(**kwargs, device='meta')
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+
+    def load_state_dict(state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+        del model.load_state_dict
+        own = {name: tensor.to(dtypes.get(name)) for name, tensor in state_dict.items()}
+        loaded = model.load_state_dict(own, strict, assign=True)
+        if any(parameter.is_meta for parameter in model.fc.parameters()):  # of other classes than the weights'
+            init_classifier(model.fc.to_empty(device='cpu'))
+        return loaded
+
+    model.load_state_dict = load_state_dict
+    return model
 
 
 def _require_fit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm loads loosely where the classifier is replaced, and would leave layers that don't match at random."""
+    if simclr.is_lightly(state_dict):
+        state_dict = _from_lightly(state_dict, model)
     wanted, given = (
         {name: tensor for name, tensor in tensors.items() if not name.startswith('fc.')}
         for tensors in (model.state_dict(), state_dict)
@@ -66,6 +103,16 @@ def _require_fit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, T
     return state_dict
 
 
+def _from_lightly(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Under our names, with a new classifier where layers of the contrastive head stand before it."""
+    state_dict = simclr.from_lightly(state_dict, getattr(model, 'projection_layers', 0))
+    if 'fc.weight' not in state_dict and isinstance(model.fc, nn.Linear):
+        fc = nn.Linear(model.fc.in_features, model.fc.out_features)
+        init_classifier(fc)
+        state_dict |= {f'fc.{name}': tensor for name, tensor in fc.state_dict().items()}
+    return state_dict
+
+
 def _cfg(spec: zoo.ModelSpec, weights: zoo.Weights | None = None) -> dict[str, Any]:
     small = spec.input_size[-1] == 32
     cfg = dict(
@@ -74,19 +121,24 @@ def _cfg(spec: zoo.ModelSpec, weights: zoo.Weights | None = None) -> dict[str, A
         pool_size=(8, 8) if small else (7, 7),
         crop_pct=1.0 if small else 0.875,
         interpolation='bicubic',
-        first_conv='conv1.0' if spec.network is SKShuffleNetV2 else 'conv1',
+        first_conv='conv1' if spec.network is SKResNet else 'conv1.0',
         classifier='fc',
         license='apache-2.0',
         paper_name='Selective Kernel Networks',
         paper_ids='arXiv:1903.06586',
         origin_url='https://github.com/implus/SKNet',
     )
+    if spec.network is SKResNetSimCLR:
+        cfg.update(
+            paper_name='Big Self-Supervised Models are Strong Semi-Supervised Learners', paper_ids='arXiv:2006.10029'
+        )
     if small:
         cfg.update(mean=_CIFAR100_MEAN, std=_CIFAR100_STD)
     if weights is not None:
         cfg.update(
             hf_hub_id=weights.hf_hub_id,
-            hf_hub_filename=hub.WEIGHTS_NAME if weights.hf_hub_id else None,  # or timm would go on to a pickle
+            # Or timm would go on to a pickle.
+            hf_hub_filename=(weights.file or hub.WEIGHTS_NAME) if weights.hf_hub_id else None,
             url=weights.url or '',
             num_classes=weights.num_classes,
             input_size=weights.input_size,
@@ -149,6 +201,48 @@ def skresnext101_32x8d(pretrained: bool = False, **kwargs) -> SKResNet:
 def skresnext101_64x4d(pretrained: bool = False, **kwargs) -> SKResNet:
     """SK-ResNeXt-101 64x4d: twice as many groups."""
     return _create('skresnext101_64x4d', pretrained, **kwargs)
+
+
+@register_model
+def skresnet50x1_simclr(pretrained: bool = False, **kwargs) -> SKResNetSimCLR:
+    """SimCLRv2's SK-ResNet-50."""
+    return _create('skresnet50x1_simclr', pretrained, **kwargs)
+
+
+@register_model
+def skresnet50x2_simclr(pretrained: bool = False, **kwargs) -> SKResNetSimCLR:
+    """SimCLRv2's SK-ResNet-50, 2 times as wide."""
+    return _create('skresnet50x2_simclr', pretrained, **kwargs)
+
+
+@register_model
+def skresnet101x1_simclr(pretrained: bool = False, **kwargs) -> SKResNetSimCLR:
+    """SimCLRv2's SK-ResNet-101."""
+    return _create('skresnet101x1_simclr', pretrained, **kwargs)
+
+
+@register_model
+def skresnet101x2_simclr(pretrained: bool = False, **kwargs) -> SKResNetSimCLR:
+    """SimCLRv2's SK-ResNet-101, 2 times as wide."""
+    return _create('skresnet101x2_simclr', pretrained, **kwargs)
+
+
+@register_model
+def skresnet152x1_simclr(pretrained: bool = False, **kwargs) -> SKResNetSimCLR:
+    """SimCLRv2's SK-ResNet-152."""
+    return _create('skresnet152x1_simclr', pretrained, **kwargs)
+
+
+@register_model
+def skresnet152x2_simclr(pretrained: bool = False, **kwargs) -> SKResNetSimCLR:
+    """SimCLRv2's SK-ResNet-152, 2 times as wide."""
+    return _create('skresnet152x2_simclr', pretrained, **kwargs)
+
+
+@register_model
+def skresnet152x3_simclr(pretrained: bool = False, **kwargs) -> SKResNetSimCLR:
+    """SimCLRv2's SK-ResNet-152, 3 times as wide."""
+    return _create('skresnet152x3_simclr', pretrained, **kwargs)
 
 
 @register_model

@@ -3,15 +3,27 @@
 The registries read this table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from .networks import SKResNet, SKShuffleNetV2
+from .networks import SKResNet, SKResNetSimCLR, SKShuffleNetV2
 
-__all__ = ['LAYERS', 'MODELS', 'ModelSpec', 'PaperFigures', 'Weights', 'find', 'skresnext', 'with_weights']
+__all__ = [
+    'LAYERS',
+    'MODELS',
+    'ModelSpec',
+    'PaperFigures',
+    'Weights',
+    'find',
+    'find_simclr',
+    'simclr',
+    'skresnext',
+    'weight_file',
+    'with_weights',
+]
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,10 @@ class PaperFigures:
 
 @dataclass(frozen=True)
 class Weights:
-    """Published weights: a Hub repository or an address, with what belongs to them."""
+    """Published weights: a Hub repository or an address, with what belongs to them.
+
+    ``file`` is the repository's file, where it has no ``model.safetensors``: a pickle, read with ``weights_only=True``.
+    """
 
     tag: str
     top1: float
@@ -36,6 +51,7 @@ class Weights:
     recipe: str
     origin_url: str
     hf_hub_id: str | None = None
+    file: str | None = None
     url: str | None = None
     input_size: tuple[int, int, int] = (3, 224, 224)
     crop_pct: float = 0.875
@@ -157,6 +173,49 @@ def _skresnets() -> list[ModelSpec]:
     ]
 
 
+def simclr(depth: int, width_factor: int) -> ModelSpec:
+    """The row of a SimCLRv2 network, of ``MODELS`` or not."""
+    top1 = _SIMCLR_TOP1.get((depth, width_factor))
+    file = f'r{depth}_{width_factor}x_sk1'
+    return ModelSpec(
+        f'skresnet{depth}x{width_factor}_simclr',
+        SKResNetSimCLR,
+        dict(layers=LAYERS[depth], width_factor=width_factor),
+        ('SKResNetSimCLR', dict(depth=depth, width_factor=width_factor)),
+        weights=(
+            Weights(
+                'goog_in1k',
+                top1=top1,
+                license='apache-2.0',
+                recipe='SimCLRv2 on ImageNet-1k without labels, then a linear classifier on the frozen network',
+                origin_url='https://github.com/google-research/simclr',
+                hf_hub_id=f'lightly-ai/simclrv2-imagenet1k-{file}',
+                file=f'{file}.pth',
+                mean=(0.0, 0.0, 0.0),
+                std=(1.0, 1.0, 1.0),
+            ),
+        )
+        if top1
+        else (),
+    )
+
+
+# Of the linear classifier (arXiv:2006.10029, Table 1), by depth and width factor.
+_SIMCLR_TOP1 = {
+    (50, 1): 74.6,
+    (50, 2): 77.7,
+    (101, 1): 76.3,
+    (101, 2): 79.0,
+    (152, 1): 77.2,
+    (152, 2): 79.4,
+    (152, 3): 79.8,
+}
+
+
+def _simclrs() -> list[ModelSpec]:
+    return [simclr(*shape) for shape in _SIMCLR_TOP1]
+
+
 def _shufflenets() -> list[ModelSpec]:
     shapes = {
         0.5: dict(channels=(48, 96, 192)),
@@ -236,13 +295,26 @@ def _cifar_networks() -> list[ModelSpec]:
 
 
 MODELS: dict[str, ModelSpec] = {
-    spec.name: spec for spec in (*_sknets(), *_skresnexts(), *_skresnets(), *_shufflenets(), *_cifar_networks())
+    spec.name: spec
+    for spec in (*_sknets(), *_skresnexts(), *_skresnets(), *_simclrs(), *_shufflenets(), *_cifar_networks())
 }
 
 
 def find(openmmlab_type: str, **args) -> ModelSpec | None:
     """The row of a backbone by OpenMMLab's names: ``find('SKNet', depth=50)``; None where no row has it."""
     return next((spec for spec in MODELS.values() if spec.openmmlab == (openmmlab_type, args)), None)
+
+
+def find_simclr(layers: Sequence[int], width_factor: int) -> ModelSpec | None:
+    """The row of a SimCLRv2 network by its units per stage; None where no row has it."""
+    wanted = dict(layers=tuple(layers), width_factor=width_factor)
+    return next((spec for spec in MODELS.values() if spec.network is SKResNetSimCLR and spec.args == wanted), None)
+
+
+def weight_file(hf_hub_id: str) -> str | None:
+    """The file of weights in a Hub repository that some row names; None for ``model.safetensors``."""
+    files = {weights.hf_hub_id: weights.file for spec in MODELS.values() for weights in spec.weights}
+    return files.get(hf_hub_id)
 
 
 def with_weights() -> list[str]:

@@ -86,7 +86,7 @@ def convert(checkpoint: Path, out: Path, to: str, config: str | None = None, use
 
 def convert_third_party(found: ThirdPartyWeights, out: Path, to: str, config: str | None = None) -> None:
     """Write another project's network to ``out``, and print what it is. Errors as in ``checkpoints``."""
-    if found.network is not SKResNet:
+    if not issubclass(found.network, SKResNet):
         raise CheckpointError(
             f'recognised as {found.origin}, which is no network: sk_plugins.weights.load_third_party builds it'
         )

@@ -23,7 +23,7 @@ from ..weights.fit import require_fit
 from ..weights.names import BACKBONE
 from ._internals import TimmNames
 
-__all__ = ['Backbone', 'ResNetBackbone', 'ShuffleNetBackbone']
+__all__ = ['Backbone', 'ResNetBackbone', 'ShuffleNetBackbone', 'SimCLRBackbone']
 
 # torchvision's weights go into SE and SK units but for what stands in the depthwise convolution's place.
 TORCHVISION = ('https://download.pytorch.org/', 'torchvision://')
@@ -266,6 +266,17 @@ class ResNetBackbone(Backbone, networks.SKResNet, BaseBackbone):
 
     def _title(self) -> str:
         return f'{type(self).__name__} of depth {self.depth}'
+
+
+class SimCLRBackbone(ResNetBackbone, networks.SKResNetSimCLR):
+    """SimCLRv2's backbone: its ResNet without the contrastive head."""
+
+    network = networks.SKResNetSimCLR
+
+    def __init__(self, spec: zoo.ModelSpec, depth: int, **kwargs) -> None:
+        if 'projection' in kwargs:
+            raise ValueError(f"projection={kwargs['projection']!r} is no argument of a backbone: it is the head's")
+        super().__init__(spec, depth, **kwargs)
 
 
 class ShuffleNetBackbone(Backbone, networks.SKShuffleNetV2, BaseBackbone):
