@@ -7,6 +7,7 @@ ResNet-D's stem and shortcuts, SK convolutions of two dense 3x3 branches, and Te
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from .._arguments import check_integer, is_integer
 from ..ops import register
 from .resnet import SKResNet, count_stages
 
-__all__ = ['PaddedAvgPool2d', 'SKResNetSimCLR', 'SameMaxPool2d']
+__all__ = ['PaddedAvgPool2d', 'SKResNetSimCLR', 'SameMaxPool2d', 'preprocess']
 
 PROJECTION_LAYERS = 2  # those of the contrastive head that end in a ReLU
 
@@ -143,3 +144,40 @@ def _projection(layers: int, width: int, dd: dict[str, Any]) -> list[nn.Module]:
         nn.init.normal_(linear.weight, std=0.01)
         modules += [linear, nn.BatchNorm1d(width, **dd), nn.ReLU(inplace=True)]
     return modules
+
+
+def preprocess(image: Tensor, size: int = 224, crop: float = 0.875) -> Tensor:
+    """Google's evaluation crop of an image, as ``preprocess_for_eval`` of their ``data_util.py``.
+
+    The central square of ``crop`` times the short side, by TensorFlow 1's ``resize_bicubic`` to ``size``, clipped to
+    [0, 1]. Bicubic resizing of others (PIL's, torch's) places the pixels half a pixel further, and PIL's smooths.
+
+    Args:
+        image: (C, H, W), bytes or in [0, 1].
+        size: of the result.
+        crop: share of the short side that is kept.
+
+    Returns:
+        (C, size, size), in float32 or the image's floating dtype.
+    """
+    if not image.is_floating_point():
+        image = image.float() / 255
+    height, width = image.shape[-2:]
+    side = round(crop * min(height, width))
+    top, left = (height - side + 1) // 2, (width - side + 1) // 2
+    image = image[..., top : top + side, left : left + side]
+    weights = _bicubic(side, size, image.dtype)
+    return (weights @ image @ weights.T).clip(0, 1)
+
+
+def _bicubic(before: int, after: int, dtype: torch.dtype) -> Tensor:
+    """TensorFlow 1's bicubic resizing of a line as a matrix, (after, before): A = -0.75, offsets in 1024ths."""
+    at = torch.arange(after, dtype=torch.float32) * (before / after)
+    first = at.floor()
+    x = ((at - first) * 1024).round()[:, None] / 1024 - torch.arange(-1.0, 3.0)  # to the four pixels around
+    x, a = x.abs(), -0.75
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    taps = torch.where(x <= 1, near, far)
+    pixels = (first.long()[:, None] + torch.arange(-1, 3)).clip(0, before - 1)
+    return torch.zeros(after, before).scatter_add_(1, pixels, taps).to(dtype)

@@ -159,6 +159,8 @@ def recognise_third_party(
     else:
         where = f'{source}: '
         state_dict, _ = load_checkpoint(source, use_ema)
+        if re.search(r'finetuned_10?pct', str(source)) and simclr.is_tensorflow(state_dict):
+            options.setdefault('projection', 1)
     try:
         return recognise(state_dict, **options)
     except ValueError as error:
@@ -186,8 +188,9 @@ def recognise(
             is a single layer named ``fc``, as in the projects that have it so.
         dilations: of the branches; where None, those of the project: true kernels where the kernels differ, else
             1, 2, ... in the SKConv lineage.
-        projection: of SimCLRv2, how many layers of the contrastive head stand before the classifier: 0, or 1 in a
-            fine-tuned network; where None, what the optimizer's variables tell, or 0.
+        projection: of SimCLRv2, how many layers of the contrastive head stand before the classifier; where None, 1
+            for a file below ``finetuned_1pct`` or ``finetuned_10pct``, as Google's folders are called, else 0: a
+            network is fine-tuned from the contrastive head's first layer where labels are few (arXiv:2006.10029).
 
     Raises:
         ValueError: a layout that is not known here, or tensors that are missing, unknown or of another shape than the
@@ -259,7 +262,7 @@ def _convert_simclr(tensors: Mapping[str, Tensor], projection: int | None) -> Th
         origin = "Google's SimCLRv2"
         found = simclr.count_projection(tensors)
         if projection is None and found is None:
-            notes.append("no optimizer's variables tell whether it was fine-tuned: taken as not (else projection=1)")
+            notes.append('what its classifier stands on is not told: taken as on the features (projection=0)')
         projection = (found or 0) if projection is None else projection
         variables = {k: v for k, v in tensors.items() if not v.is_meta}
         state_dict = simclr.from_tensorflow(variables, projection)

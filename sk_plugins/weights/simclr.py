@@ -187,21 +187,16 @@ def from_tensorflow(variables: Mapping[str, Tensor], projection: int | None = No
 
 
 def count_projection(names: Iterable[str]) -> int | None:
-    """How many layers of the contrastive head the classifier of a TensorFlow checkpoint stands on.
+    """How many layers of the contrastive head the classifier of a TensorFlow checkpoint stands on; None if unknown.
 
-    A checkpoint holds the whole contrastive head, whether or not its classifier does (``projection_head``). The
-    optimizer has variables of what it trained alone: of all layers in pretraining, whose classifier sees the features;
-    of none, where the classifier alone was trained; of the first, where the network was fine-tuned from there. None
-    where the optimizer has left no variables.
+    A checkpoint holds the whole contrastive head, whether or not its classifier stands on it (``projection_head``). The
+    optimizer has variables of what it trained alone. Where that is the contrastive head, the network is a pretrained
+    one, and where it is only the classifier, that was trained on the features: 0. A fine-tuned network's names don't
+    tell.
     """
-    names = set(names)
-    if not any(name.endswith(SLOT) for name in names):
-        return None
-    layers = {name.split('/')[1] for name in names if name.startswith('head_contrastive/nl_')}
-    trained = {
-        layer for layer in layers if any(n.startswith(f'head_contrastive/{layer}/') and n.endswith(SLOT) for n in names)
-    }
-    return 0 if trained == layers else len(trained)
+    trained = {name.partition('/')[0] for name in names if name.endswith(SLOT)}
+    has_head = any(name.startswith('head_contrastive/') for name in names)
+    return 0 if not has_head or 'head_contrastive' in trained or trained == {'head_supervised'} else None
 
 
 def _numbered(variables: Mapping[str, Tensor], kind: str) -> list[str]:

@@ -63,6 +63,8 @@ _FLAT = dict(layers=(1, 1, 1, 1), **_WIDTHS)
 
 _STRIDES = [4, 8, 16, 32]
 
+_SIMCLR = dict(stem_width=8, **_FLAT)
+
 # One of each class, and of SKNet one with four stages and one with three.
 CASES = {
     'SKNet': Case(dict(type='SKNet', depth=26, **NARROW), 'sknet26', NARROW, CHANNELS, _STRIDES),
@@ -75,6 +77,13 @@ CASES = {
         _STRIDES,
     ),
     'SKResNet-18': Case(dict(type='SKResNet', depth=18, **_WIDTHS), 'skresnet18', _WIDTHS, [16, 32, 64, 128], _STRIDES),
+    'SKResNetSimCLR': Case(
+        dict(type='SKResNetSimCLR', depth=50, **_SIMCLR),
+        'skresnet50x1_simclr',
+        _SIMCLR,
+        CHANNELS,
+        _STRIDES,
+    ),
     'SKShuffleNetV2': _shuffle('sk', 'sk'),
 }
 

@@ -21,7 +21,15 @@ SHUFFLE = dict(channels=(16, 32, 64), layers=(1, 2, 1), head_channels=32, num_cl
 BATCH_STATISTICS = 1e4
 
 # The kinds of network, each with all that is its own: blocks, stems, shortcuts, units.
-FAMILIES = ('sknet50', 'skresnet18', 'skresnet50d', 'seshufflenetv2_x1_0', 'skshufflenetv2_x1_0', 'sknet29_16x32d')
+FAMILIES = (
+    'sknet50',
+    'skresnet18',
+    'skresnet50d',
+    'skresnet50x1_simclr',
+    'seshufflenetv2_x1_0',
+    'skshufflenetv2_x1_0',
+    'sknet29_16x32d',
+)
 
 each_family = pytest.mark.parametrize('name', FAMILIES)
 
@@ -36,6 +44,8 @@ def narrow(spec):
         return SHUFFLE
     if len(spec.args['layers']) == 3:
         return SMALL
+    if spec.network is sk_plugins.networks.SKResNetSimCLR:
+        return dict(RESNET, stem_width=8)
     return RESNET if spec.args.get('cardinality') == 1 else NARROW
 
 

@@ -7,12 +7,14 @@ import pytest
 import timm
 import torch
 
-import sk_plugins as sk_plugins
 from helpers.kinds import one_of_each, quick
 from helpers.randomised import randomise
 from helpers.tolerances import assert_close
+from sk_plugins import zoo
 
 NAMES = timm.list_models(module='timm_models')
+# 140 million parameters and more: only without memory, or narrow.
+LARGE = [name for name in NAMES if zoo.MODELS[name].args.get('width_factor', 1) > 1]
 
 # A name of every kind of network: what differs between the others is depth and width.
 KINDS = [
@@ -20,6 +22,7 @@ KINDS = [
     'resnext29_16x32d',
     'seresnext29_16x32d',
     'sknet29_16x32d',
+    'skresnet50x1_simclr',
     'shufflenetv2_x0_5',
     'seshufflenetv2_x0_5',
     'skshufflenetv2_x0_5',
@@ -33,7 +36,7 @@ each_kind = pytest.mark.parametrize('name', KINDS)
 # Where a kind takes seconds: one of either class by default.
 each_slow_kind = pytest.mark.parametrize('name', quick(KINDS, ['sknet26', 'skshufflenetv2_x0_5']))
 # For tools whose time goes by the size of the graph: each branch of the networks' code once.
-BRANCHES_OF_CODE = ['sknet26', 'seresnext29_16x32d', 'shufflenetv2_x0_5', 'skshufflenetv2_x0_5']
+BRANCHES_OF_CODE = ['sknet26', 'seresnext29_16x32d', 'skresnet50x1_simclr', 'shufflenetv2_x0_5', 'skshufflenetv2_x0_5']
 
 # A network in which what is tested does not depend on the width takes a tenth of the time.
 NARROW = dict(channels=(16, 32, 64, 128), cardinality=8, base_width=16, num_classes=10)
@@ -61,6 +64,12 @@ def _resnet(names, **narrow):
     return Row(names, channels, _STRIDES, 2048, dict(NARROW, **narrow), narrow_channels, 512, (1, 1, 1, 1))
 
 
+def _simclr(width):
+    channels = [64 * width, *(planes * width for planes in (256, 512, 1024, 2048))]
+    few = dict(channels=(16, 32, 64, 128), stem_width=8, layers=(1, 2, 1, 1), num_classes=10)
+    return Row(rf'x{width}_simclr', channels, _STRIDES, 2048 * width, few, [16, 64, 128, 256, 512], 512, (1, 1, 1, 1))
+
+
 def _shufflenet(factor):
     channels = SHUFFLE_CHANNELS[factor]
     few = tuple(2 * (count // 8) for count in channels)
@@ -77,6 +86,7 @@ ROWS = [
     _resnet('101_32x4d', layers=(1, 1, 2, 1), cardinality=8, base_width=16),
     _resnet('101_32x8d', layers=(1, 1, 2, 1), cardinality=8, base_width=32),
     _resnet('101_64x4d', layers=(1, 1, 2, 1), cardinality=16, base_width=16),
+    *map(_simclr, (1, 2, 3)),
     *map(_shufflenet, SHUFFLE_CHANNELS),
 ]
 

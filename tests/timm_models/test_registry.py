@@ -29,13 +29,15 @@ from torch import nn
 
 import sk_plugins
 
+SIMCLR = {f'skresnet{shape}_simclr' for shape in ('50x1', '50x2', '101x1', '101x2', '152x1', '152x2', '152x3')}
+
 
 def test_registry_knows_ours():
     shuffles = [f'{unit}shufflenetv2_x{factor}' for unit in ('', 'se', 'sk') for factor in SHUFFLE_CHANNELS]
     assert set(NAMES) == {
         'sknet26', 'sknet50', 'sknet101',
         'skresnext101_32x4d', 'skresnext101_32x8d', 'skresnext101_64x4d',
-        'resnext29_16x32d', 'seresnext29_16x32d', 'sknet29_16x32d', *shuffles,
+        *SIMCLR, 'resnext29_16x32d', 'seresnext29_16x32d', 'sknet29_16x32d', *shuffles,
     }  # fmt: skip
     assert set(KINDS) < set(NAMES)
     assert timm.list_pretrained(['sknet*', '*shufflenet*', 'skresnext101*', '*29_16x32d*']) == [
@@ -44,7 +46,8 @@ def test_registry_knows_ours():
     assert timm.list_models('sknet*', pretrained=True) == ['sknet50.ra_in1k']
     assert all(timm.is_model(name) for name in (*NAMES, 'sknet50.ra_in1k', 'shufflenetv2_x1_0.tv_in1k'))
     assert not timm.is_model('sknet51')
-    assert {name for name in NAMES if timm.is_model_pretrained(name)} == {'sknet50', *shuffles[:4]}
+    assert {name for name in NAMES if timm.is_model_pretrained(name)} == {'sknet50', *SIMCLR, *shuffles[:4]}
+    assert timm.list_pretrained('*_simclr') == sorted(f'{name}.goog_in1k' for name in SIMCLR)
     assert timm.is_model_pretrained('sknet50.ra_in1k')
 
 
