@@ -9,10 +9,11 @@ from helpers.tolerances import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from sk_plugins import timm_models, zoo
-from sk_plugins.networks import SKResNet, SKShuffleNetV2
+from sk_plugins.networks import SKResNet, SKResNetSimCLR, SKShuffleNetV2
 
 each_row = pytest.mark.parametrize('spec', zoo.MODELS.values(), ids=zoo.MODELS.keys())
 OURS = [spec for spec in zoo.MODELS.values() if not spec.in_timm]
+SIMCLRS = [spec for spec in OURS if spec.network is SKResNetSimCLR]
 TIMMS = [spec for spec in zoo.MODELS.values() if spec.in_timm]
 
 # Parameters, and multiply-adds in millions at the row's input size (None: counted nowhere but here).
@@ -28,6 +29,14 @@ FIGURES = {
     'skshufflenetv2_x0_5': (1_366_792 + 75_304, None),
     'skshufflenetv2_x1_0': (2_278_604 + 180_806, None),
     'resnext29_16x32d': (25_229_220, None),
+    # Google's without the classifier.
+    'skresnet50x1_simclr': (35_215_584 + 1000 * 2049, None),
+    'skresnet50x2_simclr': (140_306_048 + 1000 * 4097, None),
+    'skresnet101x1_simclr': (64_662_304 + 1000 * 2049, None),
+    'skresnet101x2_simclr': (257_132_224 + 1000 * 4097, None),
+    'skresnet152x1_simclr': (88_940_896 + 1000 * 2049, None),
+    'skresnet152x2_simclr': (353_398_528 + 1000 * 4097, None),
+    'skresnet152x3_simclr': (794_704_160 + 1000 * 6145, None),
 }
 
 
@@ -46,7 +55,7 @@ def count_of(name):
 
 def test_zoo_and_timm_name_the_same_models():
     assert set(timm_models.__all__) == {spec.name for spec in OURS}
-    assert len(timm_models.__all__) == len(OURS) == 21
+    assert len(timm_models.__all__) == len(OURS) == 28
     for spec in OURS:
         assert timm.is_model(spec.name)
         assert timm.model_entrypoint(spec.name).__module__ == 'sk_plugins.timm_models'
@@ -72,6 +81,11 @@ def test_row(spec):
         if groups := re.search(r'_(\d+)x(\d+)d$', spec.name):
             shape = (spec.args.get('cardinality', 32), spec.args.get('base_width', 4))
             assert shape == tuple(map(int, groups.groups()))
+    elif spec.network is SKResNetSimCLR:
+        depth, width = map(int, re.fullmatch(r'skresnet(\d+)x(\d)_simclr', spec.name).groups())
+        assert 3 * sum(spec.args['layers']) + 2 == depth
+        assert spec.args['width_factor'] == width
+        assert spec.openmmlab[1] == dict(depth=depth, width_factor=width)
     else:
         assert spec.network is SKShuffleNetV2
         unit, factor = re.fullmatch(r'(|se|sk)shufflenetv2_x(\d_\d)', spec.name).groups()
@@ -80,6 +94,8 @@ def test_row(spec):
     for weights in spec.weights:
         assert (weights.hf_hub_id is None) != (weights.url is None)
         assert weights.hf_hub_id is None or weights.hf_hub_id.count('/') == 1
+        assert weights.file is None or weights.hf_hub_id
+        assert weights.hf_hub_id is None or zoo.weight_file(weights.hf_hub_id) == weights.file
         assert '.' not in weights.tag
         assert 0 < weights.top1 < 100
         assert weights.license
@@ -91,6 +107,9 @@ def test_find():
     assert zoo.find('SKNet', depth=50) is zoo.MODELS['sknet50']
     assert zoo.find('SKNet', depth=29, unit='se') is zoo.MODELS['seresnext29_16x32d']
     assert zoo.find('SKShuffleNetV2', widen_factor=1.5, unit='sk') is zoo.MODELS['skshufflenetv2_x1_5']
+    assert zoo.find('SKResNetSimCLR', depth=152, width_factor=3) is zoo.MODELS['skresnet152x3_simclr']
+    assert zoo.find_simclr((3, 4, 23, 3), 2) is zoo.MODELS['skresnet101x2_simclr']
+    assert zoo.find_simclr((3, 4, 23, 3), 3) is None
     assert zoo.find('SKResNet', depth='50d') is zoo.MODELS['skresnet50d']
     assert zoo.find('SKNet', depth=51) is None
     assert zoo.find('SKNet', depth=50, in_channels=1) is None
@@ -189,14 +208,18 @@ def test_which_rows_have_figures_and_weights():
     }
     # The paper has no SKNet-26.
     assert zoo.MODELS['sknet26'].paper is None
-    assert set(zoo.with_weights()) == {
+    assert {row.weights[0].top1 for row in SIMCLRS} == {74.6, 77.7, 76.3, 79.0, 77.2, 79.4, 79.8}
+    assert set(zoo.with_weights()) - {f'{row.name}.goog_in1k' for row in SIMCLRS} == {
         'sknet50.ra_in1k',
         'shufflenetv2_x0_5.tv_in1k',
         'shufflenetv2_x1_0.tv_in1k',
         'shufflenetv2_x1_5.tv_in1k',
         'shufflenetv2_x2_0.tv_in1k',
     }
-    assert sorted(zoo.with_weights()) == timm.list_pretrained(['sknet*', 'skresnext101*', '*shufflenetv2*', '*29_16x*'])
+    names = ['sknet*', 'skresnext101*', '*shufflenetv2*', '*29_16x*', '*_simclr']
+    assert set(zoo.with_weights()) == set(timm.list_pretrained(names))
+    assert zoo.MODELS['skresnet101x2_simclr'].weights[0].hf_hub_id == 'lightly-ai/simclrv2-imagenet1k-r101_2x_sk1'
+    assert zoo.MODELS['skresnet101x2_simclr'].weights[0].file == 'r101_2x_sk1.pth'
     assert zoo.MODELS['sknet50'].weights[0].hf_hub_id == 'timm/skresnext50_32x4d.ra_in1k'
     assert zoo.MODELS['skresnet18'].weights[0].top1 == 73.02
     assert zoo.MODELS['skresnet34'].weights[0].top1 == 76.96

@@ -1,4 +1,4 @@
-"""The project's own datasets, in mmpretrain's ``DATASETS``."""
+"""The project's own datasets and a crop, in mmpretrain's ``DATASETS`` and ``TRANSFORMS``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,11 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mmcv.transforms import BaseTransform
 from mmpretrain.datasets import BaseDataset, FashionMNIST
-from mmpretrain.registry import DATASETS
+from mmpretrain.registry import DATASETS, TRANSFORMS
 from torch import Tensor
 
-__all__ = ['Digits', 'ScaledFashionMNIST']
+from .._arguments import check_integer, check_positive
+from ..networks.simclr import preprocess
+
+__all__ = ['Digits', 'ScaledFashionMNIST', 'SimCLRCrop']
 
 
 @DATASETS.register_module()
@@ -144,6 +148,39 @@ class ScaledFashionMNIST(FashionMNIST):
         canvases = cover * garments + (1 - cover) * texture.clamp(0, 255)
         boxes = np.concatenate([corners, corners + sides], axis=1)
         return canvases[:, 0].round().byte().numpy(), boxes
+
+
+@TRANSFORMS.register_module()
+class SimCLRCrop(BaseTransform):
+    """Google's evaluation crop for SimCLR's networks, :func:`~sk_plugins.networks.simclr.preprocess`.
+
+    ``img``, (H, W, C) uint8, becomes (size, size, C) float32 of 0 to 255, not rounded; ``img_shape`` follows.
+
+    Args:
+        size: side of the result.
+        crop: share of the short side that is kept.
+
+    Raises:
+        ValueError: a size or a share out of range.
+    """
+
+    def __init__(self, size: int = 224, crop: float = 0.875) -> None:
+        check_integer('size', size)
+        check_positive('crop', crop)
+        if crop > 1:
+            raise ValueError(f'crop={crop!r} must be at most 1')
+        self.size = size
+        self.crop = crop
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        image = torch.from_numpy(np.ascontiguousarray(results['img'].transpose(2, 0, 1)))
+        image = 255 * preprocess(image, self.size, self.crop)
+        results['img'] = image.permute(1, 2, 0).contiguous().numpy()
+        results['img_shape'] = results['img'].shape[:2]
+        return results
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}(size={self.size}, crop={self.crop})'
 
 
 def _resize_onto(images: Tensor, corners: Tensor, sides: Tensor, size: int) -> Tensor:

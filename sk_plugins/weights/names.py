@@ -144,6 +144,10 @@ def _preprocessing(config: Mapping[str, Any], in_chans: int) -> dict[str, Any]:
     if isinstance(crop, int):
         settings['input_size'] = (in_chans, crop, crop)
         settings['crop_pct'] = crop / resize['scale'] if isinstance(resize.get('scale'), int) else 1.0
+    if own := transforms.get('SimCLRCrop'):
+        size = own.get('size', 224)
+        resize = {'interpolation': 'bicubic'}
+        settings.update(input_size=(in_chans, size, size), crop_pct=own.get('crop', 0.875))
     if 'interpolation' in resize:
         settings['interpolation'] = resize['interpolation']
     return settings

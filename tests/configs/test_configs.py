@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import timm
 import torch
 import torchvision
 from helpers.randomised import randomise
+from helpers.simclr import as_file
 from helpers.tolerances import assert_close
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
@@ -30,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sk_plugins import zoo
 from sk_plugins._resources import ROOT
+from sk_plugins.weights.simclr import to_lightly
 
 # Each has its own test file.
 FRAMEWORKS = {'detection', 'scenes', 'segmentation'}
@@ -40,7 +43,9 @@ INDEX = {model.name: model for model in load_model_index(str(ROOT / 'model-index
 each_config = pytest.mark.parametrize('path', CONFIGS.values(), ids=CONFIGS.keys())
 # Of one of a kind: test_recipe_is_the_networks_whole_familys shows that the others differ in the backbone alone.
 RECIPES = ['sknet50_in1k', 'skshufflenetv2_x1_0_in1k', 'sknet29_16x32d_cifar10', 'sknet29_16x32d_cifar100']
-RECIPES += ['sknet_fashion_mnist', 'sknet_digits']
+RECIPES += ['sknet_fashion_mnist', 'sknet_digits', 'skresnet50x1_simclr_in1k', 'skresnet50x1_simclr_finetune_in1k']
+# 140 million parameters and more are built without memory alone.
+AFFORDABLE = [name for name in PATHS if INDEX[name].metadata.parameters < 1.2e8]
 
 
 def jpeg(folder, index):
@@ -106,6 +111,8 @@ def test_all_are_found():
         f'{net}29_16x32d_{data}' for net in ('resnext', 'seresnext', 'sknet') for data in ('cifar10', 'cifar100')
     }
     networks |= {'sknet_digits', 'sknet_fashion_mnist'}
+    simclrs = ('50x1', '50x2', '101x1', '101x2', '152x1', '152x2', '152x3')
+    networks |= {f'skresnet{shape}_simclr{kind}_in1k' for shape in simclrs for kind in ('', '_finetune')}
     assert {path.stem for path in CONFIGS.values() if path.parent == ROOT / 'configs'} >= networks
     assert len({path.stem for path in ALL_CONFIGS}) == len(ALL_CONFIGS), (
         'a work dir is named after its config, and two have one name'
@@ -130,13 +137,14 @@ def test_imports_and_batch(path):
 
 
 @pytest.mark.parametrize(
-    'name', [name if name in RECIPES else pytest.param(name, marks=pytest.mark.slow) for name in PATHS]
+    'name', [name if name in RECIPES else pytest.param(name, marks=pytest.mark.slow) for name in AFFORDABLE]
 )
 @pytest.mark.usefixtures('formatted')
 def test_trains_a_step(name, tmp_path):
     path = PATHS[name]
     cfg = read(path)
     cfg.work_dir, cfg.experiment_name = str(tmp_path), f'configs_{path.stem}'
+    cfg.model.backbone.pop('init_cfg', None)  # weights of the Hub
     runner = Runner.from_cfg(cfg)
     # The Runner has written the whole config into the work dir, from where it can be run again.
     assert Config.fromfile(tmp_path / path.name).to_dict() == cfg.to_dict()
@@ -152,7 +160,7 @@ def test_trains_a_step(name, tmp_path):
     optim_wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
     runner.model.init_weights()
     runner.model.train()
-    first = next(runner.model.backbone.parameters())
+    first = next(p for p in runner.model.parameters() if p.requires_grad)
     before = first.detach().clone()
     loss = runner.model.train_step(pseudo_collate(samples), optim_wrapper)['loss'].item()
     assert loss == pytest.approx(np.log(cfg.model.head.num_classes), rel=0.2)
@@ -201,6 +209,19 @@ def test_index_names_the_zoos_weights():
         assert (result.dataset, result.metrics['Top 1 Accuracy']) == ('ImageNet-1k', weights.top1)
 
 
+# Of a kind with the 50 layers.
+DEEP = ('skresnet101x1_simclr_in1k', 'skresnet152x1_simclr_in1k')
+
+
+def as_published(name, state_dict):
+    """The files of the repository."""
+    if 'simclr' not in name:
+        return {'model.safetensors': save(state_dict)}
+    file = io.BytesIO()
+    torch.save(as_file(to_lightly(state_dict)), file)
+    return {zoo.MODELS[name.removesuffix('_in1k')].weights[0].file: file.getvalue()}
+
+
 def reference(name):
     """The network as the weights' publisher defines it."""
     if name.startswith('shufflenet'):
@@ -208,14 +229,14 @@ def reference(name):
     return timm.create_model(name.replace('sknet50', 'skresnext50_32x4d').removesuffix('_in1k'))
 
 
-@pytest.mark.parametrize('name', [name for name, model in INDEX.items() if model.weights])
+@pytest.mark.parametrize('name', [name for name in AFFORDABLE if INDEX[name].weights and name not in DEEP])
 def test_pretrained(name, hub, tmp_path, monkeypatch):
     """Random weights of the publisher's own network stand in for the trained ones, at the address the index names."""
     torch.manual_seed(0)
     expected = randomise(reference(name)).eval()
     address = INDEX[name].weights
     if address.startswith('hf-hub:'):
-        hub.add(address.removeprefix('hf-hub:'), {'model.safetensors': save(expected.state_dict())})
+        hub.add(address.removeprefix('hf-hub:'), as_published(name, expected.state_dict()))
     else:
         # torch.hub takes what it has downloaded before.
         monkeypatch.setenv('TORCH_HOME', str(tmp_path))
@@ -236,6 +257,8 @@ LARGE, LIGHT, CIFAR, SMALL = 'sknet50_in1k', 'skshufflenetv2_x1_0_in1k', 'sknet2
 
 def parent(name):
     """The config from which this one may differ in its network only."""
+    if 'simclr' in name:
+        return f'skresnet50x1_simclr{"_finetune" if "finetune" in name else ""}_in1k'
     if name.endswith('_in1k'):
         return LIGHT if 'shufflenet' in name else LARGE
     return re.sub('.*(cifar10+)$', r'sknet29_16x32d_\1', name) if 'cifar' in name else SMALL

@@ -161,7 +161,7 @@ def mmdets(name):
     """mmdetection's config of the same name but for the backbone."""
     detector, _, rest = name.partition('_')
     backbone = rest.partition('_')[0]
-    own = dict(sknet50='_r50', sknet101='_r50', skresnet18='_r18').get(backbone, '')
+    own = {'sknet50': '_r50', 'sknet101': '_r50', 'skresnet18': '_r18', 'skresnet50x1-simclr': '_r50'}.get(backbone, '')
     folder = {'retinanet': 'retinanet', 'rtmdet-tiny': 'rtmdet', 'faster-rcnn': 'faster_rcnn', 'mask-rcnn': 'mask_rcnn'}
     path = f'{mmdet.__path__[0]}/.mim/configs/{folder.get(detector, "cascade_rcnn")}'
     theirs = f'{detector}{own}_{rest.partition("_")[2]}.py'
@@ -174,7 +174,8 @@ def test_all_are_there():
         for detector in ('retinanet', 'faster-rcnn', 'mask-rcnn')
         for schedule in ('1x', '2x', 'amp-1x')
     }
-    expected |= {CASCADE, CASCADE.replace('rcnn', 'mask-rcnn', 1), 'retinanet_skresnet18_fpn_1x_coco', LIGHT, PLAIN_PRE}
+    expected |= {CASCADE, CASCADE.replace('rcnn', 'mask-rcnn', 1), LIGHT, PLAIN_PRE}
+    expected |= {f'retinanet_{network}_fpn_1x_coco' for network in ('skresnet18', 'skresnet50x1-simclr')}
     assert set(NAMES) == expected
 
 
@@ -202,6 +203,13 @@ def test_differs_from_mmdets_in_the_backbone_only(name):
             assert preprocessor.pop('bgr_to_rgb') == in_rgb
             assert preprocessor.pop('mean') == [123.675, 116.28, 103.53][:: 1 if in_rgb else -1]
             assert preprocessor.pop('std') == [58.395, 57.12, 57.375][:: 1 if in_rgb else -1]
+    if 'simclr' in name:
+        for cfg, mean, std in (
+            (own, [0.0] * 3, [255.0] * 3),
+            (theirs, [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),
+        ):
+            preprocessor = cfg['model']['data_preprocessor']
+            assert (preprocessor.pop('mean'), preprocessor.pop('std')) == (mean, std)
     assert own == theirs
 
 
@@ -209,6 +217,7 @@ NETWORKS = {
     'sknet50': ('SKNet', dict(depth=50), {}),
     'sknet101': ('SKNet', dict(depth=101), {}),
     'skresnet18': ('SKResNet', dict(depth=18), {}),
+    'skresnet50x1-simclr': ('SKResNetSimCLR', dict(depth=50, width_factor=1), {}),
     'skshufflenetv2-x1.0': ('SKShuffleNetV2', dict(widen_factor=1.0), dict(unit='sk')),
     'skshufflenetv2-x1.0-plain-pre': ('SKShuffleNetV2', dict(widen_factor=1.0), dict(unit='plain')),
 }

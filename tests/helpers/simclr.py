@@ -4,9 +4,9 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from helpers.randomised import randomise
-from torch import nn
 from sk_plugins.networks import SKResNetSimCLR
 from sk_plugins.weights.simclr import to_lightly
 

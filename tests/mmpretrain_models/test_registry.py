@@ -27,7 +27,7 @@ from torch import nn
 
 import sk_plugins
 from sk_plugins import zoo
-from sk_plugins.mmpretrain_models import SKNet, SKResNet, SKResNeXt, SKShuffleNetV2
+from sk_plugins.mmpretrain_models import SKNet, SKResNet, SKResNetSimCLR, SKResNeXt, SKShuffleNetV2
 from sk_plugins.weights import to_mmpretrain, to_timm
 from sk_plugins.weights.names import is_timm_format
 
@@ -36,7 +36,7 @@ class TestRegistry:
     def test_models(self):
         assert {'sknet101_in1k', 'sknet26_in1k', 'sknet50_in1k'} <= set(mmpretrain.list_models('sknet*'))
         assert mmpretrain.list_models('sknet50_in1k', task='Image Classification') == ['sknet50_in1k']
-        for backbone in (SKNet, SKResNet, SKResNeXt, SKShuffleNetV2):
+        for backbone in (SKNet, SKResNet, SKResNetSimCLR, SKResNeXt, SKShuffleNetV2):
             assert MODELS.get(backbone.__name__) is backbone
         assert 'resnet50_8xb32_in1k' in mmpretrain.list_models()
 
@@ -111,6 +111,13 @@ PARAMETERS = {
     'skshufflenetv2_x0_5': 1_366_792 + 75_304,
     'skshufflenetv2_x1_0': 2_278_604 + 180_806,
     'resnext29_16x32d': 25_229_220,
+    'skresnet50x1_simclr': 35_215_584 + 1000 * 2049,
+    'skresnet50x2_simclr': 140_306_048 + 1000 * 4097,
+    'skresnet101x1_simclr': 64_662_304 + 1000 * 2049,
+    'skresnet101x2_simclr': 257_132_224 + 1000 * 4097,
+    'skresnet152x1_simclr': 88_940_896 + 1000 * 2049,
+    'skresnet152x2_simclr': 353_398_528 + 1000 * 4097,
+    'skresnet152x3_simclr': 794_704_160 + 1000 * 6145,
 }
 
 
@@ -203,6 +210,7 @@ LAYERS = {
     ),
     'SKResNet-34': (dict(type='SKResNet', depth=34), RESNET_50),
     'SKResNet-50d': (dict(type='SKResNet', depth='50d'), RESNET_50),
+    'SKResNetSimCLR-101': (dict(type='SKResNetSimCLR', depth=101), RESNET_101),
     **{
         f'SKShuffleNetV2-{unit}-{factor}': (dict(type='SKShuffleNetV2', widen_factor=factor, unit=unit), SHUFFLENET)
         for unit, factor in (('sk', 0.5), ('plain', 2.0))

@@ -90,6 +90,7 @@ def test_exportable(name):
 )
 @pytest.mark.filterwarnings('ignore:.*legacy TorchScript-based ONNX export:DeprecationWarning')
 @pytest.mark.filterwarnings('ignore:The feature will be removed:DeprecationWarning:torch')
+@pytest.mark.filterwarnings('ignore:Constant folding - Only steps=1:UserWarning')
 @torch.no_grad()
 def test_onnx(tmp_path, exporter, name):
     onnx = pytest.importorskip('onnx')

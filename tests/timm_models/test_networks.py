@@ -254,7 +254,7 @@ def test_norm_layer(name):
     if is_shuffle(name):
         kwargs.update(channels=(64, 128, 256), stem_channels=32)  # timm's GroupNorm has 32 groups
     if 'simclr' in name:
-        kwargs.update(channels=(32, 64, 64, 64), stem_width=32)
+        kwargs.update(channels=(32, 64, 64, 64), stem_width=32, zero_init_last=False)
     model = timm.create_model(name, **kwargs, norm_layer='groupnorm').train()
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     output = model(make_input(1))

@@ -147,6 +147,8 @@ def test_timm_arguments_of_every_network(spec, scope):
         (dict(type='SKResNeXt', depth=50, unit='plain'), 'sknet50', dict(layers=[3, 4, 6, 3], unit='plain')),
         (dict(type='SKResNet', depth=18, split_input=True), 'skresnet18', {}),
         (dict(type='SKResNet', depth='50d', drop_path_rate=0.1), 'skresnet50d', dict(drop_path_rate=0.1)),
+        (dict(type='SKResNetSimCLR', depth=101, width_factor=2), 'skresnet101x2_simclr', {}),
+        (dict(type='SKResNetSimCLR', depth=50, norm_eval=True), 'skresnet50x1_simclr', {}),
         (dict(type='SKShuffleNetV2'), 'skshufflenetv2_x1_0', {}),
         (dict(type='SKShuffleNetV2', widen_factor=2, unit='se'), 'seshufflenetv2_x2_0', {}),
         (
@@ -180,6 +182,7 @@ SMALL = dict(channels=(16, 32, 64), cardinality=8, base_width=16)
         (dict(type='SKNet', depth=29, unit='plain', **SMALL), 256),
         (dict(type='SKResNeXt', depth=26, groups=8, width_per_group=16, channels=(16, 32, 64, 128)), 512),
         (dict(type='SKResNet', depth=18, channels=(16, 32, 64, 128)), 128),
+        (dict(type='SKResNetSimCLR', depth=50, layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), stem_width=8), 256),
         (dict(type='SKShuffleNetV2', norm_cfg=dict(type='SyncBN'), **SHUFFLE), 64),
         (dict(type='SKShuffleNetV2', widen_factor=0.5, unit='plain', **SHUFFLE), 64),
     ],

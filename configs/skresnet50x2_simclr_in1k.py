@@ -1,0 +1,6 @@
+_base_ = './skresnet50x1_simclr_in1k.py'
+
+model = dict(
+    backbone=dict(width_factor=2, init_cfg=dict(checkpoint='hf-hub:lightly-ai/simclrv2-imagenet1k-r50_2x_sk1')),
+    head=dict(in_channels=4096),
+)
