@@ -117,7 +117,7 @@ def _split(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not paths:
             split[name] = tensor
             continue
-        halves = (tensor, tensor) if name.endswith(COUNTER) else torch.chunk(tensor, 2)
+        halves = (tensor, tensor.clone()) if name.endswith(COUNTER) else torch.chunk(tensor, 2)
         for m, half in enumerate(halves):
             split[f'{before}{paths}{m}.{leaf}'] = half
     return split
