@@ -1,5 +1,6 @@
 """Every snippet and command of README.md and docs/ is run as it stands, but for what ``shorten`` says it shortens."""
 
+import io
 import json
 import logging
 import os
@@ -16,12 +17,14 @@ import pytest
 import timm
 import torch
 from helpers.hub_server import HubServer
+from helpers.simclr import as_file
 from helpers.third_party_networks import SKNet
 from safetensors.torch import save
 
 import sk_plugins
 from sk_plugins._resources import find_config
 from sk_plugins.weights import load_checkpoint
+from sk_plugins.weights.simclr import to_lightly
 
 ROOT = Path(__file__).resolve().parent.parent
 # Pages whose commands go on from those of others come after them.
@@ -89,10 +92,13 @@ def run(command, cwd, **env):
 
 @pytest.fixture(scope='module')
 def environment(tmp_path_factory):
-    """Variables that point a process at a loopback Hub with SKNet-50's repository."""
+    """Variables that point a process at a loopback Hub with SKNet-50's and a SimCLRv2 network's repository."""
     server = HubServer().start()
     state_dict = timm.create_model('skresnext50_32x4d').state_dict()
     server.add('timm/skresnext50_32x4d.ra_in1k', {'model.safetensors': save(state_dict)})
+    file = io.BytesIO()
+    torch.save(as_file(to_lightly(timm.create_model('skresnet50x1_simclr').state_dict())), file)
+    server.add('lightly-ai/simclrv2-imagenet1k-r50_1x_sk1', {'r50_1x_sk1.pth': file.getvalue()})
     root = Path(sk_plugins.__file__).parents[1]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get('PYTHONPATH'))))
     yield {'HF_ENDPOINT': server.url, 'HF_HOME': str(tmp_path_factory.mktemp('hf')), 'PYTHONPATH': path}

@@ -1,5 +1,6 @@
 """Published weights at their full size, by name, and what goes wrong on the way to them."""
 
+import io
 import re
 
 import numpy as np
@@ -12,6 +13,7 @@ import timm
 import torch
 import torchvision
 from helpers.backbone_cases import (
+    CASES,
     CHANNELS,
     PUBLISHED,
     REPO,
@@ -33,6 +35,7 @@ from helpers.backbones import (
 )
 from helpers.hub_server import FAULTS
 from helpers.randomised import randomise
+from helpers.simclr import as_file
 from helpers.tolerances import assert_close
 from mmengine.runner import load_checkpoint
 from mmpretrain.registry import MODELS
@@ -41,6 +44,7 @@ from PIL import Image
 from sk_plugins import zoo
 from sk_plugins.mmpretrain_models import SKResNet, SKShuffleNetV2
 from sk_plugins.weights import CheckpointError, HubError
+from sk_plugins.weights.simclr import to_lightly
 
 
 @pytest.fixture
@@ -72,6 +76,34 @@ class TestPublished:
         assert same_state(strict, model)
         assert [w.hf_hub_id for w in zoo.MODELS[f'skresnet{depth}'].weights] == [repo]
         assert warned() == []
+
+    @pytest.mark.parametrize('revision', ['', '@main'])
+    def test_simclr(self, hub, revision, warned):
+        """A pickle, which the zoo names, in a backbone, under a head and through load_from; no other is read."""
+        case = CASES['SKResNetSimCLR']
+        model = make_timm(case=case, num_classes=1000)
+        (published,) = zoo.MODELS[case.timm_name].weights
+        file = io.BytesIO()
+        torch.save(as_file(to_lightly(model.state_dict())), file)
+        hub.add(published.hf_hub_id, {published.file: file.getvalue()})
+        checkpoint = f'hf-hub:{published.hf_hub_id}{revision}'
+        backbone = MODELS.build({**case.cfg, 'init_cfg': dict(type='Pretrained', checkpoint=checkpoint)})
+        backbone.init_weights()
+        assert same_state(backbone, model)
+        classifier = make_classifier(case, num_classes=1000)
+        load_checkpoint(classifier, checkpoint, strict=True)
+        assert same_state(classifier.backbone, model)
+        assert_same_logits(classifier, model, size=64)
+        assert warned() == []
+
+        other = MODELS.build(
+            {**case.cfg, 'layers': (2, 1, 1, 1), 'init_cfg': dict(type='Pretrained', checkpoint=checkpoint)}
+        )
+        with pytest.raises(HubError, match=rf'{published.hf_hub_id}.*SKResNetSimCLR of depth 50: layer1\.1\.'):
+            other.init_weights()
+        hub.add('me/other', {published.file: file.getvalue()})
+        with pytest.raises(HubError, match=r'me/other: the repository has no model\.safetensors'):
+            load_checkpoint(classifier, 'hf-hub:me/other')
 
     def test_skresnet_without_splitting_refuses_them(self, hub):
         model = timm.create_model('skresnet18')

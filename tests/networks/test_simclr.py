@@ -8,7 +8,7 @@ from torch import nn
 
 from sk_plugins import fold_batch_norm
 from sk_plugins.networks import SKResNetSimCLR
-from sk_plugins.networks.simclr import PaddedAvgPool2d, SameMaxPool2d
+from sk_plugins.networks.simclr import PaddedAvgPool2d, SameMaxPool2d, preprocess
 from sk_plugins.ops import stubbed_launches, ways
 
 LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -171,3 +171,38 @@ def test_projection():
 def test_arguments_out_of_range(kwargs, said):
     with pytest.raises(ValueError, match=said):
         SKResNetSimCLR(**{**ARGS, **kwargs})
+
+
+def resize(line, size):
+    """TensorFlow 1's bicubic resizing, pixel by pixel: Keys' kernel with A = -0.75, from the pixels' corners."""
+
+    def kernel(x):
+        x, a = abs(x), -0.75
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * (x**3 - 5 * x**2 + 8 * x - 4)
+
+    output = []
+    for i in range(size):
+        at = i * len(line) / size
+        first = int(at)
+        offset = round((at - first) * 1024) / 1024
+        near = [min(max(first + k, 0), len(line) - 1) for k in (-1, 0, 1, 2)]
+        output.append(sum(kernel(offset - k) * line[j] for k, j in zip((-1, 0, 1, 2), near)))
+    return torch.stack(output)
+
+
+@pytest.mark.parametrize(('size', 'side'), [((40, 50), 35), ((31, 24), 21), ((16, 16), 14)], ids=str)
+@pytest.mark.parametrize('to', [14, 24, 50])
+def test_preprocessing(size, side, to):
+    image = make_image(*size)[0]
+    top, left = ((length - side + 1) // 2 for length in size)
+    crop = image[:, top : top + side, left : left + side].permute(1, 2, 0)
+    expected = resize(resize(crop, to).transpose(0, 1), to).permute(2, 1, 0).clip(0, 1)
+    output = preprocess(image, to)
+    assert output.dtype == torch.float64
+    assert output.shape == (3, to, to)
+    assert (output - expected).abs().max() < 1e-5  # the offsets are float32, as TensorFlow's
+    if to == side:
+        assert_equal(output, crop.permute(2, 0, 1))
+    of_bytes = preprocess((255 * image).byte(), to)
+    assert of_bytes.dtype == torch.float32
+    assert (of_bytes - expected).abs().max() < 2 / 255

@@ -3,15 +3,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip('mmpretrain')
 pytest.importorskip('sklearn')
 
 from helpers.small_fashion_mnist import FILES, GARMENTS, write_fashion_mnist
-from mmpretrain.registry import DATASETS
+from mmpretrain.registry import DATASETS, TRANSFORMS
 from sklearn.datasets import load_digits
 
-from sk_plugins.openmmlab.datasets import Digits, ScaledFashionMNIST
+from sk_plugins.networks.simclr import preprocess
+from sk_plugins.openmmlab.datasets import Digits, ScaledFashionMNIST, SimCLRCrop
 
 # One of mmpretrain's for every file of Fashion-MNIST that it reads.
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning:mmpretrain')
@@ -268,3 +270,29 @@ def test_scaled_arguments_are_checked(arguments, message, squares):
 def test_scaled_batch_of_nothing(squares):
     with pytest.raises(ValueError, match='indices is empty'):
         ScaledFashionMNIST(squares).batch([])
+
+
+def test_simclr_crop():
+    crop = TRANSFORMS.build(dict(type='SimCLRCrop', size=32))
+    image = np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)
+    results = crop.transform(dict(img=image, img_shape=(60, 50)))
+    assert results['img'].dtype == np.float32
+    assert results['img'].shape == (32, 32, 3)
+    assert results['img_shape'] == (32, 32)
+    expected = 255 * preprocess(torch.from_numpy(image).permute(2, 0, 1), 32)
+    np.testing.assert_array_equal(results['img'], expected.permute(1, 2, 0))
+    assert repr(crop) == 'SimCLRCrop(size=32, crop=0.875)'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(size=0), 'size=0 must be an integer'),
+        (dict(crop=0), 'crop=0 must be a number above 0'),
+        (dict(crop=1.5), r'crop=1\.5 must be at most 1'),
+    ],
+    ids=str,
+)
+def test_simclr_crops_arguments_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SimCLRCrop(**arguments)

@@ -106,6 +106,13 @@ def test_preprocessing_of_the_recipe():
     assert data['std'] == pytest.approx(cfg.std)
 
 
+def test_preprocessing_of_simclr():
+    architecture, args, data = timm_arguments(Config.fromfile(find_config('skresnet101x2_simclr_in1k')))
+    assert (architecture, args) == ('skresnet101x2_simclr', dict(in_chans=3, num_classes=1000))
+    cfg = timm.get_pretrained_cfg(architecture)
+    assert data == {name: getattr(cfg, name) for name in ('mean', 'std', 'input_size', 'crop_pct', 'interpolation')}
+
+
 def test_timm_arguments_drop_what_only_openmmlab_has():
     backbone = dict(type='mmpretrain.SKNet', depth=101, frozen_stages=1, norm_eval=True, with_cp=True, in_channels=4)
     backbone.update(out_indices=(0, 3), init_cfg=dict(type='Pretrained', checkpoint='x'), drop_path_rate=0.1)
