@@ -50,7 +50,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
             ) from error
     filename = cfg.hf_hub_filename or hub.WEIGHTS_NAME
     with hub.explain_errors(cfg.hf_hub_id, kwargs.get('cache_dir'), filename):
-        if filename.endswith('.safetensors'):
+        if spec.network is not SKResNetSimCLR or filename.endswith('.safetensors'):
             return build_model_with_cfg(spec.network, variant, True, **args)
         state_dict = hub.read_file(cfg.hf_hub_id, filename, cache_dir=kwargs.get('cache_dir'))
         return _build_with(state_dict, spec.network, variant, args)

@@ -97,7 +97,7 @@ def environment(tmp_path_factory):
     state_dict = timm.create_model('skresnext50_32x4d').state_dict()
     server.add('timm/skresnext50_32x4d.ra_in1k', {'model.safetensors': save(state_dict)})
     file = io.BytesIO()
-    torch.save(as_file(to_lightly(timm.create_model('skresnet50x1_simclr').state_dict())), file)
+    torch.save(as_file(to_lightly(timm.create_model('skresnet50x1_simclr', projection=1).state_dict())), file)
     server.add('lightly-ai/simclrv2-imagenet1k-r50_1x_sk1', {'r50_1x_sk1.pth': file.getvalue()})
     root = Path(sk_plugins.__file__).parents[1]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get('PYTHONPATH'))))
