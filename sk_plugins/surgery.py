@@ -149,9 +149,7 @@ def _check(model: nn.Module, kernel_sizes: Sequence[int], sk_kwargs: Mapping[str
             'then script or compile that'
         )
     if _is_conv(model):
-        raise ValueError(
-            'model is a convolution itself, which nothing holds: give the module that it is in'
-        )
+        raise ValueError('model is a convolution itself, which nothing holds: give the module that it is in')
     sizes = kernel_sizes if isinstance(kernel_sizes, Sequence) and not isinstance(kernel_sizes, str) else ()
     if len(sizes) < 2 or 3 not in sizes or not all(is_integer(size, 3) and size % 2 for size in sizes):
         raise ValueError(

@@ -25,7 +25,7 @@ from .fit import COUNTER, find_misfits, load_strictly
 from .hub import PartialLoad, download_url, load_state_dict
 from .names import BACKBONE
 
-__all__ = ['from_resnet', 'warm_start']
+__all__ = ['from_resnet', 'read_resnet', 'warm_start']
 
 Source = str | os.PathLike | Mapping[str, Any] | nn.Module
 
@@ -62,7 +62,7 @@ def from_resnet(source: Source, **kwargs) -> SKResNet:
             message names the tensors.
         ValueError: arguments that are out of range, or a name that timm does not know.
     """
-    weights, where = _read(source)
+    weights, where = read_resnet(source)
     arguments = _arguments(weights, where)
     sk_kwargs = {'dilated': False, **(kwargs.pop('sk_kwargs', None) or {})}
     model = SKResNet(**{**arguments, **kwargs, 'sk_kwargs': sk_kwargs})
@@ -97,14 +97,12 @@ def warm_start(model: SKResNet, source: Source) -> PartialLoad:
             'sum'), which no 3x3 can be made equal to.
     """
     if not isinstance(model, SKResNet):
-        raise TypeError(
-            f'model must be an SKResNet, not {type(model).__name__}; selectify() is for other networks'
-        )
-    weights, where = _read(source)
+        raise TypeError(f'model must be an SKResNet, not {type(model).__name__}; selectify() is for other networks')
+    weights, where = read_resnet(source)
     return _load(model, weights, where, source)
 
 
-def _read(source: Source) -> tuple[dict[str, Tensor], str]:
+def read_resnet(source: Source) -> tuple[dict[str, Tensor], str]:
     """The weights under timm's names, and what they come from, for messages."""
     where = 'the state dict'
     if isinstance(source, nn.Module):

@@ -41,6 +41,8 @@ each_config = pytest.mark.parametrize('path', CONFIGS.values(), ids=CONFIGS.keys
 # Of one of a kind: test_recipe_is_the_networks_whole_familys shows that the others differ in the backbone alone.
 RECIPES = ['sknet50_in1k', 'skshufflenetv2_x1_0_in1k', 'sknet29_16x32d_cifar10', 'sknet29_16x32d_cifar100']
 RECIPES += ['sknet_fashion_mnist', 'sknet_digits']
+# They start from weights of the Hub, and have a test of their own.
+WARM = ['sknet101_warm_in1k', 'skresnext101_32x8d_warm_in1k', 'skresnext101_64x4d_warm_in1k']
 
 
 def jpeg(folder, index):
@@ -105,7 +107,7 @@ def test_all_are_found():
     networks |= {
         f'{net}29_16x32d_{data}' for net in ('resnext', 'seresnext', 'sknet') for data in ('cifar10', 'cifar100')
     }
-    networks |= {'sknet_digits', 'sknet_fashion_mnist'}
+    networks |= {'sknet_digits', 'sknet_fashion_mnist', *WARM}
     assert {path.stem for path in CONFIGS.values() if path.parent == ROOT / 'configs'} >= networks
     assert len({path.stem for path in ALL_CONFIGS}) == len(ALL_CONFIGS), (
         'a work dir is named after its config, and two have one name'
@@ -130,12 +132,45 @@ def test_imports_and_batch(path):
 
 
 @pytest.mark.parametrize(
-    'name', [name if name in RECIPES else pytest.param(name, marks=pytest.mark.slow) for name in PATHS]
+    'name',
+    [name if name in RECIPES else pytest.param(name, marks=pytest.mark.slow) for name in PATHS if name not in WARM],
 )
 @pytest.mark.usefixtures('formatted')
 def test_trains_a_step(name, tmp_path):
-    path = PATHS[name]
-    cfg = read(path)
+    train_a_step(PATHS[name], read(PATHS[name]), tmp_path)
+
+
+NARROW = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
+
+
+@pytest.mark.parametrize('name', WARM)
+@pytest.mark.usefixtures('formatted')
+def test_warm_start(name, hub, tmp_path):
+    """The config's own network, narrower, has the outputs of the ResNeXt that it names, and trains a step."""
+    cfg = read(PATHS[name])
+    address = cfg.model.backbone.init_cfg.checkpoint
+    assert cfg.model.head.init_cfg == dict(type='WarmStart', checkpoint=address)
+    repo = address.removeprefix('hf-hub:')
+    timms, _, tag = repo.removeprefix('timm/').partition('.')
+    assert tag in [one.tag for one in timm.models.get_arch_pretrained_cfgs(timms).values() if one.hf_hub_id]
+    torch.manual_seed(0)
+    resnext = randomise(timm.create_model(timms, **NARROW)).eval()
+    hub.add(repo, {'model.safetensors': save(resnext.state_dict())})
+    cfg.model.backbone.update(NARROW)
+    cfg.model.head.in_channels = 512
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        logits = resnext(x)
+        assert logits.std() > 1e-3
+        assert_close(model.eval()(x), logits, length=model)
+    torch.manual_seed(0)
+    train_a_step(PATHS[name], cfg, tmp_path)
+
+
+def train_a_step(path, cfg, tmp_path):
     cfg.work_dir, cfg.experiment_name = str(tmp_path), f'configs_{path.stem}'
     runner = Runner.from_cfg(cfg)
     # The Runner has written the whole config into the work dir, from where it can be run again.
@@ -236,6 +271,8 @@ LARGE, LIGHT, CIFAR, SMALL = 'sknet50_in1k', 'skshufflenetv2_x1_0_in1k', 'sknet2
 
 def parent(name):
     """The config from which this one may differ in its network only."""
+    if name in WARM:
+        return WARM[0]
     if name.endswith('_in1k'):
         return LIGHT if 'shufflenet' in name else LARGE
     return re.sub('.*(cifar10+)$', r'sknet29_16x32d_\1', name) if 'cifar' in name else SMALL
@@ -247,6 +284,7 @@ def test_recipe_is_the_networks_whole_familys(name):
     for cfg in (own, familys):
         cfg.model.pop('backbone')
         cfg.model.head.pop('in_channels')
+        cfg.model.head.pop('init_cfg', None)
     assert own.to_dict() == familys.to_dict()
 
 
@@ -277,6 +315,11 @@ def test_rate_of_the_large_networks():
     np.testing.assert_allclose(values, 0.1 * np.repeat([1, 0.1, 0.01, 0.001], [60, 60, 60, 20]), rtol=1e-9)
 
 
+def test_rate_of_a_warm_start():
+    values = rates(read(PATHS[WARM[0]]), epoch_length=2)
+    np.testing.assert_allclose(values, 0.01 * (1 + np.cos(np.pi * np.arange(60) / 60)) / 2, rtol=1e-6)
+
+
 def test_rate_of_the_lightweight_networks():
     values = rates(read(PATHS[LIGHT]), epoch_length=5)
     assert len(values) == 5 * 240
@@ -295,6 +338,7 @@ def test_rate_on_cifar(name):
     ('name', 'optimizer', 'decay_of_norms', 'batch'),
     [
         (LARGE, dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4), 0, 256),
+        (WARM[0], dict(lr=0.01, momentum=0.9, nesterov=False, weight_decay=1e-4), 0, 256),
         (LIGHT, dict(lr=0.5, momentum=0.9, nesterov=False, weight_decay=4e-5), 0, 1024),
         (CIFAR, dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4), 5e-4, 128),
     ],
