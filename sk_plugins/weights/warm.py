@@ -125,7 +125,18 @@ def read_resnet(source: Source) -> tuple[dict[str, Tensor], str]:
         for name, tensor in state_dict.items()
         if not whole or name.startswith((BACKBONE, 'head.fc.'))
     }
+    if any(re.fullmatch(_POOLED, name) for name in renamed):
+        # mmpretrain has no pooling in a shortcut that does not stride, and timm an identity in its place.
+        stages = {name[:8] for name in renamed if '.0.downsample.0.' in name}
+        renamed = {_after_pooling(name) if name[:8] in stages else name: tensor for name, tensor in renamed.items()}
     return renamed, where
+
+
+_POOLED = r'layer\d+\.0\.downsample\.2\.weight'
+
+
+def _after_pooling(name: str) -> str:
+    return re.sub(r'\.downsample\.([01])\.', lambda match: f'.downsample.{int(match[1]) + 1}.', name)
 
 
 def _timms_name(name: str) -> str:
@@ -166,12 +177,16 @@ def _arguments(weights: Mapping[str, Tensor], where: str) -> dict[str, Any]:
         args['small_stem'] = first[2] == 3
     args['in_chans'] = first[1]
     # Average pooling, which has no weights, is the first module of such a shortcut.
-    args['avg_down'] = any(re.fullmatch(r'layer\d+\.0\.downsample\.2\.weight', name) for name in weights)
+    args['avg_down'] = any(re.fullmatch(_POOLED, name) for name in weights)
     if 'layer1.0.se.fc1.weight' in weights:
-        reduced, wide = shape('layer1.0.se.fc1.weight')[:2]
-        args['block_args'] = dict(attn_layer=functools.partial(SEModule, rd_ratio=reduced / wide, rd_divisor=1))
+        reduced = {shape(name)[1]: shape(name)[0] for name in weights if name.endswith('.se.fc1.weight')}
+        args['block_args'] = dict(attn_layer=functools.partial(_excitation, reduced))
     args['num_classes'] = shape('fc.weight')[0] if 'fc.weight' in weights else 0
     return args
+
+
+def _excitation(reduced: Mapping[int, int], channels: int, **kwargs) -> SEModule:
+    return SEModule(channels, rd_channels=reduced.get(channels), **kwargs)
 
 
 _HEAD = ('fc.weight', 'fc.bias')
@@ -238,7 +253,7 @@ def _branch(model: SKResNet, name: str, weight: Tensor) -> Tensor:
 # What weights can't tell, and a model can.
 _GEOMETRY = {nn.Conv2d: ('stride', 'padding', 'dilation', 'groups', 'padding_mode'), nn.BatchNorm2d: ('eps',)}
 _LAYERS = {'Conv2d', 'BatchNorm2d', 'SyncBatchNorm', 'FrozenBatchNorm2d', 'ReLU', 'Sigmoid', 'Identity', 'MaxPool2d'}
-_LAYERS |= {'AvgPool2d', 'AvgPool2dSame', 'DropPath', 'Dropout', 'StochasticDepth', 'Sequential'}
+_LAYERS |= {'AdaptiveAvgPool2d', 'AvgPool2d', 'AvgPool2dSame', 'DropPath', 'Dropout', 'StochasticDepth', 'Sequential'}
 
 
 def _require_same(model: SKResNet, source: nn.Module, where: str) -> None:
@@ -253,7 +268,8 @@ def _require_same(model: SKResNet, source: nn.Module, where: str) -> None:
         for base, attributes in _GEOMETRY.items():
             if not isinstance(module, base):
                 continue
-            ours = model.get_submodule(_our_names(f'{name}.weight', model)[0].removesuffix('.weight'))
+            places = [place.removesuffix('.weight') for place in _our_names(f'{name}.weight', model)]
+            ours = min(map(model.get_submodule, places), key=lambda layer: getattr(layer, 'kernel_size', ()))
             for attribute in attributes:
                 given, wanted = getattr(module, attribute), getattr(ours, attribute, None)
                 if given != wanted and isinstance(ours, base):
