@@ -11,7 +11,7 @@ from helpers.randomised import randomise
 from helpers.tolerances import assert_close
 from torch import nn
 
-from sk_plugins import selectify
+from sk_plugins import fold_batch_norm, selectify
 from sk_plugins.layers import SelectiveKernel
 from sk_plugins.surgery import grow_kernel
 
@@ -174,6 +174,16 @@ def test_a_layer_keeps_what_it_was(parts):
     assert not layer.training
     assert parts.grouped.training
     assert parts.grouped.paths[0].conv.training
+
+
+def test_folding_after(parts):
+    x = images(size=17)
+    expected = parts(x)
+    selectify(parts)
+    shake(parts)
+    folded = fold_batch_norm(parts)
+    assert_close(folded(x), expected, length=parts)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.dense.attn.modules())
 
 
 def test_where(parts):

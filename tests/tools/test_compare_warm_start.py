@@ -92,7 +92,7 @@ def row(network, seed, top1):
 
 
 def test_report(tool, tmp_path):
-    figures = {'warm': (71, 72, 73), 'warm_dilated': (70, 71, 72), 'cold': (60, 62, 64), 'plain': (70, 70, 70)}
+    figures = {'warm': (71, 72, 73), 'warm_dilated': (70, 72, 72), 'cold': (60, 62, 64), 'plain': (70, 70, 70)}
     rows = [row(name, seed, top1) for name, values in figures.items() for seed, top1 in enumerate(values)]
     (tmp_path / 'runs.jsonl').write_text(''.join(json.dumps(one) + '\n' for one in rows))
     tool.main(['--out', str(tmp_path), '--report'])
