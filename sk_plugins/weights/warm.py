@@ -20,8 +20,8 @@ from .._text import several
 from ..layers import SelectiveKernel
 from ..networks import SKBasicBlock, SKBottleneck, SKResNet
 from ..surgery import grow_kernel
-from .files import CheckpointError, load_checkpoint, pick_state_dict
-from .fit import COUNTER, find_misfits, load_strictly
+from .files import CheckpointError, find_fault, load_checkpoint, pick_state_dict
+from .fit import COUNTER, load_strictly, require_fit
 from .hub import PartialLoad, download_url, load_state_dict
 from .names import BACKBONE
 
@@ -119,6 +119,9 @@ def read_resnet(source: Source) -> tuple[dict[str, Tensor], str]:
             state_dict = timm.create_model(where, pretrained=True).state_dict()
         else:
             state_dict = load_checkpoint(source)[0]
+    for name, tensor in state_dict.items():
+        if fault := find_fault(tensor, tensor):
+            raise CheckpointError(f'{where}: {name} is {fault}')
     whole = any(name.startswith(BACKBONE) for name in state_dict)  # a classifier or detector of OpenMMLab's
     renamed = {
         _timms_name(name): tensor.detach()
@@ -202,11 +205,8 @@ def _load(model: SKResNet, weights: Mapping[str, Tensor], where: str, source: So
     if any(name in given and (name not in own or given[name].shape != own[name].shape) for name in _HEAD):
         unused = [name for name in _HEAD if given.pop(name, None) is not None]
     left = [name for name in own if '.attn.' in name or (name in _HEAD and name not in given)]
-    misfits = find_misfits(given, {name: tuple(tensor.shape) for name, tensor in own.items() if name not in left})
-    if misfits:
-        raise CheckpointError(
-            f"{where}: its weights are not those of the ResNet of this network's shape: {several(misfits, '; ')}"
-        )
+    wanted = {name: tensor for name, tensor in own.items() if name not in left}
+    require_fit(given, wanted, where, "the ResNet of this network's shape")
     if isinstance(source, nn.Module):
         _require_same(model, source, where)
     load_strictly(model, {**own, **given}, where, 'this network')

@@ -201,7 +201,7 @@ def test_a_partial_load_that_fails_changes_nothing(spoil, said):
 
 @pytest.mark.parametrize('classifier', [True, False])
 def test_copies_of_timms_encoders(hub, classifier):
-    """segmentation-models-pytorch's on the Hub have timm's names; whether they have the classifier is not known here."""
+    """segmentation-models-pytorch's, with timm's names; whether they have the classifier is not known here."""
     narrow = dict(layers=(1, 1, 1, 1), cardinality=8, base_width=16)
     torch.manual_seed(0)
     encoder = randomise(timm.create_model('skresnext50_32x4d', **narrow))

@@ -253,7 +253,7 @@ class TestErrors:
         model = timm.create_model('sknet50', **NARROW, **TRUE)
         with pytest.raises(
             CheckpointError,
-            match=r'the state dict: its weights are not those of the ResNet of this network.s shape: '
+            match=r'the state dict: its weights do not fit the ResNet of this network.s shape: '
             r'layer1\.0\.conv2\.paths\.0\.conv\.weight is \(32, 1, 3, 3\), not \(32, 4, 3, 3\)',
         ):
             warm_start(model, make().state_dict())
@@ -299,6 +299,16 @@ class TestErrors:
             warm_start(model, weights)
         with pytest.raises(ValueError, match=r'layer1\.0 is a Bottleneck: a warm start is for SK units'):
             warm_start(SKResNet(**NARROW, unit='plain'), make())
+
+    @pytest.mark.parametrize(
+        ('change', 'fault'),
+        [(torch.Tensor.long, 'of torch.int64'), (torch.Tensor.to_sparse, 'sparse, quantised or nested')],
+    )
+    def test_tensors_that_are_no_weights(self, change, fault):
+        weights = make().state_dict()
+        weights['layer2.0.conv2.weight'] = change(weights['layer2.0.conv2.weight'])
+        with pytest.raises(CheckpointError, match=rf'layer2\.0\.conv2\.(paths\.0\.conv\.)?weight is {fault}'):
+            from_resnet(weights)
 
     def test_the_model_is_as_it_was(self):
         model = timm.create_model('sknet50', **NARROW, **TRUE)
@@ -352,5 +362,5 @@ class TestInitCfg:
         with pytest.raises(CheckpointError, match=r'x\.pth: its classifier has the shapes .*\(7, 512\).* \(3, 512\)'):
             build(path, num_classes=3)
         assert build(path, head=False, num_classes=3).head.fc.out_features == 3
-        with pytest.raises(CheckpointError, match=r'x\.pth: its weights are not those of the ResNet of this network'):
+        with pytest.raises(CheckpointError, match=r'x\.pth: its weights do not fit the ResNet of this network'):
             build(path, cardinality=4)
