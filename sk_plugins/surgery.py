@@ -95,7 +95,7 @@ def selectify(
         name
         for parent, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, SelectiveKernel)
-        for name, _ in layer.named_modules(parent)
+        for name, _ in layer.named_modules(prefix=parent)
     }
     named = _choose(where, convs, type(model).__name__)
     kept, chosen = {}, {}

@@ -108,27 +108,35 @@ def test_outputs_are_equal(make, changes, added):
     assert report.parameters == added == count(model) - before
 
 
-@each_network
-def test_a_training_step(make, changes, added):
-    """The zeros around the 3x3 get gradients, and after a step the attention does."""
+# The others of these shapes are ResNeXts too.
+LONG = ('timm resnet50', 'torchvision resnext50_32x4d', 'mmpretrain ResNeXt')
+
+
+@pytest.mark.parametrize(
+    'make',
+    [pytest.param(make, id=name, marks=[pytest.mark.slow] * (name in LONG)) for name, (make, *_) in NETWORKS.items()],
+)
+def test_training_steps(make):
+    """The zeros around the 3x3 get gradients, and from the second step on the attention does."""
     torch.manual_seed(0)
     model = make()
-    names = list(selectify(model).changed)
+    randomise(model)  # timm's residual branches begin at zero, which holds back their gradients for a step
+    layers = [model.get_submodule(name) for name in selectify(model).changed]
     model.train()
-    layers = [model.get_submodule(name) for name in names]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
+    for step in range(2):
         optimizer.zero_grad()
         sum(output.square().mean() for output in outputs(model, images())).backward()
+        if step == 0:
+            assert not any(layer.attn.fc_select.weight.grad.abs().max() > 1e-6 for layer in layers)
         optimizer.step()
-    learning = [layer for layer in layers if layer.paths[0].conv.weight.grad.any()]
-    # timm's residual branches begin at zero, which holds back what lies in them for a step.
-    assert len(learning) == len(layers)
-    for layer in layers:
-        small, large = (path.conv.weight for path in layer.paths)
-        assert large.grad[:, :, 0].any()
-        assert not torch.equal(large[:, :, 1:-1, 1:-1], nn.functional.pad(small, (0,) * 4)) or large[:, :, 0].any()
+    # On maps of two pixels, where the last ones are, no zero is ever multiplied with a pixel.
+    rings = [layer.paths[1].conv.weight.clone() for layer in layers]
+    for ring in rings:
+        ring.data[:, :, 1:-1, 1:-1] = 0
+    assert sum(bool(ring.any()) for ring in rings) > len(layers) / 2
     assert sum(bool(layer.attn.fc_select.weight.grad.any()) for layer in layers) > len(layers) / 2
+    assert all(layer.paths[0].conv.weight.grad.any() for layer in layers)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
@@ -234,7 +242,7 @@ def test_what_stays_and_why(parts):
     }
     assert str(report).splitlines() == [
         '1 convolutions are SK convolutions now: uneven',
-        '2,688 parameters were added',
+        '2,440 parameters were added',
         '1 stayed as they were, has hooks or a forward of its own: dense',
         '1 stayed as they were, a ParametrizedConv2d, no plain convolution: grouped',
         "1 stayed as they were, pads with padding_mode='reflect': depthwise",
@@ -259,7 +267,7 @@ def test_what_stays_and_why(parts):
         (dict(kernel_sizes=(3, 4)), ValueError, 'odd'),
         (dict(kernel_sizes='35'), ValueError, 'two or more'),
         (dict(select='sum'), ValueError, "select='sum' is unknown: choose one of 'channel', 'shared'"),
-        (dict(reductoin=8), TypeError, 'selectify has no argument reductoin=8; near it is reduction'),
+        (dict(reductoin=8), TypeError, 'selectify has no argument reductoin=8; near it are reduction'),
         (dict(dilated=True), TypeError, 'selectify has no argument dilated=True'),
         (dict(reduction=0), ValueError, 'reduction=0 must be an integer of at least 1'),
     ],
@@ -279,8 +287,10 @@ def test_models_that_cannot_be_changed(parts):
         selectify(nn.Conv2d(3, 3, 3))
     with pytest.raises(ValueError, match='that was scripted or compiled'):
         selectify(torch.compile(parts))
-    with pytest.raises(ValueError, match='ConvNeXt has no 3x3 convolution to change; of its convolutions: 8 7x7'):
-        selectify(timm.create_model('convnext_atto', depths=(1, 1, 1, 5)))
+    with pytest.raises(
+        ValueError, match='ConvNeXt has no 3x3 convolution to change; of its convolutions: 16 1x1, 8 7x7'
+    ):
+        selectify(timm.create_model('convnext_atto', depths=(1, 1, 1, 5), device='meta'))
 
 
 @pytest.mark.parametrize('size', [3, 5, 7, 9])

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], metavar='SEED', help='default: 0 1 2')
     parser.add_argument('--device', default='cpu', help='cpu, cuda or cuda:NUMBER (default: cpu)')
     parser.add_argument('--threads', type=int, help="on the CPU (default: torch's choice)")
-    parser.add_argument('--train-images', type=int, default=3000, help='of every epoch (default: 3000)')
+    parser.add_argument('--train-images', type=int, default=2000, help='of every epoch (default: 2000)')
     parser.add_argument('--test-images', type=int, default=2000, help='default: 2000')
     parser.add_argument('--report', action='store_true', help='train nothing: the table and the plot alone')
     args = parser.parse_args(argv)

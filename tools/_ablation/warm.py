@@ -26,8 +26,8 @@ from .training import fit, logits_of
 
 # The epochs before those that are compared: added to a seed, they draw garments of their own.
 PRETRAINING = (1000, 2000)
-CURVE_IMAGES = 500
-CURVE_POINTS = 8
+CURVE_IMAGES = 400
+CURVE_POINTS = 5
 STARTS = {
     'warm': "SK, true kernels, from the plain network's weights",
     'warm_dilated': "SK, dilated kernels, from the plain network's weights",
