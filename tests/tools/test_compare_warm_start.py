@@ -55,6 +55,8 @@ def test_rows(finished):
     # The selection is among equal maps: before the training the network is the plain one.
     assert starts['warm']['curve'][0] == starts['plain']['curve'][0]
     assert starts['warm']['parameters'] > starts['warm_dilated']['parameters'] > starts['plain']['parameters']
+    assert starts['warm']['moved'] <= 1e-5 < 1e-3 < starts['warm_dilated']['moved']
+    assert starts['cold']['moved'] is None
     assert starts['cold']['curve'][0] == starts['cold_longer']['curve'][0]
     for name, row in starts.items():
         epochs = 3 if name == 'cold_longer' else 1
@@ -88,7 +90,8 @@ def test_what_is_there_is_not_done_again(tool, finished, garments, tmp_path, cap
 def row(network, seed, top1):
     about = dict(parameters=1000, device='cpu', hardware='a CPU', threads=1, torch='2', seconds=40.0)
     curve = [[0, top1 - 50], [9, top1]]
-    return dict(network=network, seed=seed, top1=top1, curve=curve, **about, settings=SETTINGS)
+    moved = {'warm': 0.0, 'warm_dilated': 0.25}.get(network)
+    return dict(network=network, seed=seed, top1=top1, curve=curve, moved=moved, **about, settings=SETTINGS)
 
 
 def test_report(tool, tmp_path):
@@ -97,7 +100,9 @@ def test_report(tool, tmp_path):
     (tmp_path / 'runs.jsonl').write_text(''.join(json.dumps(one) + '\n' for one in rows))
     tool.main(['--out', str(tmp_path), '--report'])
     lines = (tmp_path / 'table.md').read_text().splitlines()
-    assert '| `cold` | SK, true kernels, from random weights | 1,000 | 3 | 12.00 ± 2.00 | 62.00 ± 2.00 |' in lines
+    assert '| `cold` | SK, true kernels, from random weights | 1,000 | 3 |  | 12.00 ± 2.00 | 62.00 ± 2.00 |' in lines
+    dilated = "SK, dilated kernels, from the plain network's weights"
+    assert f'| `warm_dilated` | {dilated} | 1,000 | 3 | 25.00 ± 0.00 | 21.33 ± 1.15 | 71.33 ± 1.15 |' in lines
     assert '| a warm start beats a cold one | `warm` - `cold` | 3 | +10.00 (+7.52 to +12.48) | 0.003 |' in lines
     assert (
         '| a warm start beats a cold one that had as many images in all | `warm` - `cold_longer` | 0 |  |  |' in lines

@@ -84,6 +84,7 @@ class Runs:
         steps = settings.train_images // settings.batch_size * len(numbers)
         marks = {round(steps * i / CURVE_POINTS) for i in range(1, CURVE_POINTS)}
         curve = [(0, self._top1(model, images[:CURVE_IMAGES], labels)[0])]
+        moved = self._moved(model, seed, images[:CURVE_IMAGES]) if name.startswith('warm') else None
 
         def watch(step: int) -> None:
             if step in marks:
@@ -101,6 +102,7 @@ class Runs:
             'top1': top1,
             'loss': loss,
             'curve': curve,
+            'moved': moved,
             'parameters': sum(parameter.numel() for parameter in model.parameters()),
             'seconds': round(time.perf_counter() - started, 1),
             'device': self.device.partition(':')[0],
@@ -110,6 +112,11 @@ class Runs:
             'settings': asdict(settings),
         }
         return json.loads(json.dumps(row))
+
+    def _moved(self, model: nn.Module, seed: int, images: Tensor) -> float:
+        """How far the logits are from the plain network's, as a share of their standard deviation."""
+        expected = logits_of(self.start('plain', seed).eval(), images, self.device)
+        return ((logits_of(model.eval(), images, self.device) - expected).std() / expected.std()).item()
 
     def _top1(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
         logits, labels = logits_of(model.eval(), images, self.device), labels[: len(images)]
@@ -159,17 +166,21 @@ def markdown(rows: Sequence[Row]) -> str:
         f'{settings["train_images"]:,} others, the same for all of a seed, with AdamW, batch '
         f'{settings["batch_size"]} and a learning rate that rises to {settings["learning_rate"]} and falls; '
         f'`cold_longer` on all of them. Top-1 in per cent on {settings["test_images"]:,} garments of the test set, '
-        f'mean and standard deviation over the seeds; at the start on {CURVE_IMAGES}. Differences are paired by seed, '
-        'in points, with the 95 % interval and p of the two-sided paired t-test (`scipy.stats.ttest_rel`), not '
-        'corrected for the number of tests. '
+        'mean and standard deviation over the seeds. Before that training, on '
+        f"{CURVE_IMAGES} of them: top-1, and how far the logits are from the plain network's, in per cent of their "
+        'standard deviation. Differences are paired by seed, in points, with the 95 % interval and p of the two-sided '
+        'paired t-test (`scipy.stats.ttest_rel`), not corrected for the number of tests. '
         f'{len(rows)} runs, {sum(row["seconds"] for row in rows) / 60:.0f} minutes, on {"; ".join(machines)}, torch '
         f'{", ".join(sorted({row["torch"] for row in rows}))}.'
     )
-    lines = [['start', '', 'parameters', 'seeds', 'top-1 at the start', 'top-1'], ['---', '---', *['---:'] * 4]]
+    columns = ['start', '', 'parameters', 'seeds', 'logits moved, %', 'top-1 at the start', 'top-1']
+    lines = [columns, ['---', '---', *['---:'] * 5]]
     for name, values in by_network(rows, networks=STARTS).items():
         own = [row for row in rows if row['network'] == name]
         first = mean_and_sd([row['curve'][0][1] for row in own])
-        cells = [f'{own[0]["parameters"]:,}', str(len(values)), first, mean_and_sd(values.values())]
+        moved = [100 * row['moved'] for row in own if row['moved'] is not None]
+        cells = [f'{own[0]["parameters"]:,}', str(len(values)), mean_and_sd(moved) if moved else '']
+        cells += [first, mean_and_sd(values.values())]
         lines.append([f'`{name}`', STARTS[name], *cells])
     claims = [['claim', 'starts', 'seeds', 'difference', 'p'], ['---', '---', '---:', '---:', '---:']]
     for claim, (name, other) in CLAIMS.items():
