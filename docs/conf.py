@@ -37,6 +37,7 @@ PAGES = {
     '../CONTRIBUTING.md': 'contributing.md',
     '../results/ablation/table.md': 'ablation_results.md',
     '../results/scenes/README.md': 'scenes.md',
+    '../results/warm_start/table.md': 'warm_start_results.md',
 }
 
 

@@ -56,6 +56,7 @@ ELSEWHERE = {
     'FUZZ_EXAMPLES=': 'tests/helpers/fuzzing.py',
     'python -m pytest': 'tests',
     'python tools/run_ablation.py': 'tests/tools/test_run_ablation.py',
+    'python tools/compare_warm_start.py': 'tests/tools/test_compare_warm_start.py',
     '.venv-det/bin/python tools/train.py configs/detection': 'tests/tools/test_frameworks.py',
 }
 # Hours of training, which `make test-scenes` shortens.
@@ -92,10 +93,12 @@ def run(command, cwd, **env):
 
 @pytest.fixture(scope='module')
 def environment(tmp_path_factory):
-    """Variables that point a process at a loopback Hub with SKNet-50's and a SimCLRv2 network's repository."""
+    """Variables that point a process at a loopback Hub with SKNet-50, ResNeXt-50 and a SimCLRv2 network."""
     server = HubServer().start()
     state_dict = timm.create_model('skresnext50_32x4d').state_dict()
     server.add('timm/skresnext50_32x4d.ra_in1k', {'model.safetensors': save(state_dict)})
+    state_dict = timm.create_model('resnext50_32x4d').state_dict()
+    server.add('timm/resnext50_32x4d.a1h_in1k', {'model.safetensors': save(state_dict)})
     file = io.BytesIO()
     torch.save(as_file(to_lightly(timm.create_model('skresnet50x1_simclr', projection=1).state_dict())), file)
     server.add('lightly-ai/simclrv2-imagenet1k-r50_1x_sk1', {'r50_1x_sk1.pth': file.getvalue()})
@@ -180,7 +183,7 @@ def test_all_are_of_a_known_kind():
     assert len(PAGES) > 25
     kinds = [STANDALONE, CONFIGS, HOOKS, FLOWERS, FINE_TUNING, LOADING]
     assert sorted(code for kind in kinds for code in kind) == sorted(PYTHON)
-    assert [len(kind) for kind in kinds] == [17, 4, 1, 1, 1, 2]
+    assert [len(kind) for kind in kinds] == [19, 5, 1, 1, 1, 2]
     assert len(SHELL) == 15
 
 

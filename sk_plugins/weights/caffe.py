@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._resources import how_to_install
+from ._protobuf import message_class
 
 __all__ = ['read']
 
@@ -42,24 +43,7 @@ _LEGACY_AXES = ('num', 'channels', 'height', 'width')
 @cache
 def _net_parameter() -> type:
     """The class of the message ``NetParameter``, as far as ``_SCHEMA`` declares it."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-
-    file = descriptor_pb2.FileDescriptorProto(name='sk_plugins/caffe.proto', package='caffe', syntax='proto2')
-    kinds = descriptor_pb2.FieldDescriptorProto
-    for message_name, fields in _SCHEMA.items():
-        message = file.message_type.add(name=message_name)
-        for name, (number, kind) in fields.items():
-            kind, _, plural = kind.partition(' ')
-            field = message.field.add(name=name, number=number)
-            field.label = kinds.LABEL_REPEATED if plural else kinds.LABEL_OPTIONAL
-            if kind in _SCHEMA:
-                field.type, field.type_name = kinds.TYPE_MESSAGE, f'.caffe.{kind}'
-            else:
-                field.type = getattr(kinds, f'TYPE_{kind.upper()}')
-            field.options.packed = plural == 'packed'
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName('caffe.NetParameter'))
+    return message_class('caffe', _SCHEMA, 'NetParameter')
 
 
 def read(path: str | os.PathLike) -> dict[str, Tensor]:

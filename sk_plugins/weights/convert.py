@@ -14,12 +14,13 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from timm.layers import create_pool2d
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from .. import zoo
 from .._text import several
-from ..layers import SelectiveKernel
+from ..layers import SelectiveKernel, SelectiveKernelAttention
 from ..networks import SKBottleneck, SKResNet, SKResNetSimCLR
 from . import simclr
 from .files import CheckpointError, find_fault, load_checkpoint, pick_state_dict
@@ -38,7 +39,8 @@ __all__ = [
 SUPPORTED = (
     'PyTorch networks of SKConv and SKUnit (developer0hye/SKNet-PyTorch, syt2/SKNet and what is built on them) and '
     "their SKConv layers one by one, PytorchInsight's sk_resnet50/101/152, lucid's sk_resnet_18/34/50, "
-    "sk_resnext_50_32x4d and its SelectiveKernel layer, the authors' Caffe models (.caffemodel), and SimCLRv2 as "
+    "sk_resnext_50_32x4d and its SelectiveKernel layer, Holocron's sknet50/101/152 and its SKConv2d layer, MindCV's "
+    "skresnet18/34/50 and skresnext50_32x4d (.ckpt), the authors' Caffe models (.caffemodel), and SimCLRv2 as "
     "lightly-ai's PyTorch files and Google's TensorFlow 1 checkpoints"
 )
 
@@ -61,6 +63,10 @@ class ThirdPartyWeights:
         state_dict: its weights, copies under our names and in the dtype they came in.
         notes: what was folded or padded, and what the state dict could not tell.
         ceil_pool: whether the stem pools as Caffe does, 3x3 / 2 without padding and rounding the size up.
+        same_pool: whether it pools as TensorFlow's and MindSpore's 'same' does: on even sizes the padding is at the
+            bottom and the right alone.
+        sigmoid: whether the attention's logits go through a sigmoid before the softmax.
+        linear_first: whether no activation follows a bottleneck's first convolution.
     """
 
     origin: str
@@ -69,12 +75,22 @@ class ThirdPartyWeights:
     state_dict: dict[str, Tensor]
     notes: tuple[str, ...] = ()
     ceil_pool: bool = False
+    same_pool: bool = False
+    sigmoid: bool = False
+    linear_first: bool = False
 
     def build(self) -> nn.Module:
         """The network with its weights, in eval mode: the outputs are those of the network they come from."""
         model = self.network(**self.arguments, device='meta')
         if self.ceil_pool:
             model.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
+        if self.same_pool:
+            model.maxpool = create_pool2d('max', 3, 2, padding='same')
+        for module in model.modules():
+            if self.sigmoid and isinstance(module, SelectiveKernelAttention):
+                module.softmax = nn.Sequential(nn.Sigmoid(), module.softmax)
+            if self.linear_first and isinstance(module, SKBottleneck):
+                module.conv1.act = nn.Identity()
         # Assigned, for their dtype; copies, for the next network that is built.
         model.load_state_dict({k: v.clone() for k, v in self.state_dict.items()}, strict=True, assign=True)
         return model.eval()
@@ -110,8 +126,11 @@ class ThirdPartyWeights:
             return spec, args
         if self.network is not SKResNet:
             raise ValueError(f'{self.origin}: a layer on its own has no name in a registry')
-        if self.ceil_pool:
-            raise ValueError(f"{self.origin}: the stem's pooling is Caffe's, which no registered model has")
+        if self.ceil_pool or self.same_pool:
+            whose = 'Caffe' if self.ceil_pool else 'MindSpore'
+            raise ValueError(f"{self.origin}: the stem's pooling is {whose}'s, which no registered model has")
+        if self.sigmoid:
+            raise ValueError(f'{self.origin}: its attention has a sigmoid, which no registered model has')
         if 'block' in self.arguments:
             raise ValueError(f'{self.origin}: its units do not widen their output, which no registered model has')
         args = {k: v for k, v in self.arguments.items() if k != 'layers'}
@@ -238,7 +257,8 @@ def _convert(
         network, args, sizes = SelectiveKernel, *_layer_arguments(weights, lineage, in_channels, dilations)
         args |= sk_kwargs | ({'stride': stride} if stride != 1 else {})
     else:
-        network, args, sizes = SKResNet, *_network_arguments(weights, lineage, sk_kwargs, dilations)
+        find = _timms_arguments if lineage.timms_design else _network_arguments
+        network, args, sizes = SKResNet, *find(weights, lineage, sk_kwargs, dilations)
     try:
         model = network(**args, device='meta')
     except ValueError as error:
@@ -246,8 +266,9 @@ def _convert(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state_dict = weights.fit(shapes, sizes)
     return ThirdPartyWeights(
-        lineage.origin, network, args, state_dict, (*weights.notes, *lineage.notes), lineage.ceil_pool
-    )
+        lineage.origin, network, args, state_dict, (*weights.notes, *lineage.notes), lineage.ceil_pool,
+        lineage.same_pool, lineage.sigmoid, lineage.linear_first,
+    )  # fmt: skip
 
 
 def _convert_simclr(tensors: Mapping[str, Tensor], projection: int | None) -> ThirdPartyWeights:
@@ -396,6 +417,61 @@ _CAFFE = {
         },
     ),
 }
+
+_HOLOCRON_LAYER = {
+    r'path_convs\.(?P<m>\d+)\.0\.': r'paths.\g<m>.conv.',
+    r'path_convs\.(?P<m>\d+)\.1\.': r'paths.\g<m>.bn.',
+    r'sa\.1\.': 'attn.fc_reduce.',
+    r'sa\.2\.': 'attn.bn.',
+    r'sa\.4\.': 'attn.fc_select.',
+}
+
+_HOLOCRON = {
+    r'features\.0\.': 'conv1.',
+    r'features\.1\.': 'bn1.',
+    r'head\.': 'fc.',
+    **_in_units(
+        r'layer(?P<stage>\d+)\.(?P<unit>\d+)\.',
+        {
+            r'conv\.0\.': 'conv1.conv.',
+            r'conv\.1\.': 'conv1.bn.',
+            **{rf'conv\.3\.{theirs}': f'conv2.{ours}' for theirs, ours in _HOLOCRON_LAYER.items()},
+            r'conv\.4\.': 'conv3.conv.',
+            r'conv\.5\.': 'conv3.bn.',
+            r'(?=downsample\.)': '',
+        },
+    ),
+}
+
+
+def _from_holocron(name: str) -> str | None:
+    # The stem is a convolution, a norm, an activation and a pooling.
+    return _by_rules(_HOLOCRON)(re.sub(r'^features\.([4-9])\.(?=\d+\.)', lambda m: f'layer{int(m[1]) - 3}.', name))
+
+
+_MINDCV = {
+    r'(?=(?:conv1|bn1)\.(?:weight|bias|running_\w+)$)': '',
+    r'classifier\.': 'fc.',
+    **_in_units(
+        r'layer(?P<stage>\d+)\.(?P<unit>\d+)\.',
+        {
+            r'(?P<conv>conv[12])\.paths\.(?P<m>\d+)\.features\.0\.': r'\g<conv>.paths.\g<m>.conv.',
+            r'(?P<conv>conv[12])\.paths\.(?P<m>\d+)\.features\.1\.': r'\g<conv>.paths.\g<m>.bn.',
+            r'(?=conv[12]\.attn\.)': '',
+            r'(?P<conv>conv[123])\.0\.': r'\g<conv>.conv.',
+            r'(?P<conv>conv[123])\.1\.': r'\g<conv>.bn.',
+            r'down_sample\.': 'downsample.',
+        },
+    ),
+}
+_MINDSPORES = {'gamma': 'weight', 'beta': 'bias', 'moving_mean': 'running_mean', 'moving_variance': 'running_var'}
+
+
+def _from_mindcv(name: str) -> str | None:
+    module, _, leaf = name.rpartition('.')
+    return _by_rules(_MINDCV)(f'{module}.{_MINDSPORES.get(leaf, leaf)}')
+
+
 _NORM_OF = {'conv1': 'bn1', 'downsample.0': 'downsample.1', 'attn.fc_reduce': 'attn.bn', '.conv': '.bn'}
 
 
@@ -425,6 +501,10 @@ class _Lineage:
     sk_kwargs: tuple[tuple[str, Any], ...] = ()
     dilated: bool = False  # branches of one kernel size are dilated 1, 2, ...
     ceil_pool: bool = False
+    same_pool: bool = False
+    sigmoid: bool = False
+    linear_first: bool = False
+    timms_design: bool = False  # of units and attention, in which each branch may see its share of the input
     notes: tuple[str, ...] = ()
     refusal: str | None = None
 
@@ -460,6 +540,35 @@ _LINEAGES = (
         r'layer\d+\.\d+\.sk_module\.branches\.',
         _by_rules(_LUCID),
         sk_kwargs=(('select', 'shared'), ('norm_position', 'output')),
+    ),
+    _Lineage(
+        "Holocron's SKConv2d layer",
+        r'path_convs\.0\.0\.weight$',
+        _by_rules(_HOLOCRON_LAYER),
+        layer=True,
+        dilated=True,
+        sigmoid=True,
+    ),
+    _Lineage(
+        "Holocron's SKNet",
+        r'features\.\d+\.\d+\.conv\.3\.path_convs\.',
+        _from_holocron,
+        dilated=True,
+        sigmoid=True,
+        notes=('a sigmoid goes before the softmax over the branches',),
+    ),
+    _Lineage(
+        "MindCV's SK network",
+        r'layer\d+\.\d+\.conv[12]\.paths\.0\.features\.',
+        _from_mindcv,
+        dilated=True,
+        same_pool=True,
+        linear_first=True,
+        timms_design=True,
+        notes=(
+            "the stem pools as MindSpore's 'same' does, which pads even sizes at the bottom and the right alone",
+            'no activation follows the first convolution of a bottleneck',
+        ),
     ),
     _Lineage(
         "the authors' Caffe SKNet",
@@ -651,6 +760,36 @@ def _network_arguments(
         return tuple(sized)
 
     return args, sizes
+
+
+def _timms_arguments(
+    weights: _Weights, lineage: _Lineage, sk_kwargs: dict[str, Any], dilations: Sequence[int] | None
+) -> tuple[dict[str, Any], Callable[[str, tuple[int, ...]], tuple[int, ...]]]:
+    """As :func:`_network_arguments` for networks of timm's design without groups, which are never padded."""
+    layers = _units_per_stage(weights)
+    stages = range(1, len(layers) + 1)
+    basic = not weights.ending(r'.*\.conv3\.conv\.weight')
+    sk = 'conv1' if basic else 'conv2'
+    args: dict[str, Any] = dict(layers=layers, **({'block': 'basic'} if basic else {}), cardinality=1, base_width=64)
+    widths = [weights.size(rf'layer{s}\.\d+\.{sk}\.paths\.0\.conv\.weight', 0) for s in stages]
+    if tuple(widths) != (64, 128, 256, 512)[: len(widths)]:
+        args['channels'] = tuple(widths)
+    # A unit's second and later SK convolutions have as many channels as the first puts out.
+    inputs = weights.size(r'conv1\.weight', 0) if basic else widths[0]
+    first = rf'layer1\.0\.{sk}\.'
+    branches = _branches(weights, lineage, first, inputs, first, dilations)
+    split = len(branches) > 1 and all(groups == len(branches) for _, _, groups in branches)
+    if split:
+        branches = [(kernel, dilation, 1) for kernel, dilation, _ in branches]
+    dims = [weights.size(rf'layer{s}\.\d+\.{sk}\.attn\.fc_reduce\.weight', 0) for s in stages]
+    sk_arguments = ({'split_input': True} if split else {}) | _branch_arguments(branches, 1)
+    args['sk_kwargs'] = (
+        sk_arguments | _reduction_arguments(*_reduction(widths, dims)) | _attention_arguments(weights) | sk_kwargs
+    )
+    if (in_chans := weights.size(r'conv1\.weight', 1)) != 3:
+        args['in_chans'] = in_chans
+    args['num_classes'] = weights.size(r'fc\.weight', 0) if weights.ending(r'fc\..*') else 0
+    return args, lambda name, shape: shape
 
 
 def _units_per_stage(weights: _Weights) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from .._files import write_atomically
-from . import caffe, tensorflow
+from . import caffe, mindspore, tensorflow
 
 __all__ = [
     'CheckpointError',
@@ -64,8 +64,8 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
     unread, and nothing in them is run.
 
     Args:
-        path: a ``.safetensors`` file, a ``torch.save`` file, a ``.caffemodel``, or a TensorFlow checkpoint
-            (``model.ckpt-250228``, without the endings of its files, or its folder).
+        path: a ``.safetensors`` file, a ``torch.save`` file, a ``.caffemodel``, MindSpore's ``.ckpt``, or a TensorFlow
+            checkpoint (``model.ckpt-250228``, without the endings of its files, or its folder).
         use_ema: the averaged weights where the checkpoint has some, else the ones last trained.
 
     Returns:
@@ -73,8 +73,8 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it cannot be read (a ``.caffemodel`` needs the extra ``caffe``, TensorFlow's the extra
-            ``tf``), or holds no state dict of tensors.
+        CheckpointError: it cannot be read (``.caffemodel`` and ``.ckpt`` need the extra ``caffe``, TensorFlow's the
+            extra ``tf``), or holds no state dict of tensors.
     """
     path = Path(path)
     if tensorflow.is_checkpoint(path):
@@ -89,9 +89,12 @@ def load_checkpoint(path: str | os.PathLike, use_ema: bool = True) -> tuple[dict
             return safetensors.torch.load_file(path), {}
         except safetensors.SafetensorError as error:
             raise CheckpointError(f'{path}: not a safetensors file: {error}') from error
-    if path.suffix == '.caffemodel':
+    readers = {'.caffemodel': caffe.read}
+    if path.suffix == '.ckpt' and mindspore.is_mindspore(path):
+        readers['.ckpt'] = mindspore.read
+    if path.suffix in readers:
         try:
-            return caffe.read(path), {}
+            return readers[path.suffix](path), {}
         except (ValueError, ImportError) as error:
             raise CheckpointError(str(error)) from error
     checkpoint = read_pickle(path)

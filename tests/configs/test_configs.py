@@ -46,6 +46,8 @@ RECIPES = ['sknet50_in1k', 'skshufflenetv2_x1_0_in1k', 'sknet29_16x32d_cifar10',
 RECIPES += ['sknet_fashion_mnist', 'sknet_digits', 'skresnet50x1_simclr_in1k', 'skresnet50x1_simclr_finetune_in1k']
 # 140 million parameters and more are built without memory alone.
 AFFORDABLE = [name for name in PATHS if INDEX[name].metadata.parameters < 1.2e8]
+# They start from weights of the Hub, and have a test of their own.
+WARM = ['sknet101_warm_in1k', 'skresnext101_32x8d_warm_in1k', 'skresnext101_64x4d_warm_in1k']
 
 
 def jpeg(folder, index):
@@ -110,7 +112,7 @@ def test_all_are_found():
     networks |= {
         f'{net}29_16x32d_{data}' for net in ('resnext', 'seresnext', 'sknet') for data in ('cifar10', 'cifar100')
     }
-    networks |= {'sknet_digits', 'sknet_fashion_mnist'}
+    networks |= {'sknet_digits', 'sknet_fashion_mnist', *WARM}
     simclrs = ('50x1', '50x2', '101x1', '101x2', '152x1', '152x2', '152x3')
     networks |= {f'skresnet{shape}_simclr{kind}_in1k' for shape in simclrs for kind in ('', '_finetune')}
     assert {path.stem for path in CONFIGS.values() if path.parent == ROOT / 'configs'} >= networks
@@ -137,12 +139,49 @@ def test_imports_and_batch(path):
 
 
 @pytest.mark.parametrize(
-    'name', [name if name in RECIPES else pytest.param(name, marks=pytest.mark.slow) for name in AFFORDABLE]
+    'name',
+    [
+        name if name in RECIPES else pytest.param(name, marks=pytest.mark.slow)
+        for name in AFFORDABLE
+        if name not in WARM
+    ],
 )
 @pytest.mark.usefixtures('formatted')
 def test_trains_a_step(name, tmp_path):
-    path = PATHS[name]
-    cfg = read(path)
+    train_a_step(PATHS[name], read(PATHS[name]), tmp_path)
+
+
+NARROW = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
+
+
+@pytest.mark.parametrize('name', WARM)
+@pytest.mark.usefixtures('formatted')
+def test_warm_start(name, hub, tmp_path):
+    """The config's own network, narrower, has the outputs of the ResNeXt that it names, and trains a step."""
+    cfg = read(PATHS[name])
+    address = cfg.model.backbone.init_cfg.checkpoint
+    assert cfg.model.head.init_cfg == dict(type='WarmStart', checkpoint=address)
+    repo = address.removeprefix('hf-hub:')
+    timms, _, tag = repo.removeprefix('timm/').partition('.')
+    assert tag in [one.tag for one in timm.models.get_arch_pretrained_cfgs(timms).values() if one.hf_hub_id]
+    torch.manual_seed(0)
+    resnext = randomise(timm.create_model(timms, **NARROW)).eval()
+    hub.add(repo, {'model.safetensors': save(resnext.state_dict())})
+    cfg.model.backbone.update(NARROW)
+    cfg.model.head.in_channels = 512
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        logits = resnext(x)
+        assert logits.std() > 1e-3
+        assert_close(model.eval()(x), logits, length=model)
+    torch.manual_seed(0)
+    train_a_step(PATHS[name], cfg, tmp_path)
+
+
+def train_a_step(path, cfg, tmp_path):
     cfg.work_dir, cfg.experiment_name = str(tmp_path), f'configs_{path.stem}'
     cfg.model.backbone.pop('init_cfg', None)  # weights of the Hub
     runner = Runner.from_cfg(cfg)
@@ -260,6 +299,8 @@ def parent(name):
     """The config from which this one may differ in its network only."""
     if 'simclr' in name:
         return f'skresnet50x1_simclr{"_finetune" if "finetune" in name else ""}_in1k'
+    if name in WARM:
+        return WARM[0]
     if name.endswith('_in1k'):
         return LIGHT if 'shufflenet' in name else LARGE
     return re.sub('.*(cifar10+)$', r'sknet29_16x32d_\1', name) if 'cifar' in name else SMALL
@@ -271,6 +312,7 @@ def test_recipe_is_the_networks_whole_familys(name):
     for cfg in (own, familys):
         cfg.model.pop('backbone')
         cfg.model.head.pop('in_channels')
+        cfg.model.head.pop('init_cfg', None)
     assert own.to_dict() == familys.to_dict()
 
 
@@ -301,6 +343,11 @@ def test_rate_of_the_large_networks():
     np.testing.assert_allclose(values, 0.1 * np.repeat([1, 0.1, 0.01, 0.001], [60, 60, 60, 20]), rtol=1e-9)
 
 
+def test_rate_of_a_warm_start():
+    values = rates(read(PATHS[WARM[0]]), epoch_length=2)
+    np.testing.assert_allclose(values, 0.01 * (1 + np.cos(np.pi * np.arange(60) / 60)) / 2, rtol=1e-6)
+
+
 def test_rate_of_the_lightweight_networks():
     values = rates(read(PATHS[LIGHT]), epoch_length=5)
     assert len(values) == 5 * 240
@@ -319,6 +366,7 @@ def test_rate_on_cifar(name):
     ('name', 'optimizer', 'decay_of_norms', 'batch'),
     [
         (LARGE, dict(lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4), 0, 256),
+        (WARM[0], dict(lr=0.01, momentum=0.9, nesterov=False, weight_decay=1e-4), 0, 256),
         (LIGHT, dict(lr=0.5, momentum=0.9, nesterov=False, weight_decay=4e-5), 0, 1024),
         (CIFAR, dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4), 5e-4, 128),
     ],

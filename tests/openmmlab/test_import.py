@@ -79,6 +79,7 @@ REGISTERED = {
     'mmpretrain.model': ['SKNet', 'SKResNeXt', 'SKResNet', 'SKShuffleNetV2'],
     'mmpretrain.dataset': ['Digits', 'ScaledFashionMNIST'],
     'mmengine.hook': ['SKAttentionHook'],
+    'mmengine.weight initializer': ['WarmStart'],
 }
 INDEX = 'mmpretrain.apis.model.ModelHub._models_dict'
 BACKENDS = [f'mmengine.fileio.{name}.backends' for name in ('backends', 'backends.registry_utils', 'io')]

@@ -11,8 +11,10 @@ import torch
 import torchvision
 from helpers.hub_server import FAULTS
 from helpers.randomised import randomise
+from helpers.tolerances import assert_close
 from helpers.weight_files import RunsCode, differ, saved
 from mmpretrain.registry import MODELS
+from safetensors.torch import save
 
 import sk_plugins.mmpretrain_models  # noqa: F401 - registers the backbones
 from sk_plugins.weights import (
@@ -195,3 +197,26 @@ def test_a_partial_load_that_fails_changes_nothing(spoil, said):
         load_partial(model, weights)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not torch.equal(other.conv1.weight, model.conv1.weight)
+
+
+@pytest.mark.parametrize('classifier', [True, False])
+def test_copies_of_timms_encoders(hub, classifier):
+    """segmentation-models-pytorch's, with timm's names; whether they have the classifier is not known here."""
+    narrow = dict(layers=(1, 1, 1, 1), cardinality=8, base_width=16)
+    torch.manual_seed(0)
+    encoder = randomise(timm.create_model('skresnext50_32x4d', **narrow))
+    weights = {name: w for name, w in encoder.state_dict().items() if classifier or not name.startswith('fc.')}
+    repo = 'smp-hub/timm-skresnext50_32x4d.imagenet'
+    hub.add(repo, {'model.safetensors': save(weights)})
+    model = timm.create_model('sknet50', **narrow).eval()
+    report = load_partial(model, f'hf-hub:{repo}')
+    assert report.initialised == (() if classifier else ('fc.weight', 'fc.bias'))
+    assert report.unused == ()
+    init_cfg = dict(type='Pretrained', checkpoint=f'hf-hub:{repo}')
+    backbone = MODELS.build(dict(type='SKNet', depth=50, init_cfg=init_cfg, **narrow))
+    backbone.init_weights()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = encoder.forward_features(x)
+        assert_close(model.forward_features(x), expected, length=encoder)
+        assert_close(backbone.eval()(x)[0], expected, length=encoder)

@@ -1,6 +1,6 @@
 """Networks compared, paired by seed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,17 +25,19 @@ class Comparison:
     p: float | None = None
 
 
-def by_network(rows: Sequence[Row], key: str = 'top1') -> dict[str, dict[int, float]]:
-    """``key`` of each network by seed, in NETWORKS' order, where rows have it."""
+def by_network(
+    rows: Sequence[Row], key: str = 'top1', networks: Iterable[str] = NETWORKS
+) -> dict[str, dict[int, float]]:
+    """``key`` of each network by seed, in the order of ``networks``, where rows have it."""
     found = {
-        name: {row['seed']: row[key] for row in rows if row['network'] == name and key in row} for name in NETWORKS
+        name: {row['seed']: row[key] for row in rows if row['network'] == name and key in row} for name in networks
     }
     return {name: dict(sorted(values.items())) for name, values in found.items() if values}
 
 
 def compare(rows: Sequence[Row], name: str, other: str) -> Comparison | None:
     """``name`` against ``other``; None where no seed has both."""
-    top1 = by_network(rows)
+    top1 = by_network(rows, networks=(name, other))
     ours, others = top1.get(name, {}), top1.get(other, {})
     seeds = sorted(ours.keys() & others.keys())
     if not seeds:

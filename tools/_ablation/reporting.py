@@ -76,9 +76,9 @@ def _networks_table(rows: Sequence[Row]) -> str:
                 f'{row["parameters"]:,}',
                 f'{row["mflops"]:.2f}',
                 str(len(values)),
-                _mean_and_sd(values.values()),
+                mean_and_sd(values.values()),
                 *[f'{np.mean(third):.2f}' if third else '' for third in thirds],
-                *_comparison_cells(found),
+                *comparison_cells(found),
             ]
         )
     return markdown_table(lines)
@@ -89,7 +89,7 @@ def _claims_table(rows: Sequence[Row]) -> str:
     for claim, (name, other) in CLAIMS.items():
         found = compare(rows, name, other)
         lines.append(
-            [claim, f'`{name}` - `{other}`', str(found.n if found else 0), *_comparison_cells(found)],
+            [claim, f'`{name}` - `{other}`', str(found.n if found else 0), *comparison_cells(found)],
         )
     return markdown_table(lines)
 
@@ -112,12 +112,12 @@ def _attention_table(attention: Sequence[Row]) -> str:
     return markdown_table(lines)
 
 
-def _mean_and_sd(values: Sequence[float]) -> str:
+def mean_and_sd(values: Sequence[float]) -> str:
     values = list(values)
     return f'{np.mean(values):.2f}' + (f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else '')
 
 
-def _comparison_cells(found: Comparison | None) -> list[str]:
+def comparison_cells(found: Comparison | None) -> list[str]:
     if found is None:
         return ['', '']
     if found.p is None:

@@ -1,8 +1,10 @@
 """One run: a network trained with one seed, and tested."""
 
+import functools
 import json
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -16,7 +18,7 @@ from sk_plugins.networks import SKResNet
 
 from .data import Data, prepare
 from .networks import build, cost
-from .rows import SIZES, Row
+from .rows import SIZES, Row, Settings
 
 
 def logits_of(model: nn.Module, images: Tensor, device: str, batch_size: int = 500) -> Tensor:
@@ -24,24 +26,30 @@ def logits_of(model: nn.Module, images: Tensor, device: str, batch_size: int = 5
         return torch.cat([model(prepare(batch, device)).cpu() for batch in images.split(batch_size)])
 
 
-def train(name: str, seed: int, device: str, data: Data) -> tuple[SKResNet, Row]:
-    """Train a network, and test it: the model in eval mode, and its row of the results."""
-    settings, start = data.settings, time.perf_counter()
-    torch.manual_seed(seed)
-    model = build(name).to(device, memory_format=torch.channels_last)
+def fit(
+    model: nn.Module,
+    epochs: Sequence[Callable[[], tuple[Tensor, Tensor]]],
+    settings: Settings,
+    device: str,
+    watch: Callable[[int], None] | None = None,
+) -> None:
+    """Train a model on epochs of images and labels in their order, each drawn when it begins.
+
+    ``watch`` is called with the number of steps that are done, after each.
+    """
     # AdamW, since the attention starts near zero (N(0, 0.01)), where SGD's steps in a short training are small.
     optimizer = create_optimizer_v2(model, opt='adamw', lr=settings.learning_rate, weight_decay=settings.weight_decay)
     per_epoch = settings.train_images // settings.batch_size
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         settings.learning_rate,
-        total_steps=settings.epochs * per_epoch,
+        total_steps=len(epochs) * per_epoch,
         pct_start=0.2,
         cycle_momentum=False,
     )
     model.train()
-    for epoch in range(settings.epochs):
-        images, labels = data.train(seed, epoch)
+    for epoch, draw in enumerate(epochs):
+        images, labels = draw()
         for step in range(per_epoch):
             batch = slice(step * settings.batch_size, (step + 1) * settings.batch_size)
             loss = F.cross_entropy(model(prepare(images[batch], device)), labels[batch].to(device))
@@ -49,6 +57,16 @@ def train(name: str, seed: int, device: str, data: Data) -> tuple[SKResNet, Row]
             loss.backward()
             optimizer.step()
             scheduler.step()
+            if watch is not None:
+                watch(epoch * per_epoch + step + 1)
+
+
+def train(name: str, seed: int, device: str, data: Data) -> tuple[SKResNet, Row]:
+    """Train a network, and test it: the model in eval mode, and its row of the results."""
+    settings, start = data.settings, time.perf_counter()
+    torch.manual_seed(seed)
+    model = build(name).to(device, memory_format=torch.channels_last)
+    fit(model, [functools.partial(data.train, seed, epoch) for epoch in range(settings.epochs)], settings, device)
     images, labels, scales = data.test()
     logits = logits_of(model.eval(), images, device)
     right = (logits.argmax(1) == labels).numpy()

@@ -1,0 +1,79 @@
+"""Reading MindSpore's ``.ckpt`` files without MindSpore, for MindCV's SK networks.
+
+A ``.ckpt`` is a protocol buffer of named tensors. The published files could not be had while this was written: the
+fields are those of MindSpore's ``checkpoint.proto``, and the tests write files to it.
+"""
+
+import math
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .._resources import how_to_install
+from ._protobuf import message_class
+
+__all__ = ['is_mindspore', 'read']
+
+# mindspore/ccsrc/utils/checkpoint.proto.
+_SCHEMA = {
+    'TensorProto': {'dims': (1, 'int64 repeated'), 'tensor_type': (2, 'string'), 'tensor_content': (3, 'bytes')},
+    'Value': {'tag': (1, 'string'), 'tensor': (2, 'TensorProto')},
+    'Checkpoint': {'value': (1, 'Value repeated')},
+}
+_DTYPES = {
+    'Float16': torch.float16,
+    'Float32': torch.float32,
+    'Float64': torch.float64,
+    'BFloat16': torch.bfloat16,
+    'Int32': torch.int32,
+    'Int64': torch.int64,
+}
+
+
+@cache
+def _checkpoint() -> type:
+    return message_class('mindspore', _SCHEMA, 'Checkpoint')
+
+
+def is_mindspore(path: str | os.PathLike) -> bool:
+    """Whether a ``.ckpt`` begins as MindSpore's do; those of PyTorch are zip files or pickles."""
+    with open(path, 'rb') as file:
+        return file.read(1) == b'\x0a'
+
+
+def read(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a MindSpore checkpoint under their own names.
+
+    Raises:
+        ImportError: ``protobuf`` is not installed.
+        ValueError: the file is damaged, no checkpoint of MindSpore's, or has tensors of a type that is not read.
+    """
+    path = Path(path)
+    try:
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise ImportError(f'{path}: a MindSpore .ckpt is read with protobuf: {how_to_install("caffe")}') from error
+    try:
+        checkpoint = _checkpoint().FromString(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(f'{path}: not a checkpoint of MindSpore, or a damaged one: {error}') from error
+    parts: dict[str, list] = {}
+    for value in checkpoint.value:  # a large tensor comes in several parts
+        parts.setdefault(value.tag, []).append(value.tensor)
+    if not any(tensors[0].tensor_content for tensors in parts.values()):
+        raise ValueError(f'{path}: holds no tensors (expected a checkpoint of MindSpore)')
+    return {name: _tensor(path, name, tensors) for name, tensors in parts.items()}
+
+
+def _tensor(path: Path, name: str, tensors: list) -> Tensor:
+    kind, shape = tensors[0].tensor_type, tuple(tensors[0].dims)
+    if kind not in _DTYPES:
+        raise ValueError(f'{path}: {name} is of type {kind!r}; these are read: {", ".join(_DTYPES)}')
+    content = bytearray(b''.join(tensor.tensor_content for tensor in tensors))
+    dtype = _DTYPES[kind]
+    if len(content) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f'{path}: {name} has {len(content)} bytes for {dtype} of shape {shape}')
+    return torch.frombuffer(content, dtype=dtype).reshape(shape)
