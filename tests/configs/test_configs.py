@@ -148,7 +148,9 @@ def test_imports_and_batch(path):
 )
 @pytest.mark.usefixtures('formatted')
 def test_trains_a_step(name, tmp_path):
-    train_a_step(PATHS[name], read(PATHS[name]), tmp_path)
+    cfg = read(PATHS[name])
+    cfg.model.backbone.pop('init_cfg', None)  # weights of the Hub
+    train_a_step(PATHS[name], cfg, tmp_path)
 
 
 NARROW = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
@@ -183,7 +185,6 @@ def test_warm_start(name, hub, tmp_path):
 
 def train_a_step(path, cfg, tmp_path):
     cfg.work_dir, cfg.experiment_name = str(tmp_path), f'configs_{path.stem}'
-    cfg.model.backbone.pop('init_cfg', None)  # weights of the Hub
     runner = Runner.from_cfg(cfg)
     # The Runner has written the whole config into the work dir, from where it can be run again.
     assert Config.fromfile(tmp_path / path.name).to_dict() == cfg.to_dict()
@@ -200,7 +201,7 @@ def train_a_step(path, cfg, tmp_path):
     runner.model.init_weights()
     runner.model.train()
     # SimCLR's classifier starts at zero, and hands no gradient back.
-    first = next((runner.model.head if 'simclr' in name else runner.model.backbone).parameters())
+    first = next((runner.model.head if 'simclr' in path.stem else runner.model.backbone).parameters())
     before = first.detach().clone()
     loss = runner.model.train_step(pseudo_collate(samples), optim_wrapper)['loss'].item()
     assert loss == pytest.approx(np.log(cfg.model.head.num_classes), rel=0.2)
