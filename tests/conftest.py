@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers.file_reports import pytest_configure as pytest_configure
 from helpers.hub_server import HubServer
+from helpers.snippets import Interpreter
 
 # Before any test imports a Hub client, which reads these once: nothing here may reach the network, so that outside
 # the `hub` fixture the Hub is a port that nothing listens on.
@@ -70,6 +72,19 @@ def yapf_format():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(yapf_api, 'FormatCode', lambda text, **settings: (text, False))
         yield format_code
+
+
+@pytest.fixture(scope='session')
+def run_python():
+    """``run_python('-c', code)`` or ``run_python(script, ...)``: as ``python``, which finds this package.
+
+    In a process that has torch, timm and OpenMMLab imported, and nothing of this project. What a Hub client reads from
+    the environment when it is imported is this process's, so that what is about that takes ``subprocess``.
+    """
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH'))))
+    interpreter = Interpreter('torch,torchvision,timm,mmpretrain,mmengine,mmseg', {**os.environ, 'PYTHONPATH': path})
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture

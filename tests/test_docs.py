@@ -1,7 +1,6 @@
 """Every snippet and command of README.md and docs/ is run as it stands, but for what ``shorten`` says it shortens."""
 
 import io
-import json
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ import timm
 import torch
 from helpers.hub_server import HubServer
 from helpers.simclr import as_file
+from helpers.snippets import Interpreter
 from helpers.third_party_networks import SKNet
 from safetensors.torch import save
 
@@ -109,21 +109,15 @@ def environment(tmp_path_factory):
 def run_python(environment):
     """``run_python(code, folder)``: in a process without this project (tests/helpers/snippets.py)."""
     modules = 'torch,torchvision,timm,transformers,segmentation_models_pytorch,mmpretrain,mmengine'
-    command = [sys.executable, str(Path(__file__).with_name('helpers') / 'snippets.py'), modules]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
-    with subprocess.Popen(command, **pipes) as server:
-        imported = json.loads(server.stdout.readline())
-        assert 'torch' in imported
-        assert 'sk_plugins' not in imported
+    variables = {**os.environ, **environment}
+    interpreter = Interpreter(modules, variables)
 
-        def run(code, folder):
-            server.stdin.write(json.dumps(dict(code=code, folder=str(folder))) + '\n')
-            server.stdin.flush()
-            done = json.loads(server.stdout.readline())
-            assert done['status'] == 0, f'{code}\n{done["output"][-6000:]}'
+    def run(code, folder):
+        done = interpreter('-c', code, cwd=folder, env=variables)
+        assert done.returncode == 0, f'{code}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}'
 
-        yield run
-        server.stdin.close()
+    yield run
+    interpreter.close()
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import copy
 import functools
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -166,11 +164,11 @@ def test_preprocessing_is_the_weights(name):
     assert [int(n) for n in re.findall(r'(\d+)x(\d+)$', name)[0]] == list(preprocessor.size)
 
 
-def test_mmsegs_own_tool_takes_them(folders, tmp_path):
+def test_mmsegs_own_tool_takes_them(run_python, folders, tmp_path):
     """As a user of mmsegmentation runs it: our file's path, and nothing of ours imported before it is read."""
     words = as_words(small_options(read(FCN), folders['cityscapes']))
-    command = [sys.executable, f'{MMSEG}/.mim/tools/train.py', FOLDER / f'{FCN}.py', '--work-dir', tmp_path]
-    done = subprocess.run([*command, '--cfg-options', *words], cwd=tmp_path, capture_output=True, text=True)
+    command = [f'{MMSEG}/.mim/tools/train.py', FOLDER / f'{FCN}.py', '--work-dir', tmp_path]
+    done = run_python(*command, '--cfg-options', *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r'Iter\(val\) \[2/2\] +aAcc: [\d.]+  mIoU: ', done.stderr + done.stdout)
     assert (tmp_path / 'iter_1.pth').is_file()
