@@ -79,6 +79,16 @@ SMALL = [
     'train_dataloader.dataset.pipeline.1.scale=64',
     'val_dataloader.dataset.pipeline.1.scale=73',
     'val_dataloader.dataset.pipeline.2.crop_size=64',
+    'train_dataloader.dataset.indices=4',
+    'val_dataloader.dataset.indices=2',
+]
+# For a second training of a network: the first one's files are those that later lines take.
+NARROW = [
+    'model.head.in_channels=512',
+    'model.backbone.layers=1,1,1,1',
+    'model.backbone.channels=16,32,64,128',
+    'model.backbone.cardinality=8',
+    'model.backbone.base_width=16',
 ]
 CLASSES = [f'{split}_dataloader.dataset.metainfo.classes=n01,n02' for split in ('train', 'val', 'test')]
 SHORT = ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=64', 'val_dataloader.dataset.indices=64']
@@ -138,14 +148,21 @@ def write_third_party(path):
 
 
 def shorten(line: str) -> list[str]:
-    """A line on a CPU and a tiny data set: one epoch, few images, small crops, two processes."""
+    """A line on a CPU and a tiny data set: one epoch, few images, small crops, two processes of a narrow network."""
     words = [re.sub(r'epoch_\d+', 'epoch_1', '2' if word == '8' else word) for word in shlex.split(line)]
     tool = next(word for word in words if 'tools/' in word or word == 'sk_plugins')
     if tool.endswith('analyze_attention.py'):
         return [*words, '--size', '64', '--field-images', '2', '--workers', '0']
+    if tool.endswith('export_onnx.py'):
+        return [*words, '--size', '64']
     if tool.endswith('test.py'):
         options = ['test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False']
-    elif tool.endswith(('train.py', 'dist_train.sh')) and ('flowers' in line or 'sknet50_in1k' in line):
+        options += ['test_dataloader.dataset.indices=2'] if 'sknet50_in1k' in line else []
+    elif tool.endswith('dist_train.sh'):
+        place = words.index('--cfg-options')
+        words[place:place] = ['--work-dir', 'work_dirs/distributed']
+        options = [*SMALL, *NARROW]
+    elif tool.endswith('train.py') and ('flowers' in line or 'sknet50_in1k' in line):
         options = SMALL
     elif 'train' in words or tool.endswith('train.py'):
         options = SHORT
@@ -305,6 +322,9 @@ def test_shell_lines_run_in_their_order(flowers, imagenet, environment, run_pyth
             assert model.pretrained_cfg['label_names'] == ['daisy', 'rose']
     for name in ('flowers', 'sknet50_in1k', 'sknet_digits'):
         assert (flowers / 'work_dirs' / name / 'epoch_1.pth').is_file()
+    assert (flowers / 'work_dirs' / 'distributed' / 'epoch_1.pth').is_file()
+    (log,) = (flowers / 'work_dirs' / 'distributed').glob('*/*.log')  # the first process's alone
+    assert 'GPU number: 2' in log.read_text()
     assert len(list((flowers / 'attention').glob('*.csv'))) > 0
 
 
