@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,6 +108,9 @@ def hub(tmp_path, monkeypatch):
     # Or the client tries a HEAD request six times over 23 s where the Hub is down.
     for name in ('_DEFAULT_RETRY_ON_EXCEPTIONS', '_DEFAULT_RETRY_ON_STATUS_CODES'):
         monkeypatch.setattr(file_download, name, (), raising=False)
+    # And between the parts of a download that breaks off it waits a second, five times.
+    without_sleep = SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None})
+    monkeypatch.setattr(file_download, 'time', without_sleep)
     yield server
     server.stop()
     shutil.rmtree(home, ignore_errors=True)  # pytest keeps tmp_path of three runs
