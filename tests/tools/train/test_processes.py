@@ -56,6 +56,7 @@ def distributed_run(dist_train, tmp_path_factory):
     return work_dir
 
 
+@pytest.mark.slow
 def test_two_processes(distributed_run):
     # 48 images, 8 at a time: six iterations for one process, three where each has half of them.
     assert_sane(distributed_run, epoch=1, iteration=3)
