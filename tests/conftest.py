@@ -4,6 +4,8 @@ import os
 import random
 import shutil
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from helpers.file_reports import pytest_configure as pytest_configure
 from helpers.hub_server import HubServer
+from helpers.snippets import Interpreter
 
 # Before any test imports a Hub client, which reads these once: nothing here may reach the network, so that outside
 # the `hub` fixture the Hub is a port that nothing listens on.
@@ -72,6 +75,19 @@ def yapf_format():
         yield format_code
 
 
+@pytest.fixture(scope='session')
+def run_python():
+    """``run_python('-c', code)`` or ``run_python(script, ...)``: as ``python``, which finds this package.
+
+    In a process that has torch, timm and OpenMMLab imported, and nothing of this project. What a Hub client reads from
+    the environment when it is imported is this process's, so that what is about that takes ``subprocess``.
+    """
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH'))))
+    interpreter = Interpreter('torch,torchvision,timm,mmpretrain,mmengine,mmseg', {**os.environ, 'PYTHONPATH': path})
+    yield interpreter
+    interpreter.close()
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A running HubServer, with the client (and that of subprocesses) pointed at it and at the cache ``hub.cache``."""
@@ -92,6 +108,9 @@ def hub(tmp_path, monkeypatch):
     # Or the client tries a HEAD request six times over 23 s where the Hub is down.
     for name in ('_DEFAULT_RETRY_ON_EXCEPTIONS', '_DEFAULT_RETRY_ON_STATUS_CODES'):
         monkeypatch.setattr(file_download, name, (), raising=False)
+    # And between the parts of a download that breaks off it waits a second, five times.
+    without_sleep = SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None})
+    monkeypatch.setattr(file_download, 'time', without_sleep)
     yield server
     server.stop()
     shutil.rmtree(home, ignore_errors=True)  # pytest keeps tmp_path of three runs

@@ -1,7 +1,6 @@
 """Every snippet and command of README.md and docs/ is run as it stands, but for what ``shorten`` says it shortens."""
 
 import io
-import json
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ import timm
 import torch
 from helpers.hub_server import HubServer
 from helpers.simclr import as_file
+from helpers.snippets import Interpreter
 from helpers.third_party_networks import SKNet
 from safetensors.torch import save
 
@@ -80,6 +80,16 @@ SMALL = [
     'train_dataloader.dataset.pipeline.1.scale=64',
     'val_dataloader.dataset.pipeline.1.scale=73',
     'val_dataloader.dataset.pipeline.2.crop_size=64',
+    'train_dataloader.dataset.indices=4',
+    'val_dataloader.dataset.indices=2',
+]
+# For a second training of a network: the first one's files are those that later lines take.
+NARROW = [
+    'model.head.in_channels=512',
+    'model.backbone.layers=1,1,1,1',
+    'model.backbone.channels=16,32,64,128',
+    'model.backbone.cardinality=8',
+    'model.backbone.base_width=16',
 ]
 CLASSES = [f'{split}_dataloader.dataset.metainfo.classes=n01,n02' for split in ('train', 'val', 'test')]
 SHORT = ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=64', 'val_dataloader.dataset.indices=64']
@@ -112,21 +122,15 @@ def environment(tmp_path_factory):
 def run_python(environment):
     """``run_python(code, folder)``: in a process without this project (tests/helpers/snippets.py)."""
     modules = 'torch,torchvision,timm,transformers,segmentation_models_pytorch,mmpretrain,mmengine'
-    command = [sys.executable, str(Path(__file__).with_name('helpers') / 'snippets.py'), modules]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
-    with subprocess.Popen(command, **pipes) as server:
-        imported = json.loads(server.stdout.readline())
-        assert 'torch' in imported
-        assert 'sk_plugins' not in imported
+    variables = {**os.environ, **environment}
+    interpreter = Interpreter(modules, variables)
 
-        def run(code, folder):
-            server.stdin.write(json.dumps(dict(code=code, folder=str(folder))) + '\n')
-            server.stdin.flush()
-            done = json.loads(server.stdout.readline())
-            assert done['status'] == 0, f'{code}\n{done["output"][-6000:]}'
+    def run(code, folder):
+        done = interpreter('-c', code, cwd=folder, env=variables)
+        assert done.returncode == 0, f'{code}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}'
 
-        yield run
-        server.stdin.close()
+    yield run
+    interpreter.close()
 
 
 @pytest.fixture
@@ -147,14 +151,21 @@ def write_third_party(path):
 
 
 def shorten(line: str) -> list[str]:
-    """A line on a CPU and a tiny data set: one epoch, few images, small crops, two processes."""
+    """A line on a CPU and a tiny data set: one epoch, few images, small crops, two processes of a narrow network."""
     words = [re.sub(r'epoch_\d+', 'epoch_1', '2' if word == '8' else word) for word in shlex.split(line)]
     tool = next(word for word in words if 'tools/' in word or word == 'sk_plugins')
     if tool.endswith('analyze_attention.py'):
         return [*words, '--size', '64', '--field-images', '2', '--workers', '0']
+    if tool.endswith('export_onnx.py'):
+        return [*words, '--size', '64']
     if tool.endswith('test.py'):
         options = ['test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False']
-    elif tool.endswith(('train.py', 'dist_train.sh')) and ('flowers' in line or 'sknet50_in1k' in line):
+        options += ['test_dataloader.dataset.indices=2'] if 'sknet50_in1k' in line else []
+    elif tool.endswith('dist_train.sh'):
+        place = words.index('--cfg-options')
+        words[place:place] = ['--work-dir', 'work_dirs/distributed']
+        options = [*SMALL, *NARROW]
+    elif tool.endswith('train.py') and ('flowers' in line or 'sknet50_in1k' in line):
         options = SMALL
     elif 'train' in words or tool.endswith('train.py'):
         options = SHORT
@@ -314,6 +325,9 @@ def test_shell_lines_run_in_their_order(flowers, imagenet, environment, run_pyth
             assert model.pretrained_cfg['label_names'] == ['daisy', 'rose']
     for name in ('flowers', 'sknet50_in1k', 'sknet_digits'):
         assert (flowers / 'work_dirs' / name / 'epoch_1.pth').is_file()
+    assert (flowers / 'work_dirs' / 'distributed' / 'epoch_1.pth').is_file()
+    (log,) = (flowers / 'work_dirs' / 'distributed').glob('*/*.log')  # the first process's alone
+    assert 'GPU number: 2' in log.read_text()
     assert len(list((flowers / 'attention').glob('*.csv'))) > 0
 
 

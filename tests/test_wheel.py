@@ -29,11 +29,16 @@ def site(wheel, tmp_path_factory):
     return folder
 
 
-def run_outside(site, cwd, *args):
-    command = [sys.executable, '-c', f'import sys; sys.path.insert(0, {str(site)!r}); ' + args[0], *args[1:]]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def run_outside(run_python, site, tmp_path):
+    """``run_outside(code)``: its output, where this package is the wheel's."""
+
+    def run(code):
+        done = run_python('-c', f'import sys; sys.path.insert(0, {str(site)!r}); {code}', cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
 
 
 def test_wheel_holds_configs_tools_and_model_index(wheel):
@@ -46,24 +51,24 @@ def test_wheel_holds_configs_tools_and_model_index(wheel):
     assert not [name for name in names if name.startswith('tests/')]
 
 
-def test_timm_models_from_the_wheel(site, tmp_path):
+def test_timm_models_from_the_wheel(run_outside, site):
     code = 'import sk_plugins, timm; print(sk_plugins.__file__, *timm.list_models(module="timm_models"))'
-    file, *names = run_outside(site, tmp_path, code).split()
+    file, *names = run_outside(code).split()
     assert Path(file).is_relative_to(site)
     assert len(names) == 21
     assert {'sknet50', 'skresnext101_64x4d', 'skshufflenetv2_x1_0', 'sknet29_16x32d'} <= set(names)
 
 
-def test_model_index_from_the_wheel(site, tmp_path):
+def test_model_index_from_the_wheel(run_outside):
     pytest.importorskip('mmpretrain')
     code = (
         'import sk_plugins.mmpretrain_models, mmpretrain; '
         'model = mmpretrain.get_model("sknet26_in1k"); print(sum(p.numel() for p in model.parameters()))'
     )
-    assert run_outside(site, tmp_path, code).split()[-1] == '16746408'
+    assert run_outside(code).split()[-1] == '16746408'
 
 
-def test_segmentation_config_from_the_wheel(site, tmp_path):
+def test_segmentation_config_from_the_wheel(run_outside, site):
     """Whose bases are mmsegmentation's files."""
     pytest.importorskip('mmseg')
     code = (
@@ -71,27 +76,27 @@ def test_segmentation_config_from_the_wheel(site, tmp_path):
         'path = find_config("upernet_sknet50_4xb4-80k_ade20k-512x512"); cfg = Config.fromfile(path); '
         'print(path, cfg.model.type, cfg.model.backbone.type, cfg.train_cfg.max_iters)'
     )
-    path, *built = run_outside(site, tmp_path, code).splitlines()[-1].split()
+    path, *built = run_outside(code).splitlines()[-1].split()
     assert Path(path).is_relative_to(site)
     assert built == ['EncoderDecoder', 'mmpretrain.SKNet', '80000']
 
 
-def test_training_from_the_wheel(site, tmp_path):
+def test_training_from_the_wheel(run_outside, tmp_path):
     pytest.importorskip('mmpretrain')
     code = (
         'import runpy; sys.argv = ["sk_plugins", "train", "sknet_digits", "--cfg-options", "train_cfg.max_epochs=1", '
         '"train_dataloader.dataset.indices=128"]; runpy.run_module("sk_plugins", run_name="__main__")'
     )
-    run_outside(site, tmp_path, code)
+    run_outside(code)
     assert (tmp_path / 'work_dirs' / 'sknet_digits' / 'epoch_1.pth').is_file()
 
 
-def test_benchmark_from_the_wheel(site, tmp_path):
+def test_benchmark_from_the_wheel(run_outside, site):
     """Its parts lie in a package beside it."""
     code = (
         'import runpy; sys.argv = ["sk_plugins", "benchmark", "--set", "host", "--blank"]; '
         'runpy.run_module("sk_plugins", run_name="__main__"); print(sys.modules["_benchmark"].__file__)'
     )
-    *report, file = run_outside(site, tmp_path, code).splitlines()
+    *report, file = run_outside(code).splitlines()
     assert report[0] == "# SKNet-50's cost on the host"
     assert Path(file).is_relative_to(site)

@@ -15,6 +15,7 @@ import mmpretrain
 import timm
 import torch
 import torchvision
+from helpers.kinds import quick
 from helpers.randomised import randomise
 from helpers.simclr import as_file
 from helpers.tolerances import assert_close
@@ -138,13 +139,11 @@ def test_imports_and_batch(path):
     assert cfg.auto_scale_lr.base_batch_size % cfg.train_dataloader.batch_size == 0
 
 
+START_AT_RANDOM = [name for name in AFFORDABLE if name not in WARM]
+
+
 @pytest.mark.parametrize(
-    'name',
-    [
-        name if name in RECIPES else pytest.param(name, marks=pytest.mark.slow)
-        for name in AFFORDABLE
-        if name not in WARM
-    ],
+    'name', quick(START_AT_RANDOM, [name for name in RECIPES if name != 'sknet29_16x32d_cifar100'])
 )
 @pytest.mark.usefixtures('formatted')
 def test_trains_a_step(name, tmp_path):
@@ -226,16 +225,32 @@ def test_index_has_every_config_and_no_other():
     assert {name: ROOT / model.config for name, model in INDEX.items()} == PATHS
 
 
-@each_config
-def test_index_counts(path):
+# Where neither the table of docs/models.md has a figure nor another config of its kind is counted.
+COUNTED = ['table3_36x4d_in1k', 'table6_5x5_d1_g64_in1k', 'table7_k3_k5_summed_in1k', 'table7_k3_k5_k7_selected_in1k']
+COUNTED += ['sknet26_in1k', 'skshufflenetv2_x1_0_in1k', 'sknet29_16x32d_cifar10', 'sknet_fashion_mnist', 'sknet_digits']
+
+
+@pytest.mark.parametrize('name', [name for name in PATHS if name.removesuffix('_in1k') in zoo.MODELS])
+def test_index_has_the_tables_figures(name):
+    """Which tests/tools/test_model_table.py counts."""
+    table = (ROOT / 'docs' / 'models.md').read_text(encoding='utf-8')
+    (row,) = re.findall(rf'^\| `{name.removesuffix("_in1k")}` .*$', table, flags=re.MULTILINE)
+    _, _, parameters, _, gflops, *_ = (cell.strip() for cell in row.split('|'))
+    said = INDEX[name].metadata
+    assert said.parameters == int(parameters.replace(',', ''))
+    assert said.flops / 1e9 == pytest.approx(float(gflops), rel=0.01)
+
+
+@pytest.mark.parametrize('name', quick(PATHS, COUNTED))
+def test_index_counts(name):
     """Parameters, and multiply-adds of one test image, of the model that the index's name builds."""
     with torch.device('meta'):
-        model = mmpretrain.get_model(path.stem).eval()
-        image = torch.empty(1, *INPUTS[_read(path).test_dataloader.dataset.type])
+        model = mmpretrain.get_model(name).eval()
+        image = torch.empty(1, *INPUTS[_read(PATHS[name]).test_dataloader.dataset.type])
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             logits = model(image)
     assert logits.shape == (1, model.head.num_classes)
-    said = INDEX[path.stem].metadata
+    said = INDEX[name].metadata
     assert sum(p.numel() for p in model.parameters()) == said.parameters
     assert counter.get_total_flops() / 2 == pytest.approx(said.flops, rel=0.01)
 
@@ -270,7 +285,13 @@ def reference(name):
     return timm.create_model(name.replace('sknet50', 'skresnext50_32x4d').removesuffix('_in1k'))
 
 
-@pytest.mark.parametrize('name', [name for name in AFFORDABLE if INDEX[name].weights and name not in DEEP])
+@pytest.mark.parametrize(
+    'name',
+    quick(
+        [name for name in AFFORDABLE if INDEX[name].weights and name not in DEEP],
+        ['sknet50_in1k', 'skresnet18_in1k', 'shufflenetv2_x0_5_in1k', 'skresnet50x1_simclr_in1k'],
+    ),
+)
 def test_pretrained(name, hub, tmp_path, monkeypatch):
     """Random weights of the publisher's own network stand in for the trained ones, at the address the index names."""
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from helpers.kinds import quick
 from helpers.randomised import randomise
 from helpers.tolerances import assert_close
 
@@ -20,7 +21,7 @@ NETWORKS = {
     'skresnext101_64x4d': ([64, 64, 128, 256, 512], dict(SKNET, cardinality=16, base_width=8)),
     'skshufflenetv2_x0_5': ([24, 24, 12, 24, 48], SHUFFLENET),
 }
-each_network = pytest.mark.parametrize('name', NETWORKS)
+each_network = pytest.mark.parametrize('name', quick(NETWORKS, ['sknet26', 'skshufflenetv2_x0_5']))
 each_kind = pytest.mark.parametrize('name', ['sknet26', 'skshufflenetv2_x0_5'])
 
 
@@ -101,7 +102,11 @@ def test_encoder_is_timms_features(name, output_stride):
 
 
 @pytest.mark.parametrize(
-    'architecture', ['UnetPlusPlus', 'MAnet', 'Linknet', 'PSPNet', 'PAN', 'DeepLabV3', 'UPerNet', 'Segformer']
+    'architecture',
+    quick(
+        ['UnetPlusPlus', 'MAnet', 'Linknet', 'PSPNet', 'PAN', 'DeepLabV3', 'UPerNet', 'Segformer'],
+        ['PAN', 'DeepLabV3', 'UPerNet'],
+    ),
 )
 def test_every_other_architecture(architecture):
     size = 128 if architecture == 'PAN' else 64  # PAN halves the last features three times
@@ -116,7 +121,11 @@ def test_every_other_architecture(architecture):
 
 @pytest.mark.parametrize(
     ('name', 'architecture'),
-    [('sknet26', 'Unet'), ('sknet26', 'DeepLabV3Plus'), ('skshufflenetv2_x0_5', 'Unet')],
+    [
+        ('sknet26', 'Unet'),
+        pytest.param('sknet26', 'DeepLabV3Plus', marks=pytest.mark.slow),
+        pytest.param('skshufflenetv2_x0_5', 'Unet', marks=pytest.mark.slow),
+    ],
 )
 def test_training(name, architecture):
     """Bright squares are to be found: the loss falls to under two thirds, and every encoder weight moves."""

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from helpers.kinds import quick
 from helpers.randomised import randomise
 from torch import nn
 
@@ -24,7 +25,7 @@ NETWORKS = {
     'skresnext101_64x4d': dict(SKNET, cardinality=16, base_width=8),
     'skshufflenetv2_x0_5': dict(layers=(2, 2, 2), channels=(12, 24, 48)),
 }
-each_network = pytest.mark.parametrize('name', NETWORKS)
+each_network = pytest.mark.parametrize('name', quick(NETWORKS, ['sknet26', 'skshufflenetv2_x0_5']))
 each_kind = pytest.mark.parametrize('name', ['sknet26', 'skshufflenetv2_x0_5'])
 
 
@@ -86,7 +87,7 @@ def test_body_is_timms_features(name, output_stride):
     }
 
 
-@pytest.mark.parametrize('name', ['skresnet18', 'skresnet50d'])
+@pytest.mark.parametrize('name', quick(['skresnet18', 'skresnet50d'], ['skresnet18']))
 @torch.no_grad()
 def test_sk_resnet(name):
     """timm has these names; the network of this project, with the same weights, gives the same features."""
@@ -102,7 +103,12 @@ def test_sk_resnet(name):
 
 @pytest.mark.parametrize(
     ('name', 'kind'),
-    [('sknet26', FasterRCNN), ('skshufflenetv2_x0_5', FasterRCNN), ('sknet26', MaskRCNN), ('sknet26', RetinaNet)],
+    [
+        ('sknet26', FasterRCNN),
+        ('skshufflenetv2_x0_5', FasterRCNN),
+        pytest.param('sknet26', MaskRCNN, marks=pytest.mark.slow),
+        pytest.param('sknet26', RetinaNet, marks=pytest.mark.slow),
+    ],
 )
 def test_losses_and_predictions(name, kind):
     torch.manual_seed(0)
@@ -128,7 +134,7 @@ def test_losses_and_predictions(name, kind):
             assert len(found['scores']) == 7 or kind is RetinaNet  # whose classifier starts at one per cent
 
 
-@each_kind
+@pytest.mark.parametrize('name', quick(['sknet26', 'skshufflenetv2_x0_5'], ['sknet26']))
 def test_training(name):
     """The losses of two pictures fall to under half, and every weight of the backbone moves."""
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def shufflenet_at_pytorch(tmp_path, monkeypatch):
 class TestPublished:
     """Weights of others, at their full size."""
 
-    @pytest.mark.parametrize('depth', [18, 34])
+    @pytest.mark.parametrize('depth', [18, pytest.param(34, marks=pytest.mark.slow)])
     def test_skresnet(self, hub, depth, warned):
         model = randomise(timm.create_model(f'skresnet{depth}'))
         repo = f'timm/skresnet{depth}.ra_in1k'

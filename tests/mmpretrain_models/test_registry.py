@@ -1,10 +1,5 @@
 """mmpretrain's registry: names, scopes, sizes, and learning rates by depth."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip('mmpretrain')
@@ -25,7 +20,6 @@ from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-import sk_plugins
 from sk_plugins import zoo
 from sk_plugins.mmpretrain_models import SKNet, SKResNet, SKResNetSimCLR, SKResNeXt, SKShuffleNetV2
 from sk_plugins.weights import to_mmpretrain, to_timm
@@ -69,7 +63,7 @@ class TestRegistry:
             kind = case.cfg['type']
             assert type(registry.MODELS.build({**case.cfg, 'type': f'mmpretrain.{kind}'})) is MODELS.get(kind)
 
-    def test_custom_imports(self, tmp_path):
+    def test_custom_imports(self, run_python, tmp_path):
         """In a process of its own, where nothing but the config's line imports this package."""
         config = tmp_path / 'detector.py'
         config.write_text(
@@ -86,14 +80,7 @@ class TestRegistry:
             "DefaultScope.get_instance('detector', scope_name=config.default_scope)\n"
             'print(sum(p.numel() for p in MODELS.build(config.backbone).parameters()))\n'
         )
-        path = os.pathsep.join([str(Path(sk_plugins.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])
-        done = subprocess.run(
-            [sys.executable, '-c', script, str(config)],
-            env={**os.environ, 'PYTHONPATH': path},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = run_python('-c', script, config)
         assert done.returncode == 0, done.stderr
         assert done.stdout.split()[-1] == '25430784'
 

@@ -170,6 +170,7 @@ def test_dilated_outputs_equal_timms(twins, output_stride):
     assert_close(network(x), reference(x), length=network)
 
 
+@pytest.mark.slow
 def test_gradients_equal_timms(twins):
     # In float64: the batch statistics amplify rounding so far that in float32 timm against itself, in another memory
     # format, differs by 5 %, a million times the epsilon.

@@ -64,11 +64,14 @@ def command():
 
 
 @pytest.fixture(scope='session')
-def python_tool(command):
+def python_tool(run_python):
     """``python_tool(name, ...)``: tools/NAME.py as a command."""
 
-    def run(name, *words, **kwargs):
-        return command(sys.executable, TOOLS / f'{name}.py', *words, **kwargs)
+    def run(name, *words, status=0, cwd=None):
+        env = {k: v for k, v in os.environ.items() if k not in ('LOCAL_RANK', 'SK_PLUGINS_TRACEBACK')}
+        done = run_python(TOOLS / f'{name}.py', *words, cwd=cwd, env=env)
+        assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+        return done
 
     return run
 

@@ -49,6 +49,7 @@ def test_prints_and_draws(tool, load_tool, checkpoint, tmp_path, capsys):
     assert said == f'top-1 through timm, {held_out} held-out images: {expected:.2f}%'
 
 
+@pytest.mark.slow
 def test_again(tool, checkpoint, tmp_path, capsys):
     """A second run replaces the first one's picture."""
     for count in ('3', '5'):

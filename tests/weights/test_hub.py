@@ -154,6 +154,7 @@ class TestLoading:
         kinds = {'safetensors' if safe else 'bin', 'json'}
         assert {request.path.rpartition('.')[2] for request in hub.requests if request.method == 'GET'} == kinds
 
+    @pytest.mark.slow
     def test_as_a_user(self, hub, skresnext50, published):
         """In a process of its own, by environment alone."""
         hub.add(PUBLISHED, published)

@@ -224,7 +224,7 @@ def test_other_errors_keep_their_traceback(load_common):
     ('how', 'said'),
     [
         ('os.kill(os.getpid(), 9)', 'was killed by signal 9 (SIGKILL)'),
-        ('sys.exit(3)', 'ended with status 3, for the reason that it gave above'),
+        pytest.param('sys.exit(3)', 'ended with status 3, for the reason that it gave above', marks=pytest.mark.slow),
     ],
 )
 def test_the_launcher_names_the_process(environment, tmp_path, free_port, how, said):

@@ -17,6 +17,7 @@ pytest.importorskip('mmpretrain')
 
 import cv2
 import mmcv
+import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.dataset import Compose, ConcatDataset, RepeatDataset
@@ -32,6 +33,15 @@ from sk_plugins._resources import find_config
 from sk_plugins.openmmlab.datasets import Digits
 from sk_plugins.openmmlab.runtime.configs import ConfigError
 from sk_plugins.openmmlab.runtime.images import LoadSoundImage, SkipUnreadable, UnreadableImageError, skip_unreadable
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _no_wait_for_workers():
+    """A loader whose worker has raised waits five seconds for each of them when it is collected, in some later test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.data._utils, 'MP_STATUS_CHECK_INTERVAL', 0.1)
+        yield
+
 
 HEIGHT, WIDTH = 48, 64
 y, x = np.mgrid[:HEIGHT, :WIDTH]

@@ -1,8 +1,6 @@
 """A config that names the runtime and its runner, with mmpretrain's own tools/train.py."""
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,11 +42,13 @@ def config(tmp_path):
     return path
 
 
-def own_tool(config, *words):
+@pytest.fixture
+def own_tool(run_python, config):
     tool = Path(mmpretrain.__file__).parent / '.mim' / 'tools' / 'train.py'
-    words = [sys.executable, str(tool), str(config), '--work-dir', str(config.parent / 'run'), *words]
     env = {'PYTHONPATH': str(PACKAGE), 'PATH': '', 'HOME': str(config.parent), 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(words, capture_output=True, text=True, cwd=config.parent, env=env, check=False)
+    return lambda *words: run_python(
+        tool, config, '--work-dir', config.parent / 'run', *words, cwd=config.parent, env=env
+    )
 
 
 class Code:
@@ -56,7 +56,7 @@ class Code:
         return exec, ("open('marker', 'w')",)
 
 
-def test_mmpretrains_tool(config):
+def test_mmpretrains_tool(own_tool, config):
     """It runs nothing that a checkpoint holds, passes a damaged one over, and goes on from the whole one."""
     run = config.parent / 'run'
     cfg = Config.fromfile(config)
@@ -65,7 +65,7 @@ def test_mmpretrains_tool(config):
     assert torch.load(run / 'epoch_1.pth', weights_only=False)['resuming']['validated'] == 2
     (run / 'epoch_2.pth').write_bytes(pickle.dumps(Code()))
     (run / 'last_checkpoint').write_text(str(run / 'epoch_2.pth'))
-    done = own_tool(config, '--resume', '--cfg-options', 'train_cfg.max_epochs=2')
+    done = own_tool('--resume', '--cfg-options', 'train_cfg.max_epochs=2')
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (config.parent / 'marker').exists()
     assert 'epoch_2.pth cannot be read' in done.stdout + done.stderr

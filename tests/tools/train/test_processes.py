@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +56,7 @@ def distributed_run(dist_train, tmp_path_factory):
     return work_dir
 
 
+@pytest.mark.slow
 def test_two_processes(distributed_run):
     # 48 images, 8 at a time: six iterations for one process, three where each has half of them.
     assert_sane(distributed_run, epoch=1, iteration=3)
@@ -114,8 +114,9 @@ def test_slurm_train_calls_srun(command, tmp_path):
     assert rest == ['sknet50_in1k', '--work-dir', 'work', '--launcher', 'slurm', '--amp']
 
 
-def test_mmpretrains_own_script(command, short_digits, tmp_path):
+def test_mmpretrains_own_script(run_python, short_digits, tmp_path):
     script = Path(mmpretrain.__file__).parent / '.mim' / 'tools' / 'train.py'
     words = [find_config('sknet_digits'), '--work-dir', tmp_path, '--cfg-options', *short_digits]
-    command(sys.executable, script, *words, 'train_cfg.max_epochs=1', cwd=tmp_path)
+    done = run_python(script, *words, 'train_cfg.max_epochs=1', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert_sane(tmp_path, epoch=1, iteration=3)
