@@ -2,9 +2,9 @@
 
 Import it through ``custom_imports = dict(imports=['sk_plugins.mmpretrain_models'])``. From mmdetection or
 mmsegmentation the backbones are ``mmpretrain.SKNet`` and so on. The import also registers the project's datasets,
-hooks and initialiser, its entries in mmpretrain's model index, and checkpoints by ``hf-hub:OWNER/NAME[@REVISION]``. All
-else of OpenMMLab stays as it is: loaders that run nothing, and training that survives, are
-:mod:`sk_plugins.openmmlab.runtime`.
+hooks, crop and initialiser, its entries in mmpretrain's model index, and checkpoints by
+``hf-hub:OWNER/NAME[@REVISION]``. All else of OpenMMLab stays as it is: loaders that run nothing, and training that
+survives, are :mod:`sk_plugins.openmmlab.runtime`.
 """
 
 from collections import OrderedDict

@@ -76,7 +76,8 @@ mmengine.registry.HOOKS.module_dict['EMAHook'] = None
 print('RESULT', json.dumps(compare(before, look())))
 """
 REGISTERED = {
-    'mmpretrain.model': ['SKNet', 'SKResNeXt', 'SKResNet', 'SKShuffleNetV2'],
+    'mmpretrain.transform': ['SimCLRCrop'],
+    'mmpretrain.model': ['SKNet', 'SKResNeXt', 'SKResNet', 'SKResNetSimCLR', 'SKShuffleNetV2'],
     'mmpretrain.dataset': ['Digits', 'ScaledFashionMNIST'],
     'mmengine.hook': ['SKAttentionHook'],
     'mmengine.weight initializer': ['WarmStart'],
