@@ -337,6 +337,7 @@ def save_hub_folder(
     data_config: Mapping[str, Any] | None = None,
     label_names: list[str] | None = None,
     description: str | None = None,
+    problem_type: str | None = None,
 ) -> None:
     """Write a folder for the Hub: ``config.json``, ``model.safetensors`` and a model card.
 
@@ -351,6 +352,8 @@ def save_hub_folder(
         data_config: preprocessing: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``.
         label_names: the classes, in the classifier's order.
         description: a line for the model card.
+        problem_type: 'multi_label_classification' where an image has any number of classes: transformers' pipelines
+            give each a score of its own then.
 
     Raises:
         FileExistsError: ``folder`` holds files already.
@@ -369,7 +372,7 @@ def save_hub_folder(
         save_for_hf(
             model,
             partial,
-            model_config=dict(label_names=label_names) if label_names else None,
+            model_config={k: v for k, v in dict(label_names=label_names, problem_type=problem_type).items() if v},
             model_args=dict(model_args or {}),
             safe_serialization=True,
         )
