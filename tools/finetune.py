@@ -13,11 +13,14 @@ mmengine's in the work dir, which tools/train.py and tools/test.py take.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import re
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +116,7 @@ def default_work_dir(folder: Path) -> Path:
     return Path('work_dirs', folder.resolve().stem if folder.is_file() else folder.resolve().name)
 
 
-def prepare(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
+def prepare(args: argparse.Namespace, work_dir: Path, device: str) -> dict[str, Any]:
     """Check all, choose, and write the run's config; returns what the report and the card say of the run."""
     from _finetune import checking, configs, data, exporting, settings
     from mmengine.config import DictAction
@@ -122,7 +125,6 @@ def prepare(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
         raise FileExistsError(
             f'{work_dir}: holds a run already: --resume goes on with it, --work-dir names another folder'
         )
-    device = set_device(args.device, args.amp)
     images = data.read(args.folder)
     network = settings.choose_network(args.model, args.weights, args.from_scratch, args.warm_start, args.freeze)
     images, facts = checking.check_images(images, sys.stderr.isatty())
@@ -146,7 +148,7 @@ def prepare(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
         try:
             seconds = checking.try_step(cfg, recipe.batch, recipe.size, device, recipe.amp)
             break
-        except checking.TooLarge as error:
+        except checking.TooLargeError as error:
             smaller = recipe.batch // 2
             if args.batch_size is not None or smaller < 2:
                 raise ValueError(
@@ -186,14 +188,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     work_dir = args.work_dir or default_work_dir(args.folder)
     started = time.perf_counter()
+    device = set_device(args.device, args.amp)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # what mmpretrain says of packages that it does without
+        import mmpretrain  # noqa: F401
     if args.resume:
         from _finetune import exporting
 
-        if args.device is not None:
-            set_device(args.device, None)
         run = exporting.read_run(work_dir)
     else:
-        run = prepare(args, work_dir)
+        run = prepare(args, work_dir, device)
     from _common import read_config
     from _finetune import configs, exporting, reporting, training
     from _finetune.settings import say_time
@@ -221,8 +225,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     value = metrics['mAP' if run['multi_label'] else 'top1']
     total = metrics['images']
     print(
-        f'best: {score} {value:.1f} % (epoch {best.epoch} of {run["epochs"]}), {total - metrics["mistakes"]} of {total} '
-        f'images all right, in {say_time(time.perf_counter() - started)}'
+        f'best: {score} {value:.1f} % (epoch {best.epoch} of {run["epochs"]}), {total - metrics["mistakes"]} of '
+        f'{total} images right, in {say_time(time.perf_counter() - started)}'
     )
     print(f'report: {work_dir / "report"}: classes, confusion_matrix, mistakes (.csv, .png); log: {runner._log_dir}')
     if args.export:

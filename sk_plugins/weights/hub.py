@@ -41,6 +41,7 @@ __all__ = [
     'load_state_dict',
     'read_file',
     'save_hub_folder',
+    'say_cause',
 ]
 
 _Read = TypeVar('_Read')
@@ -92,7 +93,7 @@ def explain_errors(
     except hf_errors.RepositoryNotFoundError as error:
         raise HubError(
             f'{repo}: repository not found, or private and you are not logged in (`hf auth login`): '
-            f'{_root_cause(error)}'
+            f'{say_cause(error)}'
         ) from error
     except hf_errors.LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
@@ -103,7 +104,7 @@ def explain_errors(
                 'checkpoint=... of init_cfg)'
             ) from error
         raise HubError(
-            f'{repo}: {filename} is not in the local cache and the Hub did not give it ({_root_cause(error)}); '
+            f'{repo}: {filename} is not in the local cache and the Hub did not give it ({say_cause(error)}); '
             'check the connection, HF_ENDPOINT and HF_HUB_OFFLINE'
         ) from error
     except hf_errors.EntryNotFoundError as error:
@@ -112,7 +113,7 @@ def explain_errors(
         raise HubError(f'{repo}: not a valid repository name: {first_lines(error)}') from error
     # Connections that break during a download reach us as the HTTP library's own errors, which are no OSError.
     except (OSError, hf_errors.HTTPError) as error:
-        raise HubError(f'{repo}: the download failed: {_root_cause(error)}') from error
+        raise HubError(f'{repo}: the download failed: {say_cause(error)}') from error
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         damaged = _forget_damaged(repo, cache_dir, filename)
         if damaged is None:
@@ -211,7 +212,7 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
-def _root_cause(error: BaseException) -> str:
+def say_cause(error: BaseException) -> str:
     """The innermost reason in one line: what the Hub answered, or what the connection failed of."""
     while error.__cause__ is not None and getattr(error, 'response', None) is None:
         error = error.__cause__

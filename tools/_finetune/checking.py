@@ -24,7 +24,7 @@ from sk_plugins.openmmlab.runtime.images import LoadSoundImage, UnreadableImageE
 
 from .data import ImageSet, Item
 
-__all__ = ['Facts', 'TooLarge', 'check_disk', 'check_images', 'try_step']
+__all__ = ['Facts', 'TooLargeError', 'check_disk', 'check_images', 'try_step']
 
 MOST_UNREADABLE = 0.1  # of all images
 
@@ -82,10 +82,8 @@ def check_images(images: ImageSet, progress: bool = True) -> tuple[ImageSet, Fac
 
     every = [*images.train, *images.val]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        bar = tqdm(
-            pool.map(look, every), total=len(every), unit='image', desc='checking', leave=False, disable=not progress
-        )
-        seen = list(bar)
+        looks = pool.map(look, every)
+        seen = list(tqdm(looks, 'checking', len(every), unit='image', leave=False, disable=not progress))
     broken = [one for one in seen if one.fault]
     notes = list(images.notes)
     if broken:
@@ -161,7 +159,7 @@ def check_disk(folder: Path, parameters: int, copies: int) -> None:
         raise OSError(f'{folder}: {there} cannot be written to')
 
 
-class TooLarge(MemoryError):
+class TooLargeError(MemoryError):
     """A batch does not fit into the memory."""
 
 
@@ -169,7 +167,7 @@ def try_step(cfg: Any, batch: int, size: int, device: str, amp: bool) -> float:
     """The seconds of a training step on made-up images, of a model that is thrown away.
 
     Raises:
-        TooLarge: the step needs more memory than there is.
+        TooLargeError: the step needs more memory than there is.
     """
     settings = cfg.model.to_dict()
     settings['backbone'].pop('init_cfg', None)
@@ -196,7 +194,7 @@ def try_step(cfg: Any, batch: int, size: int, device: str, amp: bool) -> float:
             or 'out of memory' in said
             or "can't allocate" in said
         ):
-            raise TooLarge(first_lines(error)) from error
+            raise TooLargeError(first_lines(error)) from error
         raise
     finally:
         torch.set_rng_state(state)

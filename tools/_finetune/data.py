@@ -226,8 +226,8 @@ def _read_list(path: Path) -> ImageSet:
             said = (
                 f'is in rows {first} and {number}'
                 if others == labels
-                else f'is {", ".join(others)} in row {first} and {", ".join(labels)} in row {number}: several labels of '
-                'an image stand in one row, cat;dog'
+                else f'is {", ".join(others)} in row {first} and {", ".join(labels)} in row {number}: several labels '
+                'of an image stand in one row, cat;dog'
             )
             raise ValueError(f'{path}: {image} {said}')
         seen[image] = (number, labels)

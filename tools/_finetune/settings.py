@@ -234,7 +234,7 @@ LR_PRETRAINED, LR_SCRATCH = 1e-3, 2e-3
 
 
 def _batch(images: int) -> int:
-    """32, or a power of two with which an epoch has four steps at least; two at least, for the attention's BatchNorm."""
+    """32, or a power of two with which an epoch has four steps; the attention's BatchNorm needs two images."""
     return max(2, min(BASE_BATCH, 2 ** int(math.log2(max(2, images / 4)))))
 
 
@@ -258,17 +258,20 @@ def describe(
     decay = f', {recipe.layer_decay:g} times that a layer down' if recipe.layer_decay < 1 else ''
     steps = math.ceil(len(images.train) / recipe.batch)
     time = '' if step_s is None else f', at most {say_time(1.3 * step_s * steps * recipe.epochs)}'
+    mirrored = 'mirrored at random' if recipe.flip else 'not mirrored'
+    score = 'mAP' if images.multi_label else f'top-1 (top-{" and top-".join(map(str, recipe.topk))} reported)'
     on = {'cpu': f'CPU, {torch.get_num_threads()} threads'}.get(recipe.device) or torch.cuda.get_device_name()
     return [
         f'images    {len(images.train)} to train on, {len(images.val)} held out; {len(images.classes)} {kind} of '
         f'{counts[0]} to {counts[-1]}',
         f'model     {network.name}, {network.parameters / 1e6:.1f}M parameters; {tensors}',
         f'input     {recipe.size} x {recipe.size} pixels (the images: {facts.side}), '
-        f'{"mirrored at random" if recipe.flip else "not mirrored"}, mean {_numbers(recipe.mean)}, std {_numbers(recipe.std)}',
-        f'recipe    AdamW, learning rate {recipe.lr:g}{decay}, batch {recipe.batch}, weight decay {recipe.weight_decay:g}',
-        f'length    {recipe.epochs} epochs of {steps} steps{time}; stops after {recipe.patience} epochs without a better '
-        + ('mAP' if images.multi_label else f'top-1 (top-{" and top-".join(map(str, recipe.topk))} reported)'),
-        f'machine   {on}, {"mixed precision" if recipe.amp else "float32"}, {recipe.workers} processes that read images',
+        f'{mirrored}, mean {_numbers(recipe.mean)}, std {_numbers(recipe.std)}',
+        f'recipe    AdamW, learning rate {recipe.lr:g}{decay}, batch {recipe.batch}, '
+        f'weight decay {recipe.weight_decay:g}',
+        f'length    {recipe.epochs} epochs of {steps} steps{time}; stops after {recipe.patience} epochs without a '
+        f'better {score}',
+        f'machine   {on}, {"mixed precision" if recipe.amp else "float32"}, {recipe.workers} processes read images',
     ]
 
 
