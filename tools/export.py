@@ -11,7 +11,7 @@ from _arguments import Parser
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = Parser(prog='export', description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument('work_dir', type=Path, metavar='WORK_DIR', help='of a run of finetune')
     parser.add_argument('out', type=Path, metavar='OUT', nargs='?', help='a new folder (default: WORK_DIR/hub)')
     parser.add_argument('--license', help='of the weights (default: that of the weights that the run started from)')

@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--batch': '; it is called --batch-size',
         '--pretrained': ': the published weights are the default; --weights names others',
     }
-    parser = Parser(prog='finetune', description=__doc__, hints=hints)
+    parser = Parser(description=__doc__, hints=hints)
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='of images, or a list of images and labels')
     parser.add_argument('--model', default='sknet50', help="a network's name, or a config (default: sknet50)")
     parser.add_argument('--work-dir', type=Path, help='folder for all that is written (default: work_dirs/FOLDER)')

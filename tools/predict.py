@@ -26,7 +26,7 @@ from sk_plugins.weights import CheckpointError, HubError
 
 
 def parse_args(argv: list[str] | None = None) -> Any:
-    parser = Parser(prog='predict', description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument('model', metavar='MODEL', help="timm's name, OWNER/NAME, a folder, a checkpoint, or a config")
     parser.add_argument('images', nargs='+', metavar='IMAGES', help='files, folders, patterns, addresses')
     parser.add_argument('--checkpoint', metavar='FILE', help='weights for a name or a config')

@@ -94,7 +94,7 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog='push', description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument('folder', type=Path, metavar='FOLDER')
     parser.add_argument('repo', metavar='OWNER/NAME')
     parser.add_argument('--private', action='store_true', help='make a private repository')

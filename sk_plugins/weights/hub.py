@@ -92,8 +92,7 @@ def explain_errors(
         raise HubError(f'{repo}: access to this repository must be asked for on its page, then log in') from error
     except hf_errors.RepositoryNotFoundError as error:
         raise HubError(
-            f'{repo}: repository not found, or private and you are not logged in (`hf auth login`): '
-            f'{say_cause(error)}'
+            f'{repo}: repository not found, or private and you are not logged in (`hf auth login`): {say_cause(error)}'
         ) from error
     except hf_errors.LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
