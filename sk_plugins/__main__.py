@@ -1,4 +1,4 @@
-"""``sk-plugins TOOL ...``, or ``python -m sk_plugins TOOL ...``, runs one of the project's tools, from a clone or a wheel."""
+"""``sk-plugins TOOL ...``, or ``python -m sk_plugins TOOL ...``, runs one of the project's tools."""
 
 import ast
 import importlib

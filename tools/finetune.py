@@ -210,6 +210,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     where = '' if args.work_dir is None else f' --work-dir {shlex.quote(str(work_dir))}'
     try:
         best = training.train(runner, hook)
+        if args.resume and not hook.trained:
+            print(f'all {run["epochs"]} epochs are over, or it stopped early: there is nothing to go on with')
     except training.Stopped as stopped:
         print(
             f'stopped after {stopped.epochs} of {run["epochs"]} epochs: sk-plugins finetune {folder}{where} --resume '
@@ -230,7 +232,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     print(f'report: {work_dir / "report"}: classes, confusion_matrix, mistakes (.csv, .png); log: {runner._log_dir}')
     if args.export:
-        print(f'exported: {exporting.export(work_dir, work_dir / "hub")}')
+        print(f'exported: {exporting.refresh(work_dir)}')
     quoted = shlex.quote(str(work_dir))
     print(f'next: sk-plugins predict {quoted} IMAGES')
     print(f'      sk-plugins export {quoted} {shlex.quote(Path(run["data"]).stem + "_hub")}')

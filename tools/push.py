@@ -19,7 +19,7 @@ from sk_plugins.weights import CheckpointError, HubError
 from sk_plugins.weights.hub import say_cause
 
 
-def find_folder(folder: Path, dry_run: bool) -> Path:
+def find_folder(folder: Path) -> Path:
     """The Hub folder of what was named.
 
     Raises:
@@ -37,11 +37,9 @@ def find_folder(folder: Path, dry_run: bool) -> Path:
             f'{folder}: is neither a folder for the Hub (config.json, model.safetensors) nor a work dir of finetune '
             '(config.py)'
         )
-    if (folder / 'hub' / 'config.json').is_file():
-        return folder / 'hub'
-    from _finetune.exporting import export
+    from _finetune.exporting import refresh
 
-    return export(folder, folder / 'hub')
+    return refresh(folder)
 
 
 def read_card(folder: Path, repo: str) -> bytes | None:
@@ -60,9 +58,10 @@ def upload(folder: Path, repo: str, card: bytes | None, private: bool, update: b
     """
     from huggingface_hub import CommitOperationAdd
 
-    if not get_token():
+    token = get_token()
+    if not token:
         raise HubError(f'{repo}: no token: `hf auth login`, or set HF_TOKEN (huggingface.co/settings/tokens, "write")')
-    api = HfApi()
+    api = HfApi(token=token)
     try:
         try:
             api.create_repo(repo, private=private, exist_ok=update)
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not re.fullmatch(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', args.repo):
         parser.error(f'argument OWNER/NAME: {args.repo!r} is not of this form')
-    folder = find_folder(args.folder, args.dry_run)
+    folder = find_folder(args.folder)
     card = read_card(folder, args.repo)
     files = list_files(folder)
     if args.dry_run:

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mmengine.config import Config
 
@@ -15,7 +14,7 @@ from sk_plugins.weights import load_checkpoint, save_hub_folder, timm_arguments
 
 from .training import find_best
 
-__all__ = ['RUN', 'export', 'read_run', 'write_run']
+__all__ = ['RUN', 'export', 'read_run', 'refresh', 'write_run']
 
 RUN = 'finetune.json'
 
@@ -74,6 +73,16 @@ def export(work_dir: Path, out: Path, license_: str | None = None) -> Path:
     return out
 
 
+def refresh(work_dir: Path) -> Path:
+    """The run's own folder for the Hub, ``hub`` in its work dir, written anew where its best model is newer."""
+    out = work_dir / 'hub'
+    weights = out / 'model.safetensors'
+    if not weights.is_file() or weights.stat().st_mtime < find_best(work_dir).stat().st_mtime:
+        shutil.rmtree(out, ignore_errors=True)
+        export(work_dir, out)
+    return out
+
+
 def _card(
     architecture: str, name: str, run: dict[str, Any], data_config: dict, pictures: list[str], license_: str | None
 ) -> ModelCard:
@@ -125,7 +134,6 @@ With timm (both packages: `{how_to_install()}`):
 
 ```python
 import sk_plugins  # registers the model
-import timm
 from PIL import Image
 
 model = timm.create_model('hf-hub:OWNER/{name}', pretrained=True).eval()
@@ -145,20 +153,3 @@ print(pipeline('image-classification', 'OWNER/{name}')('picture.jpg'))
 """
     text += ''.join(f'\n![{Path(picture).stem.replace("_", " ")}]({picture})\n' for picture in pictures)
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}')
-
-
-def is_hub_folder(folder: Path) -> bool:
-    """Whether timm can load it."""
-    return (folder / 'config.json').is_file() and (folder / 'model.safetensors').is_file()
-
-
-def architecture_of(folder: Path) -> str:
-    """The timm name in a Hub folder's config.
-
-    Raises:
-        ValueError: it is none of timm's or this project's.
-    """
-    name = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('architecture')
-    if not isinstance(name, str) or not timm.is_model(name):
-        raise ValueError(f'{folder / "config.json"}: architecture={name!r} is no model of timm or of this project')
-    return name

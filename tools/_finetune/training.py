@@ -46,6 +46,10 @@ class Best:
 class ProgressHook(Hook):
     """One line for the run on a terminal, and one for each epoch in a file: epoch, loss, score, time to go.
 
+    Attributes:
+        best: the best score that it saw.
+        trained: whether there was a step.
+
     Args:
         monitor: the score's name among the metrics.
         title: what the line calls it.
@@ -56,6 +60,7 @@ class ProgressHook(Hook):
     def __init__(self, monitor: str, title: str) -> None:
         self.monitor, self.title = monitor, title
         self.best = Best()
+        self.trained = False
         self._console = Console(file=sys.stdout)
         self._progress: Progress | None = None
         self._loss, self._score, self._start, self._behind = '', '', 0.0, 0
@@ -78,6 +83,7 @@ class ProgressHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
+        self.trained = True
         if outputs and 'loss' in outputs:
             self._loss = f'loss {float(outputs["loss"]):.3f}'
         self._progress.update(self._task, advance=1, description=self._line(runner.epoch + 1, runner.max_epochs))
