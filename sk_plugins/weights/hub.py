@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -376,6 +377,9 @@ def save_hub_folder(
             model_args=dict(model_args or {}),
             safe_serialization=True,
         )
+        config = json.loads((partial / 'config.json').read_text(encoding='utf-8'))
+        config.get('model_args', {}).pop('num_classes', None)  # transformers would pass it twice: it is beside them
+        (partial / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
         (partial / 'README.md').write_text(_model_card(architecture, folder.name, description), encoding='utf-8')
 
 

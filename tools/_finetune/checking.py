@@ -97,7 +97,7 @@ def check_images(images: ImageSet, progress: bool = True) -> tuple[ImageSet, Fac
             train=tuple(item for item in images.train if item not in gone),
             val=tuple(item for item in images.val if item not in gone),
         )
-        for kind in ('train', 'val'):
+        for kind in ('train', 'val') if images.val else ('train',):
             left = images.counts(getattr(images, kind))
             for name in images.classes:
                 if not left[name] and any(name in item.labels for item in gone):

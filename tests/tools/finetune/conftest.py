@@ -1,5 +1,6 @@
 """Small folders of pictures, a narrow network, and runs of finetune that several tests look at."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -53,7 +54,20 @@ def small(narrow):
 
 @pytest.fixture(scope='session')
 def finetune(load_tool):
-    return load_tool('finetune').main
+    """tools/finetune.py's main. mmengine names logs by the second; here each run has a name of its own."""
+    pytest.importorskip('mmpretrain')
+    tool, number = load_tool('finetune'), itertools.count()
+    from _finetune import training
+
+    build = training.build
+
+    def named(cfg, *args):
+        cfg.experiment_name = f'finetune_{next(number)}'
+        return build(cfg, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, 'build', named)
+        yield tool.main
 
 
 @pytest.fixture(scope='session')
