@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -86,14 +87,19 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(('.', '__')))
 
 
+def _files(folder: Path) -> list[Path]:
+    """All below it, through links too."""
+    walk = os.walk(folder, followlinks=True)
+    return sorted(Path(top, name) for top, _, names in walk for name in names if not name.startswith('.'))
+
+
 def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES and not p.name.startswith('.'))
+    return [path for path in _files(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def _other_files(*folders: Path) -> str:
     """'3 .txt, 1 .heic', of what is no image."""
-    files = [p for folder in folders for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.')]
-    counts = Counter(path.suffix.lower() for path in files)
+    counts = Counter(path.suffix.lower() for folder in folders for path in _files(folder))
     return several(f'{n} {suffix or "without suffix"}' for suffix, n in counts.most_common() if suffix not in SUFFIXES)
 
 

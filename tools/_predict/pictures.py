@@ -36,7 +36,10 @@ def find(words: Sequence[str]) -> list[str]:
         if re.match(r'https?://', word):
             found.append(word)
         elif path.is_dir():
-            below = sorted(p for p in path.rglob('*') if p.suffix.lower() in SUFFIXES and p.is_file())
+            walk = os.walk(path, followlinks=True)
+            below = sorted(
+                Path(top, name) for top, _, names in walk for name in names if name.lower().endswith(SUFFIXES)
+            )
             if not below:
                 raise FileNotFoundError(f'{word}: no pictures in this folder (looked for {", ".join(SUFFIXES)})')
             found += map(str, below)

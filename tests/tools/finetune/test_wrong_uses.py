@@ -60,7 +60,7 @@ def place(write_pictures, tmp_path_factory, narrow):
 SCRATCH = ['--model', 'narrow.py', '--from-scratch']
 FINETUNE = [
     (['nowhere'], r'^nowhere: no such folder or list'),
-    (['god'], r'^god: no such folder or list; near it is good'),
+    (['goodd'], r'^goodd: no such folder or list; near it is good'),
     (['one'], r"^one: has one class, 'red': there is nothing to tell apart"),
     (
         ['single'],
@@ -126,7 +126,7 @@ FINETUNE = [
     (['good', *SCRATCH, '--cfg-options', 'x'], r'^--cfg-options x: must be KEY=VALUE'),
 ]
 OPTIONS = [
-    (['finetune', 'good', '--epohcs', '3'], r'unrecognized arguments: --epohcs 3; near it is --epochs'),
+    (['finetune', 'good', '--epohcs', '3'], r'unrecognized arguments: --epohcs 3; near it are --epochs, --export'),
     (['finetune', 'good', '--learning-rate', '3'], r'unrecognized arguments: --learning-rate 3; it is called --lr'),
     (['finetune', 'good', '--epochs', '0'], r'argument --epochs: 0 must be at least 1'),
     (
@@ -140,7 +140,7 @@ OPTIONS = [
     (['predict', 'sknet50', 'x.png', '--topk', '0'], r'argument --topk: 0 must be at least 1'),
     (['predict', 'sknet50', 'x.png', '--out', 'x.txt'], r'argument --out: x\.txt must end in \.csv or \.json'),
     (['push', 'hub', 'name'], r"argument OWNER/NAME: 'name' is not of this form"),
-    (['push', 'hub', 'me/x', '--privat'], r'unrecognized arguments: --privat|ambiguous'),
+    (['push', 'hub', 'me/x', '--privte'], r'unrecognized arguments: --privte; near it is --private'),
     (
         ['train', 'sknet_digits', '--epochs', '3'],
         r'unrecognized arguments: --epochs 3: the config has them, --cfg-optio',
