@@ -112,6 +112,15 @@ def set_device(device: str | None, amp: bool | None) -> str:
     return found
 
 
+def read_options(words: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` as the other tools read them."""
+    from _common import OverrideAction
+
+    parser = Parser(usage='finetune ... --cfg-options KEY=VALUE ...')
+    parser.add_argument('--cfg-options', nargs='+', action=OverrideAction, default={})
+    return parser.parse_args(['--cfg-options', *words] if words else []).cfg_options
+
+
 def default_work_dir(folder: Path) -> Path:
     return Path('work_dirs', folder.resolve().stem if folder.is_file() else folder.resolve().name)
 
@@ -119,7 +128,8 @@ def default_work_dir(folder: Path) -> Path:
 def prepare(args: argparse.Namespace, work_dir: Path, device: str) -> dict[str, Any]:
     """Check all, choose, and write the run's config; returns what the report and the card say of the run."""
     from _finetune import checking, configs, data, exporting, settings
-    from mmengine.config import DictAction
+
+    from sk_plugins.openmmlab.runtime.configs import check_sections, explain_parsing
 
     if (work_dir / 'config.py').is_file():
         raise FileExistsError(
@@ -135,16 +145,13 @@ def prepare(args: argparse.Namespace, work_dir: Path, device: str) -> dict[str, 
     loaded = settings.load_weights(network)
     given = {key: getattr(args, key) for key in settings.Recipe.__dataclass_fields__ if hasattr(args, key)}
     recipe = settings.choose_recipe(images, facts, network, device, {**given, 'batch_size': args.batch_size})
-    options = {}
-    for option in args.cfg_options:
-        key, equals, value = option.partition('=')
-        if not (key and equals):
-            raise ValueError(f'--cfg-options {option}: must be KEY=VALUE')
-        options[key] = DictAction._parse_iterable(value)
+    options = read_options(args.cfg_options)
     while True:
         lists = tuple(work_dir / f'{name}.{"json" if images.multi_label else "txt"}' for name in ('train', 'val'))
         cfg = configs.build_config(images, network, recipe, lists, work_dir, args.seed)
-        cfg.merge_from_dict(options)
+        check_sections(cfg, options)
+        with explain_parsing('--cfg-options'):
+            cfg.merge_from_dict(options)
         try:
             seconds = checking.try_step(cfg, recipe.batch, recipe.size, device, recipe.amp)
             break
@@ -215,9 +222,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     except training.Stopped as stopped:
         print(
             f'stopped after {stopped.epochs} of {run["epochs"]} epochs: sk-plugins finetune {folder}{where} --resume '
-            'goes on'
-            if stopped.epochs
-            else 'stopped in the first epoch: nothing is saved yet',
+            f'{"goes on" if stopped.epochs else "begins again"}',
             flush=True,
         )
         raise SystemExit(130) from None

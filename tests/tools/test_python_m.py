@@ -31,21 +31,21 @@ def test_a_mistyped_tool():
     assert 'torch' not in imported
 
 
-def test_models_are_there_for_a_tool(monkeypatch, tmp_path):
-    """And for whoever imports the package, also below a module that `python -m` looks for."""
-    code = 'import sys; sys.argv = ["-m"]; import sk_plugins; print(sk_plugins.SKResNet.__name__)'
-    said, *_ = run('-c', code)
-    assert said == 'SKResNet\n'
-    code = 'import sys, sk_plugins, timm; print(sys.argv[1:], sk_plugins.SKResNet.__name__, timm.is_model("sknet50"))'
+def test_models_are_there_for_a_tool(tmp_path):
+    """And for whoever imports the package, also while `python -m` looks for a module that is not ours."""
     (tmp_path / 'tools').mkdir()
-    (tmp_path / 'tools' / 'show.py').write_text(f'"""Shows."""\n{code}\n')
-    main = (
-        'import runpy, sys; from pathlib import Path; sys.argv = ["/bin/sk-plugins", "show", "x"]; '
-        'from sk_plugins import __main__ as m; import sk_plugins; assert not hasattr(sk_plugins, "SKResNet"); '
-        f'm.ROOT = Path({str(tmp_path)!r}); m.main()'
+    (tmp_path / 'tools' / 'show.py').write_text(
+        '"""Shows."""\nimport sys, sk_plugins, timm\n'
+        'print(sys.argv[1:], sk_plugins.SKResNet.__name__, timm.is_model("sknet50"))\n'
     )
-    said, *_ = run('-c', main)
-    assert said == "['x'] SKResNet True\n"
+    code = (
+        'import sys; from pathlib import Path; sys.argv = ["/bin/sk-plugins", "show", "x"]; '
+        'from sk_plugins import __main__ as m; import sk_plugins; assert not hasattr(sk_plugins, "SKResNet"); '
+        f'm.ROOT = Path({str(tmp_path)!r}); m.main(); '
+        'del sys.modules["sk_plugins"]; sys.argv = ["-m"]; import sk_plugins; print(sk_plugins.SKResNet.__name__)'
+    )
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "['x'] SKResNet True\nSKResNet\n"
 
 
 def test_every_tool_has_a_title():

@@ -67,7 +67,7 @@ def predict(runner: Runner, checkpoint: Path, multi_label: bool) -> Predictions:
     state_dict, _ = load_checkpoint(checkpoint)
     load_strictly(runner.model, state_dict, checkpoint)
     runner.model.eval()
-    loader = runner.build_dataloader(runner.cfg.val_dataloader) if runner.val_loop is None else runner.val_dataloader
+    loader = runner.val_dataloader
     paths, scores, truth = [], [], []
     classes = tuple(loader.dataset.metainfo['classes'])
     with torch.inference_mode():

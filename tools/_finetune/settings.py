@@ -262,8 +262,8 @@ def describe(
     score = 'mAP' if images.multi_label else f'top-1 (top-{" and top-".join(map(str, recipe.topk))} reported)'
     on = {'cpu': f'CPU, {torch.get_num_threads()} threads'}.get(recipe.device) or torch.cuda.get_device_name()
     return [
-        f'images    {len(images.train)} to train on, {len(images.val)} held out; {len(images.classes)} {kind} of '
-        f'{counts[0]} to {counts[-1]}',
+        f'images    {len(images.train)} to train on, {len(images.val)} held out; {len(images.classes)} {kind}, '
+        f'{counts[0] if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"} images each',
         f'model     {network.name}, {network.parameters / 1e6:.1f}M parameters; {tensors}',
         f'input     {recipe.size} x {recipe.size} pixels (the images: {facts.side}), '
         f'{mirrored}, mean {_numbers(recipe.mean)}, std {_numbers(recipe.std)}',

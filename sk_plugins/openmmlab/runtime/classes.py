@@ -25,14 +25,17 @@ class ClassCountHook(Hook):
     """
 
     priority = 'VERY_HIGH'
+    _trains = False
 
     def before_train(self, runner: Runner) -> None:
         _check_data(runner.model, runner.train_dataloader, 'train')
         if runner.val_loop is not None:
             _check(runner.model, runner.val_loop, 'val')
+        self._trains = True
 
     def before_val(self, runner: Runner) -> None:
-        _check(runner.model, runner.val_loop, 'val')
+        if not self._trains:
+            _check(runner.model, runner.val_loop, 'val')
 
     def before_test(self, runner: Runner) -> None:
         _check(runner.model, runner.test_loop, 'test')

@@ -31,7 +31,7 @@ def test_what_is_printed(finetune, colours, small, tmp_path, monkeypatch, capsys
     metrics = finetune([str(colours), *small, '--from-scratch', '--export'])
     lines = capsys.readouterr().out.splitlines()
     said = [
-        r'images    30 to train on, 6 held out; 3 classes of 10 to 10$',
+        r'images    30 to train on, 6 held out; 3 classes, 10 images each$',
         r'model     \S+narrow\.py, 0\.7M parameters; from nothing: random weights$',
         r'input     32 x 32 pixels \(the images: 24\), mirrored at random, mean \d+/\d+/\d+, std \d+/\d+/\d+$',
         r'recipe    AdamW, learning rate 0\.\d+, batch 8, weight decay 0\.05$',

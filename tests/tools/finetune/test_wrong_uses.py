@@ -60,7 +60,7 @@ def place(write_pictures, tmp_path_factory, narrow):
 SCRATCH = ['--model', 'narrow.py', '--from-scratch']
 FINETUNE = [
     (['nowhere'], r'^nowhere: no such folder or list'),
-    (['goodd'], r'^goodd: no such folder or list; near it is good'),
+    (['goodd'], r'^goodd: no such folder or list; near it are good, odd'),
     (['one'], r"^one: has one class, 'red': there is nothing to tell apart"),
     (
         ['single'],
@@ -123,7 +123,7 @@ FINETUNE = [
     (['good', *SCRATCH, '--resume'], r'^work_dirs/good: is no work dir of a finetune run'),
     (['good', *SCRATCH, '--amp'], r'^--amp: mmengine trains with mixed precision on GPUs'),
     (['good', *SCRATCH, '--device', 'cuda'], r'^--device cuda: torch \S+ finds no such GPU'),
-    (['good', *SCRATCH, '--cfg-options', 'x'], r'^--cfg-options x: must be KEY=VALUE'),
+    (['good', *SCRATCH, '--cfg-options', 'modle.x=1'], r'^modle\.x: the config has no modle; near it is model'),
 ]
 OPTIONS = [
     (['finetune', 'good', '--epohcs', '3'], r'unrecognized arguments: --epohcs 3; near it are --epochs, --export'),
@@ -137,10 +137,11 @@ OPTIONS = [
     (['finetune', 'good', '--val-share', '1'], r'argument --val-share: 1\.0 must be above 0 and at most 0\.9'),
     (['finetune', 'good', '--device', 'gpu'], r"argument --device: 'gpu' must be cpu, cuda or cuda:N"),
     (['finetune', 'good', '--from-scratch', '--weights', 'x'], r'--weights and --from-scratch do not go together'),
+    (['finetune', 'good', *SCRATCH, '--cfg-options', 'x'], r"argument --cfg-options: 'x' must be KEY=VALUE"),
     (['predict', 'sknet50', 'x.png', '--topk', '0'], r'argument --topk: 0 must be at least 1'),
     (['predict', 'sknet50', 'x.png', '--out', 'x.txt'], r'argument --out: x\.txt must end in \.csv or \.json'),
     (['push', 'hub', 'name'], r"argument OWNER/NAME: 'name' is not of this form"),
-    (['push', 'hub', 'me/x', '--privte'], r'unrecognized arguments: --privte; near it is --private'),
+    (['push', 'hub', 'me/x', '--privte'], r'unrecognized arguments: --privte; near it are --private, --update'),
     (
         ['train', 'sknet_digits', '--epochs', '3'],
         r'unrecognized arguments: --epochs 3: the config has them, --cfg-optio',
