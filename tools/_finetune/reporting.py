@@ -27,7 +27,7 @@ from sk_plugins.weights.fit import load_strictly
 
 __all__ = ['Predictions', 'predict', 'write']
 
-THRESHOLD = 0.5  # above it, a label of a multi-label set counts as said
+THRESHOLD = 0.5  # above it, a label of a multi-label set counts as predicted
 MOST_NAMED = 40  # classes whose names stand at a confusion matrix
 
 
@@ -42,7 +42,7 @@ class Predictions:
     multi_label: bool
 
     @property
-    def said(self) -> np.ndarray:
+    def predicted(self) -> np.ndarray:
         """(N, C), 0 or 1: the label with the highest score, or in a multi-label set those above 0.5."""
         if self.multi_label:
             return (self.scores >= THRESHOLD).astype(int)
@@ -50,7 +50,7 @@ class Predictions:
 
     def mistakes(self) -> list[int]:
         """The images with a wrong label, the one that was surest first."""
-        wrong = np.flatnonzero((self.said != self.truth).any(1))
+        wrong = np.flatnonzero((self.predicted != self.truth).any(1))
         return sorted(wrong.tolist(), key=lambda i: -self.wrongness(i))
 
     def wrongness(self, i: int) -> float:
@@ -89,28 +89,28 @@ def write(found: Predictions, folder: Path) -> dict[str, Any]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows, metrics = _rows(found)
-    header = ['class', 'images', 'said', 'right', 'precision', 'recall', 'f1']
+    header = ['class', 'images', 'predicted', 'right', 'precision', 'recall', 'f1']
     _write_csv(folder / 'classes.csv', header, rows)
     _save(_draw_table(header, rows), folder / 'classes.png')
     if found.multi_label:
-        parts = multilabel_confusion_matrix(found.truth, found.said)
-        header = ['class', 'rightly said', 'wrongly said', 'missed', 'rightly not said']
+        parts = multilabel_confusion_matrix(found.truth, found.predicted)
+        header = ['class', 'true positives', 'false positives', 'false negatives', 'true negatives']
         matrix = [[n, int(m[1, 1]), int(m[0, 1]), int(m[1, 0]), int(m[0, 0])] for n, m in zip(found.classes, parts)]
         _write_csv(folder / 'confusion_matrix.csv', header, matrix)
         _save(_draw_together(found), folder / 'confusion_matrix.png')
     else:
         labels = range(len(found.classes))
-        counts = confusion_matrix(found.truth.argmax(1), found.said.argmax(1), labels=labels)
+        counts = confusion_matrix(found.truth.argmax(1), found.predicted.argmax(1), labels=labels)
         _write_csv(
             folder / 'confusion_matrix.csv',
-            ['true \\ said', *found.classes],
+            ['true \\ predicted', *found.classes],
             [[name, *row] for name, row in zip(found.classes, counts.tolist())],
         )
-        _save(_draw_matrix(counts, found.classes, 'said'), folder / 'confusion_matrix.png')
+        _save(_draw_matrix(counts, found.classes, 'predicted'), folder / 'confusion_matrix.png')
     wrong = found.mistakes()
     _write_csv(
         folder / 'mistakes.csv',
-        ['image', 'true', 'said', 'score'],
+        ['image', 'true', 'predicted', 'score'],
         [[found.paths[i], *_words(found, i), f'{found.wrongness(i):.4f}'] for i in wrong],
     )
     if wrong:
@@ -124,12 +124,12 @@ def write(found: Predictions, folder: Path) -> dict[str, Any]:
 
 
 def _rows(found: Predictions) -> tuple[list[list[Any]], dict[str, Any]]:
-    truth, said = found.truth, found.said
-    precision, recall, f1, support = precision_recall_fscore_support(truth, said, average=None, zero_division=0)
-    right = (truth & said).sum(0)
+    truth, predicted = found.truth, found.predicted
+    precision, recall, f1, support = precision_recall_fscore_support(truth, predicted, average=None, zero_division=0)
+    right = (truth & predicted).sum(0)
     rows = [
         [name, int(n), int(s), int(r), round(float(p), 4), round(float(c), 4), round(float(f), 4)]
-        for name, n, s, r, p, c, f in zip(found.classes, support, said.sum(0), right, precision, recall, f1)
+        for name, n, s, r, p, c, f in zip(found.classes, support, predicted.sum(0), right, precision, recall, f1)
     ]
     metrics: dict[str, Any] = dict(images=len(truth), f1_macro=round(100 * float(np.mean(f1)), 2))
     if found.multi_label:
@@ -146,12 +146,12 @@ def _rows(found: Predictions) -> tuple[list[list[Any]], dict[str, Any]]:
 
 
 def _words(found: Predictions, i: int) -> tuple[str, str]:
-    """The true labels and those that were said."""
-    true, said = (
+    """The true labels and those that were predicted."""
+    true, predicted = (
         ';'.join(name for name, here in zip(found.classes, row) if here) or 'none'
-        for row in (found.truth[i], found.said[i])
+        for row in (found.truth[i], found.predicted[i])
     )
-    return true, said
+    return true, predicted
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -164,7 +164,7 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(partial, dpi=120, bbox_inches='tight', format='png')
 
 
-def _draw_matrix(counts: np.ndarray, classes: Sequence[str], said: str) -> Figure:
+def _draw_matrix(counts: np.ndarray, classes: Sequence[str], predicted: str) -> Figure:
     """Rows by their share, with the counts where there is room for them."""
     number = len(classes)
     side = min(16.0, 2.5 + 0.42 * number)
@@ -182,22 +182,22 @@ def _draw_matrix(counts: np.ndarray, classes: Sequence[str], said: str) -> Figur
     else:
         axis.set_xticks([])
         axis.set_yticks([])
-    axis.set_xlabel(said)
+    axis.set_xlabel(predicted)
     axis.set_ylabel('true')
     return figure
 
 
 def _draw_together(found: Predictions) -> Figure:
-    """Of a multi-label set: how often each label is said of the images that have another."""
-    counts = found.truth.T @ found.said
-    return _draw_matrix(counts, found.classes, 'said of images that have it')
+    """Of a multi-label set: how often each label is predicted of the images that have another."""
+    counts = found.truth.T @ found.predicted
+    return _draw_matrix(counts, found.classes, 'predicted of images that have it')
 
 
 def _draw_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Figure:
     """The hundred classes with the lowest F1 at most."""
     chosen = sorted(rows, key=lambda row: row[-1])[:100]
     cells = [[f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in row] for row in chosen]
-    figure = Figure(figsize=(8, 0.5 + 0.25 * len(cells)))
+    figure = Figure(figsize=(5.5, 0.5 + 0.25 * len(cells)))
     axis = figure.subplots()
     axis.axis('off')
     table = axis.table(cells, colLabels=header, loc='center', cellLoc='right')
@@ -220,9 +220,9 @@ def _draw_mistakes(found: Predictions, chosen: Sequence[int]) -> Figure:
         path = Path(found.paths[i])
         with Image.open(path) as image:
             axis.imshow(image.convert('RGB'))
-        true, said = _words(found, i)
+        true, predicted = _words(found, i)
         name = Path(*path.parts[-2:]).as_posix()
-        text = f'{_cut(name)}\ntrue: {_cut(true)}\nsaid: {_cut(said)} ({found.wrongness(i):.0%})'
+        text = f'{_cut(name)}\ntrue: {_cut(true)}\npredicted: {_cut(predicted)} ({found.wrongness(i):.0%})'
         axis.set_title(text, fontsize=7, parse_math=False)
     figure.tight_layout()
     return figure

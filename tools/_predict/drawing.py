@@ -85,7 +85,7 @@ def draw(
         _draw_attention(axes[-1], attention)
     figure.tight_layout()
     with write_atomically(path) as partial:
-        figure.savefig(partial, dpi=110, format='png')
+        figure.savefig(partial, dpi=110, bbox_inches='tight', format='png')
 
 
 def _draw_attention(axis: Axes, attention: Mapping[str, tuple[tuple[str, ...], Any]]) -> None:

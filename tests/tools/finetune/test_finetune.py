@@ -57,13 +57,13 @@ def test_report(colours_run):
     metrics = json.loads((report / 'metrics.json').read_text())
     assert metrics['images'] == 6
     header, *matrix = rows_of(report / 'confusion_matrix.csv')
-    assert header == ['true \\ said', 'blue', 'green', 'red']
+    assert header == ['true \\ predicted', 'blue', 'green', 'red']
     counts = [[int(cell) for cell in row[1:]] for row in matrix]
     assert [sum(row) for row in counts] == [2, 2, 2]
     right = sum(counts[i][i] for i in range(3))
     assert metrics['top1'] == pytest.approx(100 * right / 6, abs=0.01)
     classes = rows_of(report / 'classes.csv')
-    assert classes[0] == ['class', 'images', 'said', 'right', 'precision', 'recall', 'f1']
+    assert classes[0] == ['class', 'images', 'predicted', 'right', 'precision', 'recall', 'f1']
     assert [int(row[3]) for row in classes[1:]] == [counts[i][i] for i in range(3)]
     assert [int(row[2]) for row in classes[1:]] == [sum(row[i] for row in counts) for i in range(3)]
     mistakes = rows_of(report / 'mistakes.csv')
@@ -185,7 +185,7 @@ def test_several_labels(labels_run):
     assert {'mAP', 'f1_macro', 'images', 'mistakes'} == metrics.keys()
     assert 0 < metrics['mAP'] <= 100
     header, *rows = rows_of(labels_run / 'report' / 'confusion_matrix.csv')
-    assert header == ['class', 'rightly said', 'wrongly said', 'missed', 'rightly not said']
+    assert header == ['class', 'true positives', 'false positives', 'false negatives', 'true negatives']
     assert {sum(map(int, row[1:])) for row in rows} == {metrics['images']}
     cfg = Config.fromfile(labels_run / 'config.py')
     assert cfg.model.head.type == 'MultiLabelLinearClsHead'
