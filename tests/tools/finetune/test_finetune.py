@@ -154,8 +154,6 @@ def test_weights_of_the_hub(hub, finetune, colours, small, tmp_path, before_trai
     own = {name: tensor for name, tensor in own.items() if not name.startswith('fc.')}
     assert all(torch.equal(before_training[f'backbone.{name}'], tensor) for name, tensor in own.items())
     assert before_training['head.fc.weight'].shape == (3, 512)
-    cfg = Config.fromfile(tmp_path / 'run' / 'config.py')
-    assert cfg.optim_wrapper.constructor == 'LearningRateDecayOptimWrapperConstructor'
 
 
 def test_weights_of_another_network(finetune, colours, small, tmp_path):
@@ -172,12 +170,15 @@ def test_frozen_stages(hub, finetune, colours, small, tmp_path):
     network = randomise(timm.create_model('sknet26', **TINY))
     hub.add('me/tiny', {'model.safetensors': save(network.state_dict())})
     words = ['--weights', 'hf-hub:me/tiny', '--freeze', '1', '--epochs', '1', '--work-dir', str(tmp_path / 'run')]
+    words += ['--layer-decay', '0.7']
     finetune([str(colours), *small, *words])
     weights, _ = load_checkpoint(tmp_path / 'run' / 'epoch_1.pth')
     own = network.state_dict()
     same = {name for name in own if torch.equal(weights.get(f'backbone.{name}', torch.empty(0)), own[name])}
     assert {name for name in own if name.startswith(('conv1.', 'bn1.', 'layer1.'))} <= same
     assert not {name for name in same if name.startswith('layer4.') and name.endswith('conv.weight')}
+    cfg = Config.fromfile(tmp_path / 'run' / 'config.py')
+    assert cfg.optim_wrapper.constructor == 'LearningRateDecayOptimWrapperConstructor'
 
 
 def test_several_labels(labels_run):
@@ -241,7 +242,8 @@ def test_what_is_chosen(tmp_path, images, side, batch, size, epochs):
     assert recipe.resize == round(size / 0.875)
     scratch = settings.choose_recipe(found, facts, settings.choose_network('sknet50', from_scratch=True), 'cpu', {})
     assert scratch.mean == (1.0, 2.0, 3.0)
-    assert (scratch.layer_decay, scratch.epochs > recipe.epochs) == (1.0, True)
+    assert scratch.epochs > recipe.epochs
+    assert scratch.lr == 2 * recipe.lr
     given = settings.choose_recipe(found, facts, network, 'cpu', dict(size=96, lr=0.5, batch_size=4, flip=False))
     assert (given.size, given.lr, given.batch, given.flip) == (96, 0.5, 4, False)
 
