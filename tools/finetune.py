@@ -235,7 +235,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f'best: {score} {value:.1f} % (epoch {best.epoch} of {run["epochs"]}), {total - metrics["mistakes"]} of '
         f'{total} images right, in {say_time(time.perf_counter() - started)}'
     )
-    print(f'report: {work_dir / "report"}: classes, confusion_matrix, mistakes (.csv, .png); log: {runner._log_dir}')
+    log = work_dir / runner.timestamp
+    print(f'report: {work_dir / "report"}: classes, confusion_matrix, mistakes (.csv, .png); log: {log}')
     if args.export:
         print(f'exported: {exporting.refresh(work_dir)}')
     quoted = shlex.quote(str(work_dir))
