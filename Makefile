@@ -108,7 +108,7 @@ $(PIP) install --quiet --upgrade pip
 endef
 PIP = $(@D)/bin/python -m pip
 
-$(VENV)/.installed: EXTRAS := mm,seg,downstream,docs,dev
+$(VENV)/.installed: EXTRAS := mm,seg,downstream,cam,docs,dev
 $(OPENMMLAB_VENV)/.installed: EXTRAS := openmmlab,dev
 %/.installed: pyproject.toml constraints.txt
 	$(create)

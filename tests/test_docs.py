@@ -65,7 +65,7 @@ BUT_SCENES = '\n'.join(text for page, text in PAGES.items() if page != SCENES_PA
 SHELL = [line for line in LINES if not line.startswith(tuple(ELSEWHERE)) and line in BUT_SCENES]
 # The Python snippets by what is done with them.
 LOADING = [code for code in PYTHON if 'local-dir:' in code]
-FLOWERS = [code for code in PYTHON if code.startswith('# flowers.py')]
+FLOWERS = [code for code in PYTHON if code.startswith('# sknet50_flowers.py')]
 FINE_TUNING = [code for code in PYTHON if code.startswith('# fine_tune.py')]
 STANDALONE = [code for code in PYTHON if code.startswith(('import', 'from')) and code not in LOADING]
 CONFIGS = [code for code in PYTHON if code.startswith('custom_imports')]
@@ -92,6 +92,7 @@ NARROW = [
     'model.backbone.base_width=16',
 ]
 CLASSES = [f'{split}_dataloader.dataset.metainfo.classes=n01,n02' for split in ('train', 'val', 'test')]
+FINETUNE = ['--epochs', '1', '--size', '64', '--batch-size', '2', '--workers', '0']
 SHORT = ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=64', 'val_dataloader.dataset.indices=64']
 
 
@@ -114,7 +115,8 @@ def environment(tmp_path_factory):
     server.add('lightly-ai/simclrv2-imagenet1k-r50_1x_sk1', {'r50_1x_sk1.pth': file.getvalue()})
     root = Path(sk_plugins.__file__).parents[1]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get('PYTHONPATH'))))
-    yield {'HF_ENDPOINT': server.url, 'HF_HOME': str(tmp_path_factory.mktemp('hf')), 'PYTHONPATH': path}
+    home = str(tmp_path_factory.mktemp('hf'))
+    yield {'HF_ENDPOINT': server.url, 'HF_HOME': home, 'HF_TOKEN': server.token, 'PYTHONPATH': path}
     server.stop()
 
 
@@ -153,7 +155,10 @@ def write_third_party(path):
 def shorten(line: str) -> list[str]:
     """A line on a CPU and a tiny data set: one epoch, few images, small crops, two processes of a narrow network."""
     words = [re.sub(r'epoch_\d+', 'epoch_1', '2' if word == '8' else word) for word in shlex.split(line)]
-    tool = next(word for word in words if 'tools/' in word or word == 'sk_plugins')
+    words = [word.replace('OWNER/', f'{HubServer.OWNER}/') for word in words]
+    if words[:2] == ['sk-plugins', 'finetune']:
+        return [*words, *FINETUNE]
+    tool = next(word for word in words if 'tools/' in word or word in ('sk_plugins', 'sk-plugins'))
     if tool.endswith('analyze_attention.py'):
         return [*words, '--size', '64', '--field-images', '2', '--workers', '0']
     if tool.endswith('export_onnx.py'):
@@ -194,8 +199,8 @@ def test_all_are_of_a_known_kind():
     assert len(PAGES) > 25
     kinds = [STANDALONE, CONFIGS, HOOKS, FLOWERS, FINE_TUNING, LOADING]
     assert sorted(code for kind in kinds for code in kind) == sorted(PYTHON)
-    assert [len(kind) for kind in kinds] == [19, 5, 1, 1, 1, 2]
-    assert len(SHELL) == 15
+    assert [len(kind) for kind in kinds] == [21, 5, 1, 1, 1, 2]
+    assert len(SHELL) == 19
 
 
 @pytest.mark.parametrize(('start', 'where'), ELSEWHERE.items())
@@ -304,26 +309,29 @@ def test_shell_lines_run_in_their_order(flowers, imagenet, environment, run_pyth
     pytest.importorskip('mmpretrain')
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     (flowers / 'data' / 'imagenet').symlink_to(imagenet.root)
-    (flowers / 'flowers.py').write_text(FLOWERS[0])
+    (flowers / 'sknet50_flowers.py').write_text(FLOWERS[0])
     write_third_party(flowers / 'sknet.pth')
     lines = SHELL
     if not Path('/usr/share/datasets/fashion-mnist').is_dir():
         lines = [line for line in lines if 'fashion_mnist' not in line]
     for line in lines:
         words = shorten(line)
-        if words[0] == 'python':
+        if words[0] == 'sk-plugins':
+            run_python(RUN.format(words=['sk_plugins', *words[1:]]), flowers)
+        elif words[0] == 'python':
             run_python(RUN.format(words=words[2:] if words[1] == '-m' else words[1:]), flowers)
         else:
             run(words, flowers, **environment, PATH=path)
         for code in LOADING:
             if re.search(r'local-dir:(\w+)', code)[1] in words:
                 run_python(code, flowers)
-        if 'flowers_hub' in words:
-            model = timm.create_model(f'local-dir:{flowers / "flowers_hub"}', pretrained=True)
-            state_dict, _ = load_checkpoint(flowers / 'work_dirs' / 'flowers' / 'epoch_1.pth')
+        if 'by_hand_hub' in words or 'flowers_hub' in words:
+            hub, run_dir = ('by_hand_hub', 'sknet50_flowers') if 'by_hand_hub' in words else ('flowers_hub', 'flowers')
+            model = timm.create_model(f'local-dir:{flowers / hub}', pretrained=True)
+            state_dict, _ = load_checkpoint(flowers / 'work_dirs' / run_dir / 'epoch_1.pth')
             assert torch.equal(model.state_dict()['conv1.weight'], state_dict['backbone.conv1.weight'])
             assert model.pretrained_cfg['label_names'] == ['daisy', 'rose']
-    for name in ('flowers', 'sknet50_in1k', 'sknet_digits'):
+    for name in ('flowers', 'sknet50_flowers', 'sknet50_in1k', 'sknet_digits'):
         assert (flowers / 'work_dirs' / name / 'epoch_1.pth').is_file()
     assert (flowers / 'work_dirs' / 'distributed' / 'epoch_1.pth').is_file()
     (log,) = (flowers / 'work_dirs' / 'distributed').glob('*/*.log')  # the first process's alone

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
+from sk_plugins.openmmlab import hooks  # noqa: F401 - registers PictureHook
+
 # How mmdet and mmpretrain merge the predictions of augmented copies where the config does not say.
 TTA_MODELS = {
     'mmdet': dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
@@ -34,7 +36,7 @@ def set_out(cfg: Config, out: Path) -> None:
 
 
 def set_show_dir(cfg: Config, folder: Path, tta: bool) -> None:
-    """Have the visualisation hook, whichever framework's, draw every test image.
+    """Have every test image drawn, by the framework's visualisation hook or, of mmpretrain's, by this project's.
 
     Raises:
         ValueError: there is no such hook, or it cannot draw augmented copies.
@@ -51,7 +53,7 @@ def set_show_dir(cfg: Config, folder: Path, tta: bool) -> None:
     elif tta:
         raise ValueError(f'--show-dir {folder}: with --tta, mmpretrain does not draw')
     else:
-        hook.update(enable=True, interval=1, out_dir=where)
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='PictureHook', out_dir=where)]
 
 
 def set_tta(cfg: Config) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import timm
 import torch
+from _arguments import Parser
 from _errors import run
 from _networks import build
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from sk_plugins.weights import HubError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('model', help='a name of timm, local-dir:FOLDER, hf-hub:OWNER/NAME, or a config')
     parser.add_argument('images', type=Path, metavar='IMAGES', help='folder of images, or of folders, one for a class')
     parser.add_argument('--checkpoint', metavar='FILE|hf-hub:OWNER/NAME', help='of mmengine, timm or a state dict')

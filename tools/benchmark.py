@@ -23,6 +23,7 @@ import argparse
 import json
 from pathlib import Path
 
+from _arguments import Parser
 from _benchmark.choosing import check_outputs, choose
 from _benchmark.drawing import draw, draw_networks
 from _benchmark.machine import describe_machine, keep_freed_memory
@@ -35,7 +36,7 @@ from _errors import run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('models', nargs='*', metavar='MODEL', help='e.g. sknet50, sknet50:fuse, torchvision:resnet50')
     parser.add_argument('--set', choices=SETS, help='the models, modes and settings of a table of figures')
     parser.add_argument('--baseline', help='the model whose figures are 1 (default: the first)')

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from _arguments import Parser
 from _benchmark.machine import describe_machine, keep_freed_memory
 from _benchmark.measuring import measure
 from _benchmark.reporting import make_report, markdown
@@ -95,7 +96,7 @@ def variants() -> list[Variant]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='default: cpu')
     parser.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32', help='bfloat16 is autocast')
     parser.add_argument('--memory-format', choices=MEMORY_FORMATS, default='channels_last')

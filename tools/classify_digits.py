@@ -6,13 +6,13 @@ Turns the checkpoint into a Hub folder, loads that with timm.create_model('local
 and the network's answer, and draws them in digits.png beside the checkpoint.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import timm
 import torch
+from _arguments import Parser
 from _common import run
 from convert_checkpoint import convert
 from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def draw(images: list, labels: list[int], scores: Tensor, columns: int = 8) -> F
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('checkpoint', type=Path)
     parser.add_argument('--count', type=int, default=16, help='images to print and draw (default: 16)')
     args = parser.parse_args(argv)

@@ -16,6 +16,7 @@ names, and what it was recognised as is printed with the network that it belongs
 import argparse
 from pathlib import Path
 
+from _arguments import Parser
 from _common import run
 from mmengine.config import Config
 
@@ -36,7 +37,7 @@ from sk_plugins.weights.names import is_own
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('checkpoint', type=Path, help='of mmengine, timm, a plain state dict, or another project')
     parser.add_argument('out', type=Path)
     parser.add_argument('--to', choices=['hub', 'timm', 'mmengine'])

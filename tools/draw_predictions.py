@@ -6,7 +6,6 @@ One picture of all: detections with class and score, the true boxes dashed; of a
 the prediction, one below the other. `tools/test.py --show-dir` writes one file an image.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from _arguments import Parser
 from _common import add_common_arguments, load_config, run
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
@@ -120,7 +120,7 @@ def draw(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_common_arguments(parser)
     parser.add_argument('checkpoint', help='a checkpoint of mmengine')
     parser.add_argument('picture', type=Path, help='.png, .pdf, .svg, ...')

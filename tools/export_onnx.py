@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _arguments import Parser
 from _errors import run
 from _networks import build
 from torch import nn
@@ -30,7 +31,7 @@ TOLERANCE = 1e-4
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     flag = argparse.BooleanOptionalAction
     parser.add_argument('model', help='a name of timm, local-dir:FOLDER, hf-hub:OWNER/NAME, or a config')
     parser.add_argument('out', type=Path, help='the .onnx file to write')

@@ -5,11 +5,11 @@ python tools/model_table.py --write             # put it into docs/models.md, an
 python tools/model_table.py --json models.json  # the same figures for programs
 """
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
 
+from _arguments import Parser
 from _counts import Row, rows
 from _tables import insert_table, markdown_table
 
@@ -105,7 +105,7 @@ def _link(where: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('--write', action='store_true', help='renew the tables in docs/models.md and README.md')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there')
     args = parser.parse_args(argv)

@@ -4,13 +4,13 @@ apt-get install dataset-fashion-mnist
 python tools/prepare_fashion_mnist.py
 """
 
-import argparse
 import gzip
 import math
 import struct
 import zlib
 from pathlib import Path
 
+from _arguments import Parser
 from _common import run
 
 from sk_plugins._files import write_atomically
@@ -62,7 +62,7 @@ def _unpack(path: Path, header: tuple[int, ...]) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('--source', type=Path, default=DEBIAN, help=f'folder of the .gz files (default: {DEBIAN})')
     parser.add_argument('--out', type=Path, default=Path('data/fashion_mnist'), help='default: data/fashion_mnist')
     args = parser.parse_args(argv)

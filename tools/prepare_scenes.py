@@ -13,12 +13,12 @@ photograph. For a classifier there are garments/{train,val}/*.jpg, each garment 
 classes, 0 to 9, in annotations/garments_{train,val}.txt.
 """
 
-import argparse
 import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
+from _arguments import Parser
 from _common import run
 from _scenes import PHOTOGRAPHS, SIZES, annotate, close_up, compose, load_photographs
 from mmpretrain.datasets import FashionMNIST
@@ -118,7 +118,7 @@ def prepare(out: Path, garments: Path, train: int, val: int, size: int, seed: in
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('--out', type=Path, default=Path('data/scenes'), help='folder to make (default: data/scenes)')
     parser.add_argument(
         '--garments',

@@ -12,7 +12,6 @@ same images in the same order, so that the comparisons are paired by seed. The w
 measured stay in WORK_DIR.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -22,13 +21,14 @@ from _ablation.reporting import report
 from _ablation.rows import OPTIONS, Settings
 from _ablation.running import run_missing, verify
 from _ablation.training import check_device, set_up
+from _arguments import Parser
 from _common import run
 
 
 def main(argv: list[str] | None = None) -> None:
     defaults = Settings()
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('--out', type=Path, default=Path('results/ablation'), help='default: results/ablation')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/ablation'), help='default: work_dirs/ablation')
     parser.add_argument('--data', type=Path, default=Path('data/fashion_mnist'), help='default: data/fashion_mnist')

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import mmengine
+from _arguments import Parser
 from _common import add_common_arguments, load_config, run
 from _testing import RESIZE_FOR_CROP, set_crop, set_out, set_show_dir, set_tta
 from mmengine.config import Config
@@ -24,7 +25,7 @@ from sk_plugins.weights.fit import load_strictly
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Test (and evaluate) a model')
+    parser = Parser(description=__doc__)
     add_common_arguments(parser)
     parser.add_argument(
         'checkpoint', help='a checkpoint of mmengine, a timm-format file, or hf-hub:OWNER/NAME[@REVISION]'

@@ -7,6 +7,7 @@ python tools/train.py sknet_digits --work-dir work_dirs/digits --resume
 import argparse
 from pathlib import Path
 
+from _arguments import Parser
 from _common import add_common_arguments, load_config, run
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -17,9 +18,17 @@ from sk_plugins.openmmlab.runtime.resuming import make_resumable
 from sk_plugins.openmmlab.runtime.runner import build_runner
 from sk_plugins.weights import CheckpointError, load_checkpoint
 
+# What the options are called that users of other projects look for.
+HINTS = {
+    '--epochs': ': the config has them, --cfg-options train_cfg.max_epochs=N',
+    '--batch-size': ': the config has it, --cfg-options train_dataloader.batch_size=N',
+    '--lr': ': the config has it, --cfg-options optim_wrapper.optimizer.lr=X',
+    '--device': ': a GPU is used where there is one; CUDA_VISIBLE_DEVICES chooses it, and nothing in it none',
+}
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Train a model')
+    parser = Parser(description=__doc__, hints=HINTS)
     add_common_arguments(parser)
     parser.add_argument(
         '--resume',

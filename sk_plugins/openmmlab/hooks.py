@@ -1,6 +1,8 @@
 """mmengine's hooks of this project."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -9,7 +11,7 @@ from mmengine.runner import Runner
 
 from ..analysis import Recording, attention_scalars, record
 
-__all__ = ['SKAttentionHook']
+__all__ = ['PictureHook', 'SKAttentionHook']
 
 
 @HOOKS.register_module()
@@ -53,3 +55,45 @@ class SKAttentionHook(Hook):
             scalars = attention_scalars(recording)
             if scalars:
                 runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+
+
+@HOOKS.register_module()
+class PictureHook(Hook):
+    """In testing a classifier, every picture with its labels, under the name and in the folder that it has.
+
+    mmpretrain's ``VisualizationHook`` names files by their last part alone: pictures of one name in two classes
+    overwrite each other.
+
+    Args:
+        out_dir: where they go, as PNG; of data without files, by their number.
+    """
+
+    def __init__(self, out_dir: str) -> None:
+        self.out_dir = Path(out_dir)
+        self._count = 0
+        self._taken: set[Path] = set()
+
+    def before_test(self, runner: Runner) -> None:
+        self._count, self._taken = 0, set()
+
+    def after_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+    ) -> None:
+        top = getattr(runner.test_dataloader.dataset, 'img_prefix', '')
+        for image, sample in zip(data_batch['inputs'], outputs or ()):
+            path = self.out_dir / self._name(sample.get('img_path'), top)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = image.permute(1, 2, 0).cpu().numpy().astype('uint8')
+            runner.visualizer.visualize_cls(pixels, sample, name=path.stem, out_file=str(path))
+            self._count += 1
+
+    def _name(self, picture: str | None, top: str) -> Path:
+        if picture is None:
+            return Path(f'{self._count:06d}.png')
+        inside = os.path.relpath(picture, top) if top else os.path.basename(picture)
+        kept = Path(os.path.basename(picture) if inside.startswith('..') else inside)
+        name = kept.with_suffix('.png')
+        if name in self._taken:  # another ending
+            name = kept.with_name(f'{kept.name}.png')
+        self._taken.add(name)
+        return name

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -41,6 +42,7 @@ __all__ = [
     'load_state_dict',
     'read_file',
     'save_hub_folder',
+    'say_cause',
 ]
 
 _Read = TypeVar('_Read')
@@ -91,8 +93,7 @@ def explain_errors(
         raise HubError(f'{repo}: access to this repository must be asked for on its page, then log in') from error
     except hf_errors.RepositoryNotFoundError as error:
         raise HubError(
-            f'{repo}: repository not found, or private and you are not logged in (`hf auth login`): '
-            f'{_root_cause(error)}'
+            f'{repo}: repository not found, or private and you are not logged in (`hf auth login`): {say_cause(error)}'
         ) from error
     except hf_errors.LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
@@ -103,7 +104,7 @@ def explain_errors(
                 'checkpoint=... of init_cfg)'
             ) from error
         raise HubError(
-            f'{repo}: {filename} is not in the local cache and the Hub did not give it ({_root_cause(error)}); '
+            f'{repo}: {filename} is not in the local cache and the Hub did not give it ({say_cause(error)}); '
             'check the connection, HF_ENDPOINT and HF_HUB_OFFLINE'
         ) from error
     except hf_errors.EntryNotFoundError as error:
@@ -112,7 +113,7 @@ def explain_errors(
         raise HubError(f'{repo}: not a valid repository name: {first_lines(error)}') from error
     # Connections that break during a download reach us as the HTTP library's own errors, which are no OSError.
     except (OSError, hf_errors.HTTPError) as error:
-        raise HubError(f'{repo}: the download failed: {_root_cause(error)}') from error
+        raise HubError(f'{repo}: the download failed: {say_cause(error)}') from error
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         damaged = _forget_damaged(repo, cache_dir, filename)
         if damaged is None:
@@ -211,7 +212,7 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
-def _root_cause(error: BaseException) -> str:
+def say_cause(error: BaseException) -> str:
     """The innermost reason in one line: what the Hub answered, or what the connection failed of."""
     while error.__cause__ is not None and getattr(error, 'response', None) is None:
         error = error.__cause__
@@ -337,6 +338,7 @@ def save_hub_folder(
     data_config: Mapping[str, Any] | None = None,
     label_names: list[str] | None = None,
     description: str | None = None,
+    problem_type: str | None = None,
 ) -> None:
     """Write a folder for the Hub: ``config.json``, ``model.safetensors`` and a model card.
 
@@ -351,6 +353,8 @@ def save_hub_folder(
         data_config: preprocessing: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``.
         label_names: the classes, in the classifier's order.
         description: a line for the model card.
+        problem_type: 'multi_label_classification' where an image has any number of classes: transformers' pipelines
+            give each a score of its own then.
 
     Raises:
         FileExistsError: ``folder`` holds files already.
@@ -369,10 +373,13 @@ def save_hub_folder(
         save_for_hf(
             model,
             partial,
-            model_config=dict(label_names=label_names) if label_names else None,
+            model_config={k: v for k, v in dict(label_names=label_names, problem_type=problem_type).items() if v},
             model_args=dict(model_args or {}),
             safe_serialization=True,
         )
+        config = json.loads((partial / 'config.json').read_text(encoding='utf-8'))
+        config.get('model_args', {}).pop('num_classes', None)  # transformers would pass it twice: it is beside them
+        (partial / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
         (partial / 'README.md').write_text(_model_card(architecture, folder.name, description), encoding='utf-8')
 
 

@@ -1,6 +1,8 @@
 """A loopback Hugging Face Hub: repositories from a dict, and the faults that a real one and the network have."""
 
+import base64
 import hashlib
+import json
 import re
 import threading
 import time
@@ -11,6 +13,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 _PATH = re.compile(r'/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)')
+_COMMIT = re.compile(r'/api/models/(?P<repo>[^/]+/[^/]+)/(?P<what>preupload|commit)/(?P<revision>[^/?]+)')
 _RANGE = re.compile(r'bytes=(\d+)-')
 
 
@@ -59,12 +62,18 @@ class HubServer:
     Attributes:
         faults: a :class:`Fault` by 'OWNER/NAME/FILE', 'OWNER/NAME' or '*' for all, the first that is there.
         requests: every request so far.
+        token: who has it may make repositories of ``OWNER``, and commit to them.
+        private: the repositories that were made so.
     """
+
+    OWNER = 'me'
+    token = 'hf_loopback'
 
     def __init__(self) -> None:
         self.port = 0
         self.faults: dict[str, Fault] = {}
         self.requests: list[Request] = []
+        self.private: set[str] = set()
         self._revisions: dict[str, dict[str, str]] = {}
         self._commits: dict[tuple[str, str], dict[str, bytes]] = {}
         self._server: ThreadingHTTPServer | None = None
@@ -80,6 +89,19 @@ class HubServer:
         self._commits[repo, commit] = dict(files)
         self._revisions.setdefault(repo, {}).update(dict.fromkeys([*(revisions or ('main',)), commit], commit))
         return commit
+
+    def create(self, repo: str, private: bool) -> bool:
+        """Whether a repository could be made: not where there is one of this name."""
+        if repo in self._revisions:
+            return False
+        self.add(repo, {})
+        if private:
+            self.private.add(repo)
+        return True
+
+    def files(self, repo: str) -> dict[str, bytes]:
+        """What is on the branch main."""
+        return dict(self._commits[repo, self._revisions[repo]['main']])
 
     def start(self) -> 'HubServer':
         self._server = ThreadingHTTPServer(('127.0.0.1', self.port), _Handler)
@@ -132,6 +154,56 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(commit, found, fault)
 
     do_HEAD = do_GET  # noqa: N815
+
+    def do_POST(self) -> None:
+        hub: HubServer = self.server.hub
+        hub.requests.append(Request(self.command, self.path, None))
+        body = self._body()
+        if self.path == '/api/validate-yaml':
+            self._answer_json(200, {'errors': [], 'warnings': []})
+            return
+        if self.headers.get('Authorization') != f'Bearer {hub.token}':
+            self._refuse(FAULTS['bad-token'])
+            return
+        if self.path == '/api/repos/create':
+            asked = json.loads(body)
+            repo = f'{asked["organization"]}/{asked["name"]}'
+            private = asked.get('private') or asked.get('visibility') == 'private'
+            if asked['organization'] != hub.OWNER:
+                self._refuse(Fault(403, None, f'You have no rights to {asked["organization"]}'))
+            elif not hub.create(repo, bool(private)):
+                self._answer_json(409, {'error': 'You already created this model repo', 'url': f'{hub.url}/{repo}'})
+            else:
+                self._answer_json(200, {'url': f'{hub.url}/{repo}', 'name': repo})
+            return
+        match = _COMMIT.match(self.path)
+        if match is None:
+            self._answer(404, {'Content-Length': 0})
+        elif match['what'] == 'preupload':
+            files = [dict(path=f['path'], uploadMode='regular', shouldIgnore=False) for f in json.loads(body)['files']]
+            self._answer_json(200, {'files': files})
+        else:
+            lines = [json.loads(line) for line in body.splitlines() if line]
+            added = {line['value']['path']: line['value']['content'] for line in lines if line['key'] == 'file'}
+            repo = match['repo']
+            commit = hub.add(repo, {**hub.files(repo), **{k: base64.b64decode(v) for k, v in added.items()}})
+            self._answer_json(
+                200, {'commitOid': commit, 'commitUrl': f'{hub.url}/{repo}/commit/{commit}', 'hookOutput': ''}
+            )
+
+    def _body(self) -> bytes:
+        if 'chunked' not in self.headers.get('Transfer-Encoding', ''):
+            return self.rfile.read(int(self.headers.get('Content-Length', 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        return b''.join(parts)
+
+    def _answer_json(self, status: int, answer: Mapping[str, object]) -> None:
+        body = json.dumps(answer).encode()
+        self._answer(status, {'Content-Type': 'application/json', 'Content-Length': len(body)})
+        self.wfile.write(body)
 
     def _refuse(self, fault: Fault, commit: str | None = None) -> None:
         headers = {'X-Error-Code': fault.code, 'X-Error-Message': fault.message, 'X-Repo-Commit': commit}

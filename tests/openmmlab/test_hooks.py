@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 import sk_plugins.mmpretrain_models  # noqa: F401 - registers the hook
 from sk_plugins._resources import find_config
 from sk_plugins.analysis import attention_scalars, recording
-from sk_plugins.openmmlab.hooks import SKAttentionHook
+from sk_plugins.openmmlab.hooks import PictureHook, SKAttentionHook
 
 OPTIONS = {
     'train_cfg.max_epochs': 1,
@@ -100,3 +100,10 @@ def test_arguments(tmp_path):
         SKAttentionHook(interval=0)
     with pytest.raises(ValueError, match="units has 'SK_9_1', a unit that does not exist: choose from SK_2_1"):
         runner(tmp_path, 'wrong', units=['SK_9_1']).train()
+
+
+def test_pictures_keep_their_folders(tmp_path):
+    hook = PictureHook(str(tmp_path))
+    paths = ['/data/cat/1.jpg', '/data/dog/1.jpg', '/data/dog/1.png', '/elsewhere/1.jpg', None]
+    names = [str(hook._name(path, '/data')) for path in paths]
+    assert names == ['cat/1.png', 'dog/1.png', 'dog/1.png.png', '1.png', '000000.png']

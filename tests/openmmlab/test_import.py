@@ -79,7 +79,7 @@ REGISTERED = {
     'mmpretrain.transform': ['SimCLRCrop'],
     'mmpretrain.model': ['SKNet', 'SKResNeXt', 'SKResNet', 'SKResNetSimCLR', 'SKShuffleNetV2'],
     'mmpretrain.dataset': ['Digits', 'ScaledFashionMNIST'],
-    'mmengine.hook': ['SKAttentionHook'],
+    'mmengine.hook': ['PictureHook', 'SKAttentionHook'],
     'mmengine.weight initializer': ['WarmStart'],
 }
 INDEX = 'mmpretrain.apis.model.ModelHub._models_dict'
@@ -115,7 +115,13 @@ def test_the_runtime(changes):
     assert changed == [SCHEMES]
     assert added == {
         'mmengine.dataset': ['SkipUnreadable'],
-        'mmengine.hook': ['CheckpointFitHook', 'InvalidLossHook', 'ResumableCheckpointHook', 'TotalBatchHook'],
+        'mmengine.hook': [
+            'CheckpointFitHook',
+            'ClassCountHook',
+            'InvalidLossHook',
+            'ResumableCheckpointHook',
+            'TotalBatchHook',
+        ],
         'mmengine.model_wrapper': ['CPUDistributedDataParallel'],
         'mmengine.runner': ['SurvivingRunner'],
         'mmengine.transform': ['LoadSoundImage'],

@@ -211,8 +211,8 @@ def test_pictures_are_drawn(evaluate, imagenet, imagenet_run, tmp_path):
     words = ['--show-dir', tmp_path / 'pictures']
     options = [*imagenet.options, *imagenet.narrow]
     evaluate('sknet26_in1k', imagenet_run / 'epoch_1.pth', *words, options=options)
-    drawn = {path.name for path in (tmp_path / 'pictures').iterdir()}
-    assert drawn == {f'{name}_{i}.JPEG_0.png' for name in imagenet.classes for i in range(3)}
+    drawn = {str(path.relative_to(tmp_path / 'pictures')) for path in (tmp_path / 'pictures').rglob('*.png')}
+    assert drawn == {f'{name}/{name}_{i}.png' for name in imagenet.classes for i in range(3)}
 
 
 def test_tta_averages_the_mirror_image(evaluate, digits_run, short_digits, tmp_path):

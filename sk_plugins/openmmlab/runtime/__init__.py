@@ -9,12 +9,13 @@ From then on every checkpoint that mmengine loads in this process is read by :mo
 and nothing in it is run. :class:`~.runner.SurvivingRunner` has all of the rest, which is also at hand by its name:
 
 - ``ResumableCheckpointHook``: a run that is killed goes on as if it had not been;
-- ``CheckpointFitHook``, ``InvalidLossHook`` and ``TotalBatchHook``: weights that do not fit, losses that are no
-  numbers, and another number of images a step are errors, or said;
+- ``CheckpointFitHook``, ``ClassCountHook``, ``InvalidLossHook`` and ``TotalBatchHook``: weights that do not fit, fewer
+  classes than the data has, losses that are no numbers, and another number of images a step are errors, or said;
 - ``SkipUnreadable`` and ``LoadSoundImage``: image files that cannot be read are named and skipped;
 - ``CPUDistributedDataParallel``: several processes on CPUs.
 """
 
+from . import classes as classes
 from . import distributed as distributed
 from . import images as images
 from . import loading as loading

@@ -24,6 +24,7 @@ from mmengine.runner.checkpoint import (
     get_torchvision_models,
 )
 
+from ..._text import several
 from ...weights.files import CheckpointError, Inert, load_checkpoint, pick_state_dict, read_pickle
 from ...weights.fit import load_strictly
 from ...weights.hub import download_url
@@ -185,6 +186,11 @@ class CheckpointFitHook(Hook):
         weights._metadata = metadata
         hint = '' if resume else '; leave_out (of tools/train.py, --leave-out) names what is to stay new'
         load_strictly(runner.model, weights, source, hint=hint, load=load_state_dict)
+        if not resume:
+            new = [name for name in runner.model.state_dict() if self.leave_out and name.startswith(self.leave_out)]
+            loaded = f'{len(runner.model.state_dict()) - len(new)} of {len(runner.model.state_dict())} tensors'
+            left = f'; left as initialised: {several(new)}' if new else ''
+            runner.logger.info(f'{source}: loaded {loaded}{left}')
 
     def _without(
         self, state_dict: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], source: str

@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS, DefaultScope
 from mmengine.runner import Runner
 
+from .classes import ClassCountHook
 from .configs import check_hooks, check_keys, explain_config
 from .distributed import TotalBatchHook, use_gloo
 from .images import skip_unreadable
@@ -72,7 +73,7 @@ def _complete(runner: Runner, cfg: Config, leave_out: Sequence[str] = ()) -> Non
     runner.cfg = cfg
     runner.dump_config()
     check_hooks(runner)
-    for hook in (CheckpointFitHook(leave_out), TotalBatchHook()):
+    for hook in (CheckpointFitHook(leave_out), ClassCountHook(), TotalBatchHook()):
         same = [one for one in runner.hooks if type(one) is type(hook)]
         if not same:
             runner.register_hook(hook)

@@ -1,0 +1,112 @@
+"""tools/push.py to a loopback Hub: what arrives, what is refused, and what timm and transformers make of it."""
+
+import re
+
+import pytest
+
+pytest.importorskip('mmpretrain')
+
+import timm
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from sk_plugins.weights import HubError
+
+
+@pytest.fixture
+def push(load_tool):
+    return load_tool('push').main
+
+
+@pytest.fixture
+def token(monkeypatch, hub):
+    monkeypatch.setenv('HF_TOKEN', hub.token)
+
+
+def test_dry_run(push, hub, colours_run, capsys):
+    push([str(colours_run), 'me/colours', '--dry-run', '--private'])
+    said = capsys.readouterr().out
+    for name in ('README.md', 'config.json', 'model.safetensors', 'confusion_matrix.png'):
+        assert re.search(rf' MB  {name}$', said, flags=re.MULTILINE)
+    assert 'would go to me/colours, private, from' in said
+    assert "timm.create_model('hf-hub:me/colours', pretrained=True)" in said
+    assert hub.requests == []
+
+
+@pytest.mark.usefixtures('token')
+def test_card(push, hub, colours_run):
+    push([str(colours_run), 'me/colours', '--private'])
+    assert hub.private == {'me/colours'}
+    files = hub.files('me/colours')
+    card = ModelCard(files['README.md'].decode())
+    assert card.data.library_name == 'timm'
+    assert card.data.pipeline_tag == 'image-classification'
+    (result,) = card.data.eval_results
+    assert result.metric_type == 'accuracy'
+    assert 0 <= result.metric_value <= 1
+    assert 'OWNER/' not in card.text
+    assert 'sk-plugins finetune ' in card.text
+    assert '18 images to train on' not in card.text
+    assert '30 images to train on, 6 held out, 3 classes' in card.text
+    for picture in re.findall(r'!\[[\w ]+\]\((.+)\)', card.text):
+        assert picture in files
+
+
+@pytest.mark.usefixtures('token')
+@torch.inference_mode()
+def test_what_comes_back(push, hub, colours_run, colours, monkeypatch):
+    """The same logits by timm, and by transformers' model and pipeline."""
+    transformers = pytest.importorskip('transformers')
+    push([str(colours_run), 'me/colours'])
+    local = timm.create_model(f'local-dir:{colours_run / "hub"}', pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(local)
+    picture = Image.open(colours / 'red' / '3.png').convert('RGB')
+    pixels = timm.data.create_transform(**config)(picture)[None]
+    logits = local(pixels)
+    remote = timm.create_model('hf-hub:me/colours', pretrained=True).eval()
+    assert torch.equal(remote(pixels), logits)
+    assert remote.pretrained_cfg['label_names'] == ['blue', 'green', 'red']
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained('me/colours').eval()
+    assert torch.equal(wrapped(pixels).logits, logits)
+    assert wrapped.config.id2label == {0: 'blue', 1: 'green', 2: 'red'}
+    said = transformers.pipeline('image-classification', 'me/colours')(picture)
+    scores = dict(zip(('blue', 'green', 'red'), logits.softmax(1)[0].tolist()))
+    assert {one['label']: one['score'] for one in said} == pytest.approx(scores, abs=1e-5)
+
+
+def test_no_token(push, hub, colours_run, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'token'))
+    with pytest.raises(HubError, match=r'^me/colours: no token: `hf auth login`, or set HF_TOKEN'):
+        push([str(colours_run), 'me/colours'])
+    assert hub.requests == []
+
+
+@pytest.mark.usefixtures('token')
+def test_a_name_that_is_taken(push, hub, colours_run):
+    hub.add('me/taken', {'old.txt': b'x'})
+    with pytest.raises(
+        HubError, match=r'^me/taken: there is a repository of this name already: --update commits to it'
+    ):
+        push([str(colours_run), 'me/taken'])
+    assert set(hub.files('me/taken')) == {'old.txt'}
+    push([str(colours_run), 'me/taken', '--update'])
+    assert {'old.txt', 'model.safetensors'} < set(hub.files('me/taken'))
+
+
+@pytest.mark.usefixtures('token')
+def test_refusals(push, hub, colours_run, monkeypatch):
+    with pytest.raises(
+        HubError, match=r'^you/colours: the token may not write to it: HTTP 403: You have no rights to you'
+    ):
+        push([str(colours_run), 'you/colours'])
+    monkeypatch.setenv('HF_TOKEN', 'hf_other')
+    with pytest.raises(HubError, match=r'^me/colours: the token is not valid: HTTP 401: Invalid credentials'):
+        push([str(colours_run), 'me/colours'])
+    monkeypatch.setenv('HF_TOKEN', hub.token)
+    hub.stop()
+    with pytest.raises(HubError, match=r'^me/colours: the Hub cannot be reached: '):
+        push([str(colours_run), 'me/colours'])
