@@ -36,7 +36,7 @@ test-machines: $(VENV)/.installed
 	$(BIN)/python .ci/machines.py $(if $(WRITE),--write)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
 
 # A run that is killed 24 times and ends as if it had never been.
 test-kill: $(VENV)/.installed
