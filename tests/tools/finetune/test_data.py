@@ -110,17 +110,19 @@ def test_image_folder_of_the_hub(tmp_path, write_pictures, where, ending):
         ('x.csv', 'a.png,cat\nb/c d.png,dog\ne.png,cat\nf.png,dog\n', CATS_AND_DOGS),
         ('x.tsv', 'filename\tcategory\na.png\tcat\nb/c d.png\tdog\n\ne.png\tcat\nf.png\tdog\n', CATS_AND_DOGS),
         ('x.csv', 'image,cat,dog\na.png,1,0\nb/c d.png,0,1\ne.png,1,0\nf.png,0,1\n', CATS_AND_DOGS),
-        ('x.json', json.dumps({path: labels[0] for path, labels in CATS_AND_DOGS}), CATS_AND_DOGS),
-        ('x.json', json.dumps([dict(img=p, label=list(names)) for p, names in CATS_AND_DOGS]), CATS_AND_DOGS),
+        ('x.json', json.dumps({path: labels[0] for path, labels in sorted(CATS_AND_DOGS)}), CATS_AND_DOGS),
+        ('x.json', json.dumps([dict(img=p, label=list(names)) for p, names in sorted(CATS_AND_DOGS)]), CATS_AND_DOGS),
         ('x.csv', 'image,labels\na.png,cat;dog\nb/c d.png,dog\ne.png,\nf.png,cat|\n', SEVERAL),
         ('x.csv', 'image,cat,dog\na.png,1,1\nb/c d.png,0,1\ne.png,0,0\nf.png,1,0\n', SEVERAL),
-        ('x.jsonl', '\n'.join(json.dumps(dict(image=p, tags=list(names))) for p, names in SEVERAL), SEVERAL),
+        ('x.jsonl', '\n'.join(json.dumps(dict(image=p, tags=list(names))) for p, names in sorted(SEVERAL)), SEVERAL),
         (
             'x.json',
             json.dumps(
                 dict(
                     metainfo=dict(classes=['cat', 'dog']),
-                    data_list=[dict(img_path=p, gt_label=[['cat', 'dog'].index(n) for n in ns]) for p, ns in SEVERAL],
+                    data_list=[
+                        dict(img_path=p, gt_label=[['cat', 'dog'].index(n) for n in ns]) for p, ns in sorted(SEVERAL)
+                    ],
                 )
             ),
             SEVERAL,
