@@ -11,6 +11,7 @@ from PIL import Image
 
 CATS_AND_DOGS = {('a.png', ('cat',)), ('b/c d.png', ('dog',)), ('e.png', ('cat',)), ('f.png', ('dog',))}
 SEVERAL = {('a.png', ('cat', 'dog')), ('b/c d.png', ('dog',)), ('e.png', ()), ('f.png', ('cat',))}
+NUMBERS = dict(cat=0, dog=1)
 
 
 def pairs(items):
@@ -120,9 +121,7 @@ def test_image_folder_of_the_hub(tmp_path, write_pictures, where, ending):
             json.dumps(
                 dict(
                     metainfo=dict(classes=['cat', 'dog']),
-                    data_list=[
-                        dict(img_path=p, gt_label=[['cat', 'dog'].index(n) for n in ns]) for p, ns in sorted(SEVERAL)
-                    ],
+                    data_list=[dict(img_path=p, gt_label=[NUMBERS[n] for n in ns]) for p, ns in sorted(SEVERAL)],
                 )
             ),
             SEVERAL,
