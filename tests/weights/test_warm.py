@@ -11,8 +11,8 @@ from torch import nn
 
 import sk_plugins  # noqa: F401 - registers the models
 from sk_plugins.layers import SelectiveKernel
-from sk_plugins.networks import SKResNet
-from sk_plugins.weights import CheckpointError, from_resnet, to_mmpretrain, warm_start
+from sk_plugins.networks import SKResNet, SKResNetSimCLR
+from sk_plugins.weights import CheckpointError, HubError, from_resnet, to_mmpretrain, warm_start
 
 LAYERS = (1, 2, 1, 1)
 # The same narrow networks at timm's door and at ours.
@@ -100,6 +100,25 @@ def test_other_kernels(kernel_sizes, norm_position):
     source = make()
     model = from_resnet(source, sk_kwargs=dict(kernel_sizes=kernel_sizes, norm_position=norm_position))
     assert_equal_outputs(model, source)
+
+
+@pytest.mark.parametrize('kernel_sizes', [(1, 3), (3, 1), (1, 5)], ids=str)
+def test_kernels_of_one_pixel(kernel_sizes):
+    """They have the sum of the taps, whether the source is a model or its weights; the rest is as it was."""
+    source = make().float()
+    for given in (source, source.state_dict()):
+        model = from_resnet(given, sk_kwargs=dict(kernel_sizes=kernel_sizes))
+        layer, weight = model.layer2[0].conv2, source.layer2[0].conv2.weight
+        assert_close(layer.paths[kernel_sizes.index(1)].conv.weight, weight.sum((2, 3), keepdim=True), length=9)
+
+
+@pytest.mark.parametrize('planes', [22, 21, 49])
+@pytest.mark.parametrize('width', [15, 7])
+def test_widths_that_no_division_gives(planes, width):
+    args = dict(channels=(planes, 2 * planes, 32, 64), cardinality=4)
+    source = make(base_width=64 * (width + 0.01) / planes, **args)
+    assert source.layer1[0].conv2.weight.shape[:2] == (4 * width, width)
+    assert_equal_outputs(from_resnet(source), source)
 
 
 def test_outputs_of_training_are_equal():
@@ -227,8 +246,19 @@ class TestSources:
         assert_equal_outputs(from_resnet('resnet18.a1_in1k'), source.double())
 
     def test_names_that_are_none(self):
-        with pytest.raises(FileNotFoundError, match='resnxt50: no such checkpoint file'):
-            from_resnet('resnxt50')
+        with pytest.raises(FileNotFoundError, match=r'resnxt50_32x4d: no such checkpoint file, .* resnext50_32x4d'):
+            from_resnet('resnxt50_32x4d')
+        with pytest.raises(
+            ValueError, match=r"source='resnet18\.no' names no weights of timm; those of resnet18: .*a1_in1k"
+        ):
+            from_resnet('resnet18.no')
+        with pytest.raises(ValueError, match=r"source='resnext29_16x32d' names no weights .*: none"):
+            from_resnet('resnext29_16x32d')
+
+    def test_timms_name_offline(self, hub, monkeypatch):
+        monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+        with pytest.raises(HubError, match=r'timm/resnet18\.a1_in1k: model\.safetensors is not in the local cache'):
+            from_resnet('resnet18.a1_in1k')
 
 
 def interpolated(**kwargs):
@@ -262,9 +292,16 @@ class TestErrors:
         with pytest.raises(CheckpointError, match=r'layer2\.1\.conv1\.conv\.weight is missing'):
             warm_start(model, make(cardinality=8, base_width=16, layers=(1, 1, 1, 1)))
 
-    @pytest.mark.parametrize('name', ['ecaresnet50d', 'skresnet18', 'mobilenetv3_small_100'])
-    def test_other_networks(self, name):
-        with pytest.raises(CheckpointError, match='weights'):
+    @pytest.mark.parametrize(
+        ('name', 'message'),
+        [
+            ('ecaresnet50d', r"do not fit the ResNet of this network's shape: layer1\.0\.se\.conv\.weight is not part"),
+            ('skresnet18', r"own weights, no ResNet's \(layer1\.0\.conv1\.paths\.0\.conv\.weight\)"),
+            ('mobilenetv3_small_100', r"no ResNet's weights: layer1\.0\.conv2\.weight is missing"),
+        ],
+    )
+    def test_other_networks(self, name, message):
+        with pytest.raises(CheckpointError, match=message):
             from_resnet(make(name) if name == 'ecaresnet50d' else timm.create_model(name))
 
     @pytest.mark.parametrize(
@@ -272,6 +309,7 @@ class TestErrors:
         [
             ('resnetblur50', {}, r'the ResNet: .* is a BlurPool2d, which a plain ResNet does not have'),
             ('resnet50', dict(act_layer='silu'), 'is a SiLU, which a plain ResNet does not have'),
+            ('resnet50', dict(global_pool='max'), "a global pooling of 'max' makes its features, .* global_pool='max'"),
             (
                 'resnet50',
                 dict(output_stride=16),
@@ -282,6 +320,45 @@ class TestErrors:
     def test_what_weights_do_not_tell(self, name, kwargs, message):
         with pytest.raises(CheckpointError, match=message):
             from_resnet(make(name, **kwargs))
+
+    @pytest.mark.parametrize(
+        ('place', 'layer', 'message'),
+        [
+            ('act1', nn.SiLU(), 'the ResNet: act1 is a SiLU, which a plain ResNet does not have'),
+            ('maxpool', nn.MaxPool2d(3, 2, 0, ceil_mode=True), r'maxpool has padding=0, and .* \(1, 1\) there'),
+            ('maxpool', nn.Identity(), 'maxpool is a Identity, and this network has a MaxPool2d there'),
+            ('layer2.0.downsample.0', nn.AvgPool2d(3, 2, 1), r'downsample\.0 has kernel_size=3, .* \(2, 2\) there'),
+            ('layer2.0.downsample.0', nn.AvgPool2d(2, 2), 'downsample.0 has ceil_mode=False, .* True there'),
+        ],
+        ids=str,
+    )
+    def test_layers_without_weights(self, place, layer, message):
+        source = make('resnet50d')
+        source.set_submodule(place, layer)
+        with pytest.raises(CheckpointError, match=message):
+            from_resnet(source)
+
+    @pytest.mark.parametrize(
+        'convert', [nn.SyncBatchNorm.convert_sync_batchnorm, timm.utils.model.freeze_batch_norm_2d]
+    )
+    def test_norms_of_other_classes(self, convert):
+        source = convert(make('resnet50d'))
+        assert_equal_outputs(from_resnet(source), make('resnet50d'))
+        source.layer3[0].bn2.eps = 0.1
+        with pytest.raises(CheckpointError, match=r'layer3\.0\.bn2 has eps=0\.1, and this network has 1e-05 there'):
+            from_resnet(source)
+
+    def test_a_pooling_that_is_given(self):
+        source = make(global_pool='max')
+        assert_equal_outputs(from_resnet(source, global_pool='max'), source)
+        assert from_resnet(source, num_classes=3).global_pool.pool_type == 'avg'
+
+    def test_simclrs_pooling(self):
+        """Its stem, shortcuts and units have ResNet-50-D's shapes."""
+        model = SKResNetSimCLR(LAYERS, channels=(16, 32, 64, 128))
+        for source in (make('resnet50d'), make('resnet50d').state_dict()):
+            with pytest.raises(TypeError, match='model is a SKResNetSimCLR, which pads and pools as TensorFlow'):
+                warm_start(model, source)
 
     def test_output_stride_can_be_given(self):
         source = make(output_stride=8)
@@ -297,6 +374,10 @@ class TestErrors:
             warm_start(model, weights)
         with pytest.raises(ValueError, match=r'layer1\.0 is a Bottleneck: a warm start is for SK units'):
             warm_start(SKResNet(**NARROW, unit='plain'), make())
+
+    def test_sources_of_other_kinds(self):
+        with pytest.raises(TypeError, match=r'source=5 must be a name of timm, a file, an address, .*, not int'):
+            from_resnet(5)
 
     @pytest.mark.parametrize(
         ('change', 'fault'),
