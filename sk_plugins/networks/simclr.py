@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._arguments import check_integer, is_integer
+from .._arguments import check_integer, check_positive, is_integer
 from ..ops import register
 from .resnet import SKResNet, count_stages
 
 __all__ = ['PaddedAvgPool2d', 'SKResNetSimCLR', 'SameMaxPool2d', 'preprocess']
 
+_POOLING = dict(avg_down=True, small_stem=False, aa_layer=None, replace_stem_pool=False)
 PROJECTION_LAYERS = 2  # those of the contrastive head that end in a ReLU
 
 
@@ -79,7 +80,8 @@ class SKResNetSimCLR(SKResNet):
         channels: f of each stage, where they are others.
         sk_kwargs: as in :class:`SKResNet`.
         zero_init_last: start every unit as its shortcut.
-        **kwargs: further arguments of :class:`SKResNet` and timm's ``ResNet``.
+        **kwargs: further arguments of :class:`SKResNet` and timm's ``ResNet``, but for those that would replace the
+            pooling: ``avg_down``, ``small_stem``, ``aa_layer`` and ``replace_stem_pool``.
 
     Raises:
         ValueError: an argument out of its range; the message names it, its value and what is right.
@@ -98,6 +100,11 @@ class SKResNetSimCLR(SKResNet):
         check_integer('width_factor', width_factor)
         if not is_integer(projection, 0, PROJECTION_LAYERS):
             raise ValueError(f'projection={projection!r} must be an integer from 0 to {PROJECTION_LAYERS}')
+        for name, own in _POOLING.items():
+            if kwargs.get(name, own) != own:
+                raise ValueError(
+                    f"{name}={kwargs[name]!r} must be {own}: the stem and the shortcuts pool as SimCLRv2's"
+                )
         if kwargs.get('unit', 'sk') == 'sk':
             sk_kwargs = {'kernel_sizes': (3, 3), **(sk_kwargs or {})}
         if channels is None:
@@ -127,9 +134,9 @@ class SKResNetSimCLR(SKResNet):
             self.fc = fc  # children stand in the order they are called in
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """As timm's: (B, 2048 w, H', W') to (B, num_classes), or what the classifier sees."""
+        """As timm's: (B, 2048 w, H', W') to (B, num_classes), or what the classifier sees; maps where nothing pools."""
         x = self.global_pool(x)
-        if self.projection is not None:
+        if self.projection is not None and x.ndim == 2:
             x = self.projection(x)
         if self.drop_rate:
             x = F.dropout(x, p=float(self.drop_rate), training=self.training)
@@ -155,29 +162,46 @@ def preprocess(image: Tensor, size: int = 224, crop: float = 0.875) -> Tensor:
     Args:
         image: (C, H, W), bytes or in [0, 1].
         size: of the result.
-        crop: share of the short side that is kept.
+        crop: share of the short side that is kept, at most 1.
 
     Returns:
-        (C, size, size), in float32 or the image's floating dtype.
+        (C, size, size), in float32 or the image's floating dtype, on its device.
+
+    Raises:
+        ValueError: an argument out of its range, or an image of another shape, without pixels in the crop, or with
+            floats above 1.
     """
+    check_integer('size', size)
+    check_positive('crop', crop)
+    if crop > 1:
+        raise ValueError(f'crop={crop!r} must be at most 1')
+    if image.ndim < 3:
+        raise ValueError(f'image of shape {tuple(image.shape)} must be (C, H, W)')
     if not image.is_floating_point():
         image = image.float() / 255
     height, width = image.shape[-2:]
     side = round(crop * min(height, width))
+    if side < 1:
+        raise ValueError(f'{crop=} leaves no pixel of an image of {height}x{width}')
+    if not image.is_meta and (largest := image.max()) > 1 + 1e-3:
+        raise ValueError(f'image has values up to {largest:g}: floats must be in [0, 1], and bytes an integer dtype')
     top, left = (height - side + 1) // 2, (width - side + 1) // 2
     image = image[..., top : top + side, left : left + side]
-    weights = _bicubic(side, size, image.dtype)
+    weights = _bicubic(side, size).to(image.device, image.dtype)
     return (weights @ image @ weights.T).clip(0, 1)
 
 
-def _bicubic(before: int, after: int, dtype: torch.dtype) -> Tensor:
+def _bicubic(before: int, after: int) -> Tensor:
     """TensorFlow 1's bicubic resizing of a line as a matrix, (after, before): A = -0.75, offsets in 1024ths."""
-    at = torch.arange(after, dtype=torch.float32) * (before / after)
+    cpu = torch.device('cpu')  # whatever the default is
+    at = torch.arange(after, dtype=torch.float32, device=cpu) * (before / after)
     first = at.floor()
-    x = ((at - first) * 1024).round()[:, None] / 1024 - torch.arange(-1.0, 3.0)  # to the four pixels around
+    x = ((at - first) * 1024).round()[:, None] / 1024 - torch.arange(
+        -1.0, 3.0, dtype=torch.float32, device=cpu
+    )  # to the four pixels around
     x, a = x.abs(), -0.75
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     taps = torch.where(x <= 1, near, far)
-    pixels = (first.long()[:, None] + torch.arange(-1, 3)).clip(0, before - 1)
-    return torch.zeros(after, before).scatter_add_(1, pixels, taps).to(dtype)
+    pixels = (first.long()[:, None] + torch.arange(-1, 3, device=cpu)).clip(0, before - 1)
+    return torch.zeros(after, before, dtype=torch.float32, device=cpu).scatter_add_(1, pixels, taps)

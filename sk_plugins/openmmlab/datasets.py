@@ -161,7 +161,7 @@ class SimCLRCrop(BaseTransform):
         crop: share of the short side that is kept.
 
     Raises:
-        ValueError: a size or a share out of range.
+        ValueError: a size or a share out of range; an image of another shape, or too small for the share.
     """
 
     def __init__(self, size: int = 224, crop: float = 0.875) -> None:
@@ -173,6 +173,8 @@ class SimCLRCrop(BaseTransform):
         self.crop = crop
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        if results['img'].ndim != 3:
+            raise ValueError(f'img of shape {results["img"].shape} must be (H, W, C)')
         image = torch.from_numpy(np.ascontiguousarray(results['img'].transpose(2, 0, 1)))
         image = 255 * preprocess(image, self.size, self.crop)
         results['img'] = image.permute(1, 2, 0).contiguous().numpy()

@@ -153,6 +153,8 @@ def test_projection():
     assert model(x).shape == (2, 3)
     model.reset_classifier(0)
     assert_equal(model(x), hidden)
+    model.reset_classifier(0, '')
+    assert_equal(model(x), features)
     scripted = torch.jit.script(make_network(projection=1))
     assert_equal(scripted(x), make_network(projection=1)(x))
 
@@ -164,7 +166,11 @@ def test_projection():
         (dict(width_factor=1.5), r'width_factor=1\.5 must be an integer'),
         (dict(projection=3), 'projection=3 must be an integer from 0 to 2'),
         (dict(projection=True), 'projection=True must be an integer'),
-        (dict(small_stem=True), "stem_type must be ''"),
+        (dict(small_stem=True), 'small_stem=True must be False: the stem and the shortcuts pool as'),
+        (dict(small_stem=True, stem_type=''), 'small_stem=True must be False'),
+        (dict(avg_down=False), 'avg_down=False must be True'),
+        (dict(aa_layer=nn.AvgPool2d), r"aa_layer=<class '.*AvgPool2d'> must be None"),
+        (dict(replace_stem_pool=True), 'replace_stem_pool=True must be False'),
     ],
     ids=str,
 )
@@ -206,3 +212,27 @@ def test_preprocessing(size, side, to):
     of_bytes = preprocess((255 * image).byte(), to)
     assert of_bytes.dtype == torch.float32
     assert (of_bytes - expected).abs().max() < 2 / 255
+
+
+def test_preprocessing_follows_the_images_device():
+    image = make_image(16, 16)[0]
+    with torch.device('meta'):
+        assert_equal(preprocess(image, 14), preprocess(image.clone(), 14))
+    assert preprocess(image.to('meta'), 14).is_meta
+
+
+@pytest.mark.parametrize(
+    ('shape', 'kwargs', 'said'),
+    [
+        ((3, 5, 5), dict(size=0), 'size=0 must be an integer of at least 1'),
+        ((3, 5, 5), dict(crop=0), 'crop=0 must be a number above 0'),
+        ((3, 5, 5), dict(crop=2), 'crop=2 must be at most 1'),
+        ((3, 5, 6), dict(crop=0.01), r'crop=0\.01 leaves no pixel of an image of 5x6'),
+        ((5, 5), {}, r'image of shape \(5, 5\) must be \(C, H, W\)'),
+        ((3, 5, 5), {}, r'image has values up to 200: floats must be in \[0, 1\]'),
+    ],
+    ids=str,
+)
+def test_preprocessing_of_what_is_no_image(shape, kwargs, said):
+    with pytest.raises(ValueError, match=said):
+        preprocess(torch.full(shape, 200.0), **kwargs)

@@ -296,3 +296,10 @@ def test_simclr_crop():
 def test_simclr_crops_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         SimCLRCrop(**arguments)
+
+
+def test_simclr_crop_of_what_is_no_image():
+    with pytest.raises(ValueError, match=r'img of shape \(50, 60\) must be \(H, W, C\)'):
+        SimCLRCrop().transform(dict(img=np.zeros((50, 60), np.uint8)))
+    with pytest.raises(ValueError, match=r'crop=0\.001 leaves no pixel of an image of 50x60'):
+        SimCLRCrop(crop=0.001).transform(dict(img=np.zeros((50, 60, 3), np.uint8)))
