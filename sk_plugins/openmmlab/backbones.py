@@ -11,6 +11,7 @@ import torch
 from mmpretrain.models import ResNet
 from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.models.utils import build_norm_layer
+from timm.models import clean_state_dict
 from torch import Tensor
 
 from .. import networks, zoo
@@ -18,9 +19,10 @@ from .._arguments import check_flags, is_integer
 from .._text import nearest
 from ..networks.resnet import count_stages
 from ..ops.private import BATCH_NORMS
-from ..weights.files import CheckpointError, HubError
+from ..weights.files import CheckpointError, HubError, pick_state_dict
 from ..weights.fit import require_fit
 from ..weights.names import BACKBONE
+from ..weights.simclr import to_own
 from ._internals import TimmNames
 
 __all__ = ['Backbone', 'ResNetBackbone', 'ShuffleNetBackbone', 'SimCLRBackbone']
@@ -191,8 +193,14 @@ class Backbone(TimmNames):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, local_metadata, *args) -> None:
         if self._sources:
             source, *self._sources = self._sources
-            backbone = {k.removeprefix(BACKBONE): v for k, v in state_dict.items() if k.startswith(BACKBONE)}
-            named = backbone or {k: v for k, v in state_dict.items() if not k.startswith(('fc.', 'head.'))}
+            weights = dict(state_dict)
+            if not any(
+                isinstance(v, Tensor) for v in weights.values()
+            ):  # lightly-ai's, of which mmengine knows nothing
+                weights = clean_state_dict(pick_state_dict(weights, where=f'{source}: '))
+            weights = to_own(weights)
+            backbone = {k.removeprefix(BACKBONE): v for k, v in weights.items() if k.startswith(BACKBONE)}
+            named = backbone or {k: v for k, v in weights.items() if not k.startswith(('fc.', 'head.'))}
             state_dict.clear()
             state_dict.update({k: v for k, v in named.items() if isinstance(v, Tensor)})
         else:

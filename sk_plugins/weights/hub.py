@@ -124,7 +124,9 @@ def explain_errors(
         ) from error
 
 
-def load_state_dict(repo: str, device: str = 'cpu', cache_dir: str | os.PathLike | None = None) -> dict[str, Tensor]:
+def load_state_dict(
+    repo: str, device: str = 'cpu', cache_dir: str | os.PathLike | None = None, projection: int = 0
+) -> dict[str, Tensor]:
     """The tensors of a repository's ``model.safetensors``, or of the pickle that the zoo names in its place, under our
     names; no other pickle is read.
 
@@ -132,6 +134,7 @@ def load_state_dict(repo: str, device: str = 'cpu', cache_dir: str | os.PathLike
         repo: 'owner/name', or 'owner/name@revision' with a branch, tag or commit.
         device: where the tensors go.
         cache_dir: a cache other than the client's default.
+        projection: how many layers of SimCLR's contrastive head the network has.
 
     Raises:
         ValueError: ``repo`` is not of that form.
@@ -139,7 +142,7 @@ def load_state_dict(repo: str, device: str = 'cpu', cache_dir: str | os.PathLike
             is not safetensors, or no pickle of tensors.
     """
     repo_id, _ = split_revision(repo)
-    return to_own(read_file(repo, zoo.weight_file(repo_id) or WEIGHTS_NAME, device, cache_dir))
+    return to_own(read_file(repo, zoo.weight_file(repo_id) or WEIGHTS_NAME, device, cache_dir), projection)
 
 
 def read_file(
@@ -292,15 +295,16 @@ def load_partial(model: nn.Module, source: str | os.PathLike | Mapping[str, Tens
     Raises:
         FileNotFoundError, CheckpointError, HubError: the source cannot be had or read, or nothing in it fits.
     """
+    projection = getattr(model, 'projection_layers', 0)
     if isinstance(source, Mapping):
         state_dict = clean_state_dict(pick_state_dict(source))
     elif str(source).startswith('hf-hub:'):
-        state_dict = load_state_dict(str(source).removeprefix('hf-hub:'))
+        state_dict = load_state_dict(str(source).removeprefix('hf-hub:'), projection=projection)
     elif str(source).startswith(('https://', 'http://')):
         state_dict = download_url(str(source), load_checkpoint)[0]
     else:
         state_dict, _ = load_checkpoint(source)
-    state_dict = to_own(state_dict)
+    state_dict = to_own(state_dict, projection)
     if any(name.startswith(BACKBONE) for name in state_dict):
         state_dict = to_timm(state_dict)
     wanted = model.state_dict()

@@ -60,9 +60,14 @@ def is_lightly(names: Iterable[str]) -> bool:
     return 'net.1.blocks.0.net.2.main_conv.0.weight' in names
 
 
-def to_own(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under our names if it is lightly-ai's, else as it is; the contrastive head is left out."""
-    return from_lightly(state_dict, projection=0) if is_lightly(state_dict) else dict(state_dict)
+def to_own(state_dict: Mapping[str, Tensor], projection: int = 0) -> dict[str, Tensor]:
+    """A state dict under our names if it is lightly-ai's, else as it is.
+
+    Args:
+        state_dict: the tensors.
+        projection: how many layers of the contrastive head the network has, as in :func:`from_lightly`.
+    """
+    return from_lightly(state_dict, projection) if is_lightly(state_dict) else dict(state_dict)
 
 
 def from_lightly(state_dict: Mapping[str, Tensor], projection: int | None = None) -> dict[str, Tensor]:

@@ -105,6 +105,22 @@ class TestPublished:
         with pytest.raises(HubError, match=r'me/other: the repository has no model\.safetensors'):
             load_checkpoint(classifier, 'hf-hub:me/other')
 
+    @pytest.mark.parametrize('nested', [as_file, dict], ids=['resnet and head', 'their names'])
+    def test_a_file_of_lightlys(self, tmp_path, nested, warned):
+        case = CASES['SKResNetSimCLR']
+        model = make_timm(case=case, num_classes=1000)
+        weights = {**to_lightly(model.state_dict()), 'head.layers.0.weight': torch.ones(2, 2)}
+        path = str(tmp_path / 'r50_1x_sk1.pth')
+        torch.save(nested(weights), path)
+        cfg = {**case.cfg, 'init_cfg': dict(type='Pretrained', checkpoint=path)}
+        backbone = MODELS.build(cfg)
+        backbone.init_weights()
+        assert same_state(backbone, model)
+        assert warned() == []
+        torch.save({'meta': {}}, path)
+        with pytest.raises(CheckpointError, match=r'r50_1x_sk1\.pth: holds no state dict of tensors'):
+            MODELS.build(cfg).init_weights()
+
     def test_skresnet_without_splitting_refuses_them(self, hub):
         model = timm.create_model('skresnet18')
         repo = 'timm/skresnet18.ra_in1k'

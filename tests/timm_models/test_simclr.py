@@ -137,6 +137,26 @@ def test_local_file(published, tmp_path):
     assert_same_state(model, without(published.model, 'projection.'))
 
 
+@pytest.mark.parametrize('source', ['file', 'hub'])
+def test_load_partial_with_a_projection(published, tmp_path, source):
+    """The contrastive head's layer comes with the rest, and the classifier, of the features before it, does not."""
+    path = tmp_path / 'r50_1x_sk1.pth'
+    torch.save(as_file(to_lightly(published.model.state_dict())), path)
+    model = SKResNetSimCLR(**NARROW, projection=1)
+    before = model.fc.weight.clone()
+    report = load_partial(model, path if source == 'file' else f'hf-hub:{zoo.MODELS[NAME].weights[0].hf_hub_id}')
+    assert report.initialised == ('fc.weight', 'fc.bias')
+    assert torch.equal(model.fc.weight, before)
+    assert torch.equal(model.projection[0].weight, published.model.projection[0].weight)
+
+
+@pytest.mark.filterwarnings('ignore:.*which is a no-op:UserWarning')
+def test_other_devices_by_default(published):
+    with torch.device('meta'):
+        assert load().fc.weight.is_meta
+    assert load().fc.weight.device.type == 'cpu'
+
+
 @pytest.mark.parametrize('fault', ['truncated', 'short', 'garbage', 'flipped', 'down', 'missing'])
 def test_faults(published, fault):
     repo = zoo.MODELS[NAME].weights[0].hf_hub_id
