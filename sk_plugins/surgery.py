@@ -6,11 +6,12 @@ their own, and once the maps differ, so does the attention.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._arguments import check_choice, is_integer
@@ -55,7 +56,7 @@ class Selectified:
 def selectify(
     model: nn.Module,
     kernel_sizes: Sequence[int] = (3, 5),
-    where: str | Sequence[str] | Callable[[str, nn.Conv2d], bool] | None = None,
+    where: str | Iterable[str | Callable[[str, nn.Conv2d], bool]] | Callable[[str, nn.Conv2d], bool] | None = None,
     **sk_kwargs,
 ) -> Selectified:
     """Turn the 3x3 convolutions of a model into SK convolutions, in place; its outputs stay equal.
@@ -71,13 +72,15 @@ def selectify(
         print(selectify(model, where='layer[34].*'))
 
     Load weights, and call mmengine's ``init_weights``, before: convolutions have other names after it. Optimizers are
-    made after it. A new convolution has the dtype, device, mode and ``requires_grad`` of the old one.
+    made after it, and DistributedDataParallel is put around it after it. An SK convolution has the dtype, device, mode
+    and ``requires_grad`` of the old one, its attention ``requires_grad`` of that one's weight. The attention has a
+    BatchNorm, which needs a batch of two in training: ``norm_layer=timm.layers.GroupNorm1`` goes without.
 
     Args:
         model: changed in place.
         kernel_sizes: true kernels of the branches, odd, 3 among them and none below it; two at least.
-        where: which convolutions: patterns of names as in :mod:`fnmatch`, one or several, or a function of the name
-            and the convolution; all where None.
+        where: which convolutions: patterns of names as in :mod:`fnmatch` or functions of the name and the
+            convolution, one or several; all where None.
         **sk_kwargs: of :class:`~sk_plugins.layers.SelectiveKernel`: ``reduction``, ``min_dim``, ``select`` ('channel'
             or 'shared'), ``select_bias``, ``reduce_norm``, ``reduce_act``, ``act_layer``, ``norm_layer``.
 
@@ -86,8 +89,9 @@ def selectify(
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or an argument that there is not.
-        ValueError: nothing to change, and why; a ``where`` that names no convolution; kernel sizes without a 3; a model
-            that was scripted or compiled, or that is itself a convolution. The model is as it was then.
+        ValueError: nothing to change, and why; a ``where`` that names no convolution, or is no pattern; kernel sizes
+            without a 3; a model that was scripted or compiled, that is in DistributedDataParallel, or that is itself a
+            convolution. The model is as it was then.
     """
     _check(model, kernel_sizes, sk_kwargs)
     convs = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if _is_conv(module)]
@@ -98,9 +102,12 @@ def selectify(
         for name, _ in layer.named_modules(prefix=parent)
     }
     named = _choose(where, convs, type(model).__name__)
+    tied = _find_tied(model)
     kept, chosen = {}, {}
     for name, conv in convs:
         reason = 'not named by where' if name not in named else _find_obstacle(conv)
+        if reason is None and not tied.isdisjoint(map(id, conv.parameters())):
+            reason = 'shares a parameter with another module'
         if name in branches:
             reason = 'a part of an SK convolution already'
         if reason is None:
@@ -130,14 +137,21 @@ def grow_kernel(weight: Tensor, size: int, spread: int = 1) -> Tensor:
     out to them as in linear interpolation, so that outputs on smooth maps are close. A size of 1 is the sum of the
     taps, equal on constant maps.
     """
-    taps = weight.new_zeros(size, 3)
-    centre = size // 2
-    taps[centre, 1] = 1
-    for side in (0, 2):
-        taps[centre, side] = 1 - 1 / spread if size > 1 else 1
-        if size > 1:
-            taps[centre + side - 1, side] = 1 / spread
-    return taps @ weight @ taps.T
+    if spread == 1 and size > 1:
+        return F.pad(weight, [size // 2 - 1] * 4)
+    grown = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for _ in range(2):  # columns, then rows
+        grown = _share_out(grown, size, spread).transpose(-2, -1)
+    return grown.to(weight.dtype).contiguous()
+
+
+def _share_out(weight: Tensor, size: int, spread: int) -> Tensor:
+    """:func:`grow_kernel` along the last axis, by sums: autocast and TF32 round products of matrices."""
+    left, centre, right = weight.unbind(-1)
+    if size == 1:
+        return (left + centre + right)[..., None]
+    centre = centre + (1 - 1 / spread) * (left + right)
+    return F.pad(torch.stack([left / spread, centre, right / spread], -1), [size // 2 - 1] * 2)
 
 
 def _check(model: nn.Module, kernel_sizes: Sequence[int], sk_kwargs: Mapping[str, object]) -> None:
@@ -147,6 +161,11 @@ def _check(model: nn.Module, kernel_sizes: Sequence[int], sk_kwargs: Mapping[str
         raise ValueError(
             f'model is a {type(model).__name__} that was scripted or compiled: change the model that it was made from, '
             'then script or compile that'
+        )
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f'model is a {type(model).__name__} in DistributedDataParallel, which would not reduce the gradients of '
+            'parameters added now: change the model, then put it in that'
         )
     if _is_conv(model):
         raise ValueError('model is a convolution itself, which nothing holds: give the module that it is in')
@@ -170,7 +189,13 @@ def _choose(where, convs: Sequence[tuple[str, nn.Conv2d]], owner: str) -> set[st
     """The names of the convolutions that ``where`` means."""
     if where is None:
         return {name for name, _ in convs}
-    conditions = [where] if callable(where) or isinstance(where, str) else where
+    one = callable(where) or isinstance(where, str)
+    conditions = [where] if one else list(where) if isinstance(where, Iterable) else []
+    if not conditions or not all(callable(condition) or isinstance(condition, str) for condition in conditions):
+        raise ValueError(
+            f"where={where!r} must be a pattern of names, such as 'layer[34].*', a function of the name and the "
+            'convolution, or several of them; None for all convolutions'
+        )
     found = set()
     for condition in conditions:
         named = {
@@ -185,6 +210,12 @@ def _choose(where, convs: Sequence[tuple[str, nn.Conv2d]], owner: str) -> set[st
             )
         found |= named
     return found
+
+
+def _find_tied(model: nn.Module) -> set[int]:
+    """The ids of the parameters that several modules hold."""
+    held = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    return {parameter for parameter, count in held.items() if count > 1}
 
 
 def _find_obstacle(conv: nn.Conv2d) -> str | None:
@@ -219,6 +250,7 @@ def _selective(conv: nn.Conv2d, kernel_sizes: Sequence[int], sk_kwargs: Mapping[
     layer.attn.init_weights()
     for path, size in zip(layer.paths, kernel_sizes):
         path.conv = _grown(conv, size)
+    layer.attn.requires_grad_(conv.weight.requires_grad)
     return layer.train(conv.training)
 
 

@@ -177,7 +177,8 @@ def test_a_layer_keeps_what_it_was(parts):
         assert path.conv.weight.is_contiguous(memory_format=torch.channels_last)
         assert not path.conv.weight.requires_grad
         assert not path.conv.bias.requires_grad
-    assert layer.attn.fc_reduce.weight.requires_grad
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert all(parameter.requires_grad for parameter in parts.grouped.attn.parameters())
     assert layer.attn.fc_reduce.out_channels == 8
     assert not layer.training
     assert parts.grouped.training
@@ -227,6 +228,26 @@ def test_a_convolution_with_two_names():
     assert report.parameters == count(model) - before
 
 
+def test_convolutions_that_share_a_weight():
+    """They would learn apart."""
+    model = nn.ModuleDict({name: nn.Conv2d(4, 4, 3, padding=1) for name in ('first', 'second', 'third')})
+    model['second'].weight = model['first'].weight
+    before = count(model)
+    report = selectify(model)
+    assert report.kept == dict.fromkeys(['first', 'second'], 'shares a parameter with another module')
+    assert list(report.changed) == ['third']
+    assert report.parameters == count(model) - before
+
+
+def test_batches_of_one(parts):
+    alone = copy.deepcopy(parts)
+    selectify(parts)
+    with pytest.raises(ValueError, match='got a batch of 1'):
+        parts.train()(images(1))
+    selectify(alone, norm_layer=timm.layers.GroupNorm1)
+    assert alone.train()(images(1)).shape[0] == 1
+
+
 def test_what_stays_and_why(parts):
     parts.dense.register_forward_hook(lambda module, args, output: None)
     nn.utils.parametrizations.weight_norm(parts.grouped)
@@ -260,6 +281,10 @@ def test_what_stays_and_why(parts):
             r"where='layer9\.\*' names none of the 6 convolutions of this Parts \(dense",
         ),
         (dict(where=['dense', 'x']), ValueError, "where='x' names none"),
+        (dict(where=5), ValueError, r"where=5 must be a pattern of names, such as 'layer\[34\]\.\*', a function of"),
+        (dict(where=[]), ValueError, r'where=\[\] must be a pattern of names'),
+        (dict(where=[None]), ValueError, r'where=\[None\] must be a pattern of names'),
+        (dict(where=b'dense'), ValueError, "where=b'dense' must be a pattern of names"),
         (dict(where='pointwise'), ValueError, 'this Parts has no 3x3 convolution to change; .*: 1 1x1$'),
         (dict(kernel_sizes=(5, 7)), ValueError, r'kernel_sizes=\(5, 7\) must be two or more odd sizes, 3 among them'),
         (dict(kernel_sizes=(1, 3)), ValueError, 'none below it'),
@@ -280,6 +305,14 @@ def test_errors_leave_the_model_alone(parts, arguments, error, message):
     assert list(parts.modules()) == modules
 
 
+def inside_ddp(model):
+    """As far as it can be without processes."""
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    return wrapped
+
+
 def test_models_that_cannot_be_changed(parts):
     with pytest.raises(TypeError, match=r'must be an nn\.Module, not str'):
         selectify('resnet50')
@@ -287,6 +320,8 @@ def test_models_that_cannot_be_changed(parts):
         selectify(nn.Conv2d(3, 3, 3))
     with pytest.raises(ValueError, match='that was scripted or compiled'):
         selectify(torch.compile(parts))
+    with pytest.raises(ValueError, match='model is a Sequential in DistributedDataParallel'):
+        selectify(nn.Sequential(inside_ddp(parts)))
     with pytest.raises(
         ValueError, match='ConvNeXt has no 3x3 convolution to change; of its convolutions: 16 1x1, 8 7x7'
     ):
@@ -302,6 +337,18 @@ def test_grown_kernels_are_equal(size, groups):
     assert grown.count_nonzero() == weight.numel()
     expected = nn.functional.conv2d(x, weight, padding=1, groups=groups)
     assert_close(nn.functional.conv2d(x, grown, padding=size // 2, groups=groups), expected, length=9 * 8)
+
+
+@pytest.mark.parametrize(('size', 'spread'), [(5, 1), (3, 2), (1, 1)])
+def test_grown_kernels_keep_their_precision(size, spread):
+    torch.manual_seed(0)
+    weight = torch.randn(8, 8, 3, 3)
+    with torch.autocast('cpu', torch.bfloat16):
+        grown = grow_kernel(weight, size, spread)
+    assert grown.dtype == torch.float32
+    assert grown.is_contiguous()
+    assert_close(grown.double(), grow_kernel(weight.double(), size, spread), length=9, dtype=torch.float32)
+    assert grow_kernel(weight.half(), size, spread).dtype == torch.float16
 
 
 @pytest.mark.parametrize('spread', [2, 3])
