@@ -28,6 +28,10 @@ _DTYPES = {
     'Float32': torch.float32,
     'Float64': torch.float64,
     'BFloat16': torch.bfloat16,
+    'Bool': torch.bool,
+    'UInt8': torch.uint8,
+    'Int8': torch.int8,
+    'Int16': torch.int16,
     'Int32': torch.int32,
     'Int64': torch.int64,
 }
@@ -47,9 +51,11 @@ def is_mindspore(path: str | os.PathLike) -> bool:
 def read(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a MindSpore checkpoint under their own names.
 
+    What a training saved beside them, such as strings, is left out: values of types that torch does not have.
+
     Raises:
         ImportError: ``protobuf`` is not installed.
-        ValueError: the file is damaged, no checkpoint of MindSpore's, or has tensors of a type that is not read.
+        ValueError: the file is damaged, no checkpoint of MindSpore's, or has no tensors of a type that is read.
     """
     path = Path(path)
     try:
@@ -65,15 +71,19 @@ def read(path: str | os.PathLike) -> dict[str, Tensor]:
         parts.setdefault(value.tag, []).append(value.tensor)
     if not any(tensors[0].tensor_content for tensors in parts.values()):
         raise ValueError(f'{path}: holds no tensors (expected a checkpoint of MindSpore)')
-    return {name: _tensor(path, name, tensors) for name, tensors in parts.items()}
+    read = {name: tensors for name, tensors in parts.items() if tensors[0].tensor_type in _DTYPES}
+    if not read:
+        name, kind = next((name, tensors[0].tensor_type) for name, tensors in parts.items())
+        raise ValueError(f'{path}: {name} is of type {kind!r}; these are read: {", ".join(_DTYPES)}')
+    return {name: _tensor(path, name, tensors) for name, tensors in read.items()}
 
 
 def _tensor(path: Path, name: str, tensors: list) -> Tensor:
     kind, shape = tensors[0].tensor_type, tuple(tensors[0].dims)
-    if kind not in _DTYPES:
-        raise ValueError(f'{path}: {name} is of type {kind!r}; these are read: {", ".join(_DTYPES)}')
     content = bytearray(b''.join(tensor.tensor_content for tensor in tensors))
     dtype = _DTYPES[kind]
+    if shape == (0,) and content:  # a scalar
+        shape = ()
     if len(content) != math.prod(shape) * dtype.itemsize:
         raise ValueError(f'{path}: {name} has {len(content)} bytes for {dtype} of shape {shape}')
     return torch.frombuffer(content, dtype=dtype).reshape(shape)

@@ -209,13 +209,29 @@ def test_mindspore_tensors_in_parts(tmp_path):
     assert torch.equal(state_dict['b'], half)
 
 
+def test_what_mindspore_saves_beside_the_weights(tmp_path):
+    """Scalars, which have a dimension of 0 there, flags, and strings, which nothing needs."""
+    pytest.importorskip('google.protobuf')
+    network = make('MindCV basic').float()
+    parts = [value(name, tensor) for name, tensor in network.mindspore_state_dict().items()]
+    parts.append(value('learning_rate', torch.empty(0), struct.pack('<f', 0.5)))
+    parts.append(value('flags', torch.ones(2), b'\1\0', 'Bool'))
+    path = tmp_path / 'x.ckpt'
+    path.write_bytes(b''.join([*parts, value('name', torch.ones(5), b'skres', 'String')]))
+    state_dict, _ = load_checkpoint(path)
+    assert state_dict['learning_rate'].shape == ()
+    assert state_dict['learning_rate'] == 0.5
+    assert state_dict['flags'].tolist() == [True, False]
+    assert 'name' not in state_dict
+
+
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
         (b'\x0a\xff', 'not a checkpoint of MindSpore, or a damaged one'),
         (field(1, field(1, 'a')), 'holds no tensors'),
         (value('a', torch.ones(2), b'123'), r'a has 3 bytes for torch\.float32 of shape \(2,\)'),
-        (value('a', torch.ones(2), b'12', 'UInt8'), "a is of type 'UInt8'; these are read: Float16"),
+        (value('a', torch.ones(2), b'12', 'String'), "a is of type 'String'; these are read: Float16"),
     ],
 )
 def test_mindspore_files_that_are_refused(tmp_path, content, message):
