@@ -9,7 +9,7 @@ from helpers.tolerances import assert_close
 from safetensors.torch import save, save_file
 from torch import nn
 
-import sk_plugins  # noqa: F401 - registers the models
+import sk_plugins
 from sk_plugins.layers import SelectiveKernel
 from sk_plugins.networks import SKResNet, SKResNetSimCLR
 from sk_plugins.weights import CheckpointError, HubError, from_resnet, to_mmpretrain, warm_start
@@ -141,6 +141,15 @@ def test_training_tells_the_branches_apart():
     small, large = (path.conv.weight for path in model.layer2[0].conv2.paths)
     assert large[:, :, 0].any()
     assert small.shape[2:] == (3, 3)
+
+
+def test_kernels_of_one_size_part_too():
+    """By their shares of the attention, which starts from random weights."""
+    model = sk_plugins.from_resnet(make('resnet18').state_dict(), sk_kwargs=dict(kernel_sizes=(3, 3))).double()
+    one, other = (path.conv.weight for path in model.layer2[0].conv1.paths)
+    assert torch.equal(one, other)
+    model(images()).square().mean().backward()
+    assert 0 < (one.grad - other.grad).abs().max() < 0.1 * one.grad.abs().max()
 
 
 def torchvisions():
