@@ -164,8 +164,8 @@ def _check(model: nn.Module, kernel_sizes: Sequence[int], sk_kwargs: Mapping[str
         )
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError(
-            f'model is a {type(model).__name__} in DistributedDataParallel, which would not reduce the gradients of '
-            'parameters added now: change the model, then put it in that'
+            f'model is a {type(model).__name__} with a DistributedDataParallel, which would not reduce the gradients '
+            'of parameters added now: change the model, then put it in that'
         )
     if _is_conv(model):
         raise ValueError('model is a convolution itself, which nothing holds: give the module that it is in')

@@ -320,7 +320,7 @@ def test_models_that_cannot_be_changed(parts):
         selectify(nn.Conv2d(3, 3, 3))
     with pytest.raises(ValueError, match='that was scripted or compiled'):
         selectify(torch.compile(parts))
-    with pytest.raises(ValueError, match='model is a Sequential in DistributedDataParallel'):
+    with pytest.raises(ValueError, match='model is a Sequential with a DistributedDataParallel'):
         selectify(nn.Sequential(inside_ddp(parts)))
     with pytest.raises(
         ValueError, match='ConvNeXt has no 3x3 convolution to change; of its convolutions: 16 1x1, 8 7x7'
