@@ -54,6 +54,18 @@ def test_card(push, hub, colours_run):
 
 
 @pytest.mark.usefixtures('token')
+def test_the_cards_snippet_runs(push, hub, colours_run, colours, tmp_path, monkeypatch, capsys):
+    push([str(colours_run), 'me/colours'])
+    card = hub.files('me/colours')['README.md'].decode()
+    (snippet,) = re.findall(r'With timm .*?```python\n(.*?)```', card, flags=re.DOTALL)
+    Image.open(colours / 'red' / '3.png').save(tmp_path / 'picture.jpg')
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(compile(snippet, 'README.md', 'exec'), {})
+    assert capsys.readouterr().out.strip() in {'blue', 'green', 'red'}
+
+
+@pytest.mark.usefixtures('token')
 @torch.inference_mode()
 def test_what_comes_back(push, hub, colours_run, colours, monkeypatch):
     """The same logits by timm, and by transformers' model and pipeline."""
