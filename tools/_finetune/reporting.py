@@ -51,10 +51,15 @@ class Predictions:
     def mistakes(self) -> list[int]:
         """The images with a wrong label, the one that was surest first."""
         wrong = np.flatnonzero((self.predicted != self.truth).any(1))
-        return sorted(wrong.tolist(), key=lambda i: -self.wrongness(i))
+        return sorted(wrong.tolist(), key=lambda i: -self.sureness(i))
 
-    def wrongness(self, i: int) -> float:
-        """The highest score of a label that is not the image's, or the lack of one that is."""
+    def sureness(self, i: int) -> float:
+        """Of a mistake: the score of the predicted label.
+
+        In a multi-label set the highest score of a label that is not the image's, or the lack of one that is.
+        """
+        if not self.multi_label:
+            return float(self.scores[i].max())
         return float(np.where(self.truth[i], 1 - self.scores[i], self.scores[i]).max())
 
 
@@ -111,7 +116,7 @@ def write(found: Predictions, folder: Path) -> dict[str, Any]:
     _write_csv(
         folder / 'mistakes.csv',
         ['image', 'true', 'predicted', 'score'],
-        [[found.paths[i], *_words(found, i), f'{found.wrongness(i):.4f}'] for i in wrong],
+        [[found.paths[i], *_words(found, i), f'{found.sureness(i):.4f}'] for i in wrong],
     )
     if wrong:
         _save(_draw_mistakes(found, wrong[:16]), folder / 'mistakes.png')
@@ -222,7 +227,7 @@ def _draw_mistakes(found: Predictions, chosen: Sequence[int]) -> Figure:
             axis.imshow(image.convert('RGB'))
         true, predicted = _words(found, i)
         name = Path(*path.parts[-2:]).as_posix()
-        text = f'{_cut(name)}\ntrue: {_cut(true)}\npredicted: {_cut(predicted)} ({found.wrongness(i):.0%})'
+        text = f'{_cut(name)}\ntrue: {_cut(true)}\npredicted: {_cut(predicted)} ({found.sureness(i):.0%})'
         axis.set_title(text, fontsize=7, parse_math=False)
     figure.tight_layout()
     return figure
