@@ -143,6 +143,13 @@ def test_a_list_with_splits(listed):
     ]
 
 
+def test_other_columns_of_0_and_1_are_no_labels(listed):
+    found = listed('x.csv', 'image,label,is_flipped\na.png,1,0\nb/c d.png,0,1\ne.png,1,1\nf.png,0,0\n')
+    assert found.classes == ('0', '1')
+    assert not found.multi_label
+    assert pairs(found.train) == {('a.png', ('1',)), ('b/c d.png', ('0',)), ('e.png', ('1',)), ('f.png', ('0',))}
+
+
 def test_numbers_are_in_their_order(listed):
     found = listed('x.csv', 'image,label\na.png,10\nb/c d.png,9\ne.png,10\nf.png,9\n')
     assert found.classes == ('9', '10')
