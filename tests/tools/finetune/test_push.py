@@ -110,6 +110,20 @@ def test_a_name_that_is_taken(push, hub, colours_run):
 
 
 @pytest.mark.usefixtures('token')
+def test_private_onto_a_public_repository(push, hub, colours_run):
+    hub.add('me/public', {'old.txt': b'x'})
+    with pytest.raises(HubError, match=r'^me/public: is public already, and --private does not change that'):
+        push([str(colours_run), 'me/public', '--update', '--private'])
+    assert set(hub.files('me/public')) == {'old.txt'}
+    hub.add('me/secret', {'old.txt': b'x'})
+    hub.private.add('me/secret')
+    push([str(colours_run), 'me/secret', '--update', '--private'])
+    push([str(colours_run), 'me/new', '--update', '--private'])
+    assert hub.private == {'me/secret', 'me/new'}
+    assert all('model.safetensors' in hub.files(repo) for repo in ('me/secret', 'me/new'))
+
+
+@pytest.mark.usefixtures('token')
 def test_refusals(push, hub, colours_run, monkeypatch):
     with pytest.raises(
         HubError, match=r'^you/colours: the token may not write to it: HTTP 403: You have no rights to you'
