@@ -95,7 +95,12 @@ def upload(folder: Path, repo: str, card: bytes | None, private: bool, update: b
 
 
 def list_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob('*') if path.is_file() and not path.name.startswith('.'))
+    """All but what is hidden, and what hidden folders hold."""
+
+    def is_hidden(path: Path) -> bool:
+        return any(part.startswith('.') for part in path.relative_to(folder).parts)
+
+    return sorted(path for path in folder.rglob('*') if path.is_file() and not is_hidden(path))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -87,6 +87,16 @@ def test_what_comes_back(push, hub, colours_run, colours, monkeypatch):
     assert {one['label']: one['score'] for one in said} == pytest.approx(scores, abs=1e-5)
 
 
+def test_hidden_folders_stay(push, hub, tmp_path, capsys):
+    folder = tmp_path / '.cache' / 'hub'
+    for name in ('config.json', 'model.safetensors', 'more/labels.txt', '.git/config', '.gitattributes', 'a/.b/c.txt'):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{}')
+    push([str(folder), 'me/x', '--dry-run'])
+    said = re.findall(r' MB  (.+)$', capsys.readouterr().out, flags=re.MULTILINE)
+    assert said == ['config.json', 'model.safetensors', 'more/labels.txt']
+
+
 def test_no_token(push, hub, colours_run, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
