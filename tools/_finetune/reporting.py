@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from mmengine.runner import Runner
+from mmpretrain.evaluation import AveragePrecision
 from PIL import Image
 from sklearn.metrics import (
     ConfusionMatrixDisplay,
-    average_precision_score,
     confusion_matrix,
     multilabel_confusion_matrix,
     precision_recall_fscore_support,
@@ -138,9 +138,8 @@ def _rows(found: Predictions) -> tuple[list[list[Any]], dict[str, Any]]:
     ]
     metrics: dict[str, Any] = dict(images=len(truth), f1_macro=round(100 * float(np.mean(f1)), 2))
     if found.multi_label:
-        there = truth.any(0)  # of the others there is no precision
-        average = average_precision_score(truth[:, there], found.scores[:, there], average='macro')
-        metrics['mAP'] = round(100 * float(average), 2)
+        # As in training: a label without positives counts as 0.
+        metrics['mAP'] = round(float(AveragePrecision.calculate(found.scores, truth)), 2)
     else:
         order = np.argsort(-found.scores, axis=1)
         for k in (1, 5):

@@ -4,10 +4,12 @@ import csv
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip('mmpretrain')
 
 from _finetune import reporting
+from mmpretrain.evaluation import AveragePrecision
 from PIL import Image
 
 
@@ -45,3 +47,21 @@ def test_a_mistakes_score_in_a_multi_label_set(predictions, tmp_path):
     reporting.write(found, tmp_path / 'report')
     _, *rows = rows_of(tmp_path / 'report' / 'mistakes.csv')
     assert [row[1:] for row in rows] == [['a', 'none', '0.9000'], ['a', 'a;b', '0.6000']]
+
+
+def test_map(predictions, tmp_path):
+    """``a``: 1 and 2/3. ``b``: 1/2. ``c`` has no positive and counts as 0, as in mmpretrain's AveragePrecision."""
+    scores = [[0.9, 0.2, 0.1], [0.6, 0.1, 0.4], [0.5, 0.7, 0.6]]
+    found = predictions(scores, [[1, 1, 0], [0, 0, 0], [1, 0, 0]], multi_label=True)
+    metrics = reporting.write(found, tmp_path / 'report')
+    assert metrics['mAP'] == pytest.approx(100 * ((1 + 2 / 3) / 2 + 1 / 2) / 3, abs=0.01)
+    metric = AveragePrecision()
+    metric.process(
+        {}, [dict(pred_score=torch.tensor(s), gt_score=torch.tensor(t)) for s, t in zip(found.scores, found.truth)]
+    )
+    assert metrics['mAP'] == pytest.approx(metric.evaluate(3)['multi-label/mAP'], abs=0.01)
+
+
+def test_map_without_any_positive(predictions, tmp_path):
+    found = predictions([[0.9, 0.2, 0.1], [0.6, 0.1, 0.4]], [[0, 0, 0], [0, 0, 0]], multi_label=True)
+    assert reporting.write(found, tmp_path / 'report')['mAP'] == 0
