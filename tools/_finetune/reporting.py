@@ -10,10 +10,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from _predict.pictures import open_picture
 from matplotlib.figure import Figure
 from mmengine.runner import Runner
 from mmpretrain.evaluation import AveragePrecision
-from PIL import Image
 from sklearn.metrics import (
     ConfusionMatrixDisplay,
     confusion_matrix,
@@ -222,8 +222,7 @@ def _draw_mistakes(found: Predictions, chosen: Sequence[int]) -> Figure:
         axis.axis('off')
     for axis, i in zip(axes.flat, chosen):
         path = Path(found.paths[i])
-        with Image.open(path) as image:
-            axis.imshow(image.convert('RGB'))
+        axis.imshow(open_picture(str(path)))
         true, predicted = _words(found, i)
         name = Path(*path.parts[-2:]).as_posix()
         text = f'{_cut(name)}\ntrue: {_cut(true)}\npredicted: {_cut(predicted)} ({found.sureness(i):.0%})'
