@@ -129,9 +129,12 @@ def prepare(args: argparse.Namespace, work_dir: Path, device: str) -> dict[str, 
     """Check all, choose, and write the run's config; returns what the report and the card say of the run."""
     from _finetune import checking, configs, data, exporting, settings
 
+    from sk_plugins._files import write_atomically
     from sk_plugins.openmmlab.runtime.configs import check_sections, explain_parsing
 
-    if (work_dir / 'config.py').is_file():
+    # What a run that failed at its start leaves behind, a config without a checkpoint, is written over.
+    failed = (work_dir / exporting.RUN).is_file() and not any(work_dir.glob('*.pth'))
+    if (work_dir / 'config.py').is_file() and not failed:
         raise FileExistsError(
             f'{work_dir}: holds a run already: --resume goes on with it, --work-dir names another folder'
         )
@@ -186,8 +189,9 @@ def prepare(args: argparse.Namespace, work_dir: Path, device: str) -> dict[str, 
         notes=list(images.notes),
         epochs=recipe.epochs,
     )
-    cfg.dump(str(work_dir / 'config.py'))
     exporting.write_run(work_dir, **run)
+    with write_atomically(work_dir / 'config.py') as partial:  # the last: with it, there is a run
+        cfg.dump(str(partial))
     return run
 
 
