@@ -126,6 +126,38 @@ def test_stopped_and_resumed(colours_run, finetune, colours, small, tmp_path, mo
     assert 'all 4 epochs are over' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('where', ['check_images', 'try_step'])
+def test_stopped_before_training(finetune, colours, small, tmp_path, monkeypatch, capsys, where):
+    from _finetune import checking
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checking, where, stop)
+    with pytest.raises(SystemExit) as caught:
+        finetune([str(colours), *small, '--from-scratch', '--work-dir', str(tmp_path / 'run')])
+    assert caught.value.code == 130
+    assert capsys.readouterr().out == 'stopped: no epoch is over, so the same command begins again\n'
+
+
+def test_stopped_in_the_report(finetune, colours, small, tmp_path, monkeypatch, capsys):
+    from _finetune import reporting
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    words = [str(colours), '--work-dir', str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(reporting, 'write', stop)
+        with pytest.raises(SystemExit) as caught:
+            finetune([*words, *small, '--epochs', '1', '--from-scratch'])
+    assert caught.value.code == 130
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f'stopped: the epochs so far are kept: sk-plugins finetune {" ".join(words)} --resume goes on'
+    finetune([*words, '--resume'])
+    assert (tmp_path / 'report' / 'metrics.json').is_file()
+
+
 @pytest.fixture
 def before_training(monkeypatch):
     """``before_training()``: the model as it was before the first step of the run that follows."""
