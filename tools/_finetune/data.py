@@ -314,7 +314,8 @@ def _rows_of_table(path: Path, text: str) -> list[_Row]:
         if len(row) != len(header):
             raise ValueError(f'{path}: row {number} has {len(row)} cells and not {len(header)}')
     has_labels = any(name.lower() in LABEL_COLUMNS for name in header)
-    one_hot = not has_labels and len(rest) > 1 and all(row[i].strip() in ('0', '1', '0.0', '1.0') for row in body for i in rest)
+    binary = all(row[i].strip() in ('0', '1', '0.0', '1.0') for row in body for i in rest)
+    one_hot = binary and len(rest) > 1 and not has_labels
     columns = _columns(path, header, one_hot)
     image, kind = header.index(columns['image']), columns['split'] and header.index(columns['split'])
     rows: list[_Row] = []
