@@ -181,6 +181,16 @@ def test_split_of_several_labels(tmp_path):
     assert len(found.train) + len(found.val) == 100
 
 
+@pytest.mark.parametrize('seed', range(20))
+def test_split_keeps_an_image_to_train_on_of_every_label(tmp_path, seed):
+    """Each image of ``both`` has a label that is rarer in name alone, and may be the one that is held out."""
+    labels = [('a', 'both'), ('a',), ('b', 'both'), ('b',)]
+    items = tuple(data.Item(f'{i}.png', names) for i, names in enumerate(labels))
+    found = data.split(data.ImageSet(tmp_path, tmp_path, ('a', 'b', 'both'), items, multi_label=True), 0.5, seed)
+    assert found.counts(found.train).keys() == {'a', 'b', 'both'}
+    assert {'a', 'b'} <= found.counts(found.val).keys()
+
+
 def test_images_are_looked_at(tmp_path, write_pictures):
     write_pictures(tmp_path, dict(red=12, blue=12))
     (tmp_path / 'red' / 'broken.png').write_bytes((tmp_path / 'red' / '0.png').read_bytes()[:60])
