@@ -176,7 +176,7 @@ def _draw_matrix(counts: np.ndarray, classes: Sequence[str], predicted: str) -> 
     axis = figure.subplots()
     named = number <= MOST_NAMED
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    display = ConfusionMatrixDisplay(shares, display_labels=classes if named else None)
+    display = ConfusionMatrixDisplay(shares, display_labels=list(map(_plain, classes)) if named else None)
     display.plot(ax=axis, cmap='Blues', include_values=False, colorbar=False, xticks_rotation='vertical')
     if named:
         for (i, j), count in np.ndenumerate(counts):
@@ -200,7 +200,7 @@ def _draw_together(found: Predictions) -> Figure:
 def _draw_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Figure:
     """The hundred classes with the lowest F1 at most."""
     chosen = sorted(rows, key=lambda row: row[-1])[:100]
-    cells = [[f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in row] for row in chosen]
+    cells = [[f'{cell:.2f}' if isinstance(cell, float) else _plain(str(cell)) for cell in row] for row in chosen]
     figure = Figure(figsize=(5.5, 0.5 + 0.25 * len(cells)))
     axis = figure.subplots()
     axis.axis('off')
@@ -233,3 +233,8 @@ def _draw_mistakes(found: Predictions, chosen: Sequence[int]) -> Figure:
 
 def _cut(text: str, most: int = 34) -> str:
     return text if len(text) <= most else f'...{text[3 - most :]}'
+
+
+def _plain(text: str) -> str:
+    """For matplotlib, to which dollars are marks of formulas."""
+    return text.replace('$', r'\$')

@@ -65,3 +65,15 @@ def test_map(predictions, tmp_path):
 def test_map_without_any_positive(predictions, tmp_path):
     found = predictions([[0.9, 0.2, 0.1], [0.6, 0.1, 0.4]], [[0, 0, 0], [0, 0, 0]], multi_label=True)
     assert reporting.write(found, tmp_path / 'report')['mAP'] == 0
+
+
+def test_names_with_dollars(predictions, tmp_path):
+    r"""``$x^{$`` is no formula, and is drawn as ``a\$b`` has its own backslash: as it is."""
+    names = ('$x^{$', r'a\$b', '5 $')
+    found = predictions([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]], np.eye(3, dtype=int), classes=names)
+    reporting.write(found, tmp_path / 'report')
+    assert [row[0] for row in rows_of(tmp_path / 'report' / 'classes.csv')[1:]] == list(names)
+    axis = reporting._draw_matrix(np.eye(3), names, 'predicted').axes[0]
+    table = reporting._draw_table(['class', 'f1'], [[name, 0.5] for name in names]).axes[0].tables[0]
+    for texts in (axis.get_xticklabels(), axis.get_yticklabels(), [table[i, 0].get_text() for i in (1, 2, 3)]):
+        assert [text._preprocess_math(text.get_text()) for text in texts] == [(name, False) for name in names]
