@@ -129,9 +129,12 @@ def prepare(args: argparse.Namespace, work_dir: Path, device: str) -> dict[str, 
     """Check all, choose, and write the run's config; returns what the report and the card say of the run."""
     from _finetune import checking, configs, data, exporting, settings
 
+    from sk_plugins._files import write_atomically
     from sk_plugins.openmmlab.runtime.configs import check_sections, explain_parsing
 
-    if (work_dir / 'config.py').is_file():
+    # What a run that failed at its start leaves behind, a config without a checkpoint, is written over.
+    failed = (work_dir / exporting.RUN).is_file() and not any(work_dir.glob('*.pth'))
+    if (work_dir / 'config.py').is_file() and not failed:
         raise FileExistsError(
             f'{work_dir}: holds a run already: --resume goes on with it, --work-dir names another folder'
         )
@@ -186,14 +189,34 @@ def prepare(args: argparse.Namespace, work_dir: Path, device: str) -> dict[str, 
         notes=list(images.notes),
         epochs=recipe.epochs,
     )
-    cfg.dump(str(work_dir / 'config.py'))
     exporting.write_run(work_dir, **run)
+    with write_atomically(work_dir / 'config.py') as partial:  # the last: with it, there is a run
+        cfg.dump(str(partial))
     return run
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     work_dir = args.work_dir or default_work_dir(args.folder)
+    try:
+        return run_all(args, work_dir)
+    except KeyboardInterrupt:
+        if any(work_dir.glob('epoch_*.pth')):
+            said = f'the epochs so far are kept: {command(args, work_dir)} --resume goes on'
+        else:
+            said = 'no epoch is over, so the same command begins again'
+        print(f'stopped: {said}', flush=True)
+        raise SystemExit(130) from None
+
+
+def command(args: argparse.Namespace, work_dir: Path) -> str:
+    """The words that name this run."""
+    where = '' if args.work_dir is None else f' --work-dir {shlex.quote(str(work_dir))}'
+    return f'sk-plugins finetune {shlex.quote(str(args.folder))}{where}'
+
+
+def run_all(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
+    """Check, train and report; returns the metrics."""
     started = time.perf_counter()
     device = set_device(args.device, args.amp)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -213,15 +236,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     cfg = read_config(work_dir / 'config.py')
     cfg.work_dir = str(work_dir)
     runner, hook = training.build(cfg, args.resume, configs.MONITOR[run['multi_label']], score)
-    folder = shlex.quote(str(args.folder))
-    where = '' if args.work_dir is None else f' --work-dir {shlex.quote(str(work_dir))}'
     try:
         best = training.train(runner, hook)
         if args.resume and not hook.trained:
             print(f'all {run["epochs"]} epochs are over, or it stopped early: there is nothing to go on with')
     except training.Stopped as stopped:
         print(
-            f'stopped after {stopped.epochs} of {run["epochs"]} epochs: sk-plugins finetune {folder}{where} --resume '
+            f'stopped after {stopped.epochs} of {run["epochs"]} epochs: {command(args, work_dir)} --resume '
             f'{"goes on" if stopped.epochs else "begins again"}',
             flush=True,
         )

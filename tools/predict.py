@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> Any:
     parser.add_argument('model', metavar='MODEL', help="timm's name, OWNER/NAME, a folder, a checkpoint, or a config")
     parser.add_argument('images', nargs='+', metavar='IMAGES', help='files, folders, patterns, addresses')
     parser.add_argument('--checkpoint', metavar='FILE', help='weights for a name or a config')
-    parser.add_argument('--out', type=Path, metavar='FILE', help='all labels and scores: .csv or .json')
+    parser.add_argument('--out', type=Path, metavar='FILE', help='the --topk labels and scores: .csv or .json')
     parser.add_argument('--draw', type=Path, metavar='FOLDER', help='the pictures with their labels (.png)')
     parser.add_argument('--attention', action='store_true', help='in --draw, which kernel each SK unit chose')
     parser.add_argument('--cam', action='store_true', help='in --draw, the class-activation map')

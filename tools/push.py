@@ -54,7 +54,8 @@ def upload(folder: Path, repo: str, card: bytes | None, private: bool, update: b
     """Make the repository and commit the folder as a whole; returns its address.
 
     Raises:
-        HubError: no token, a name that is taken, no right to it, or no connection.
+        HubError: no token, a name that is taken, a public repository where a private one was asked for, no right to
+            it, or no connection.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -69,6 +70,11 @@ def upload(folder: Path, repo: str, card: bytes | None, private: bool, update: b
             if error.response.status_code != 409:
                 raise
             raise HubError(f'{repo}: there is a repository of this name already: --update commits to it') from error
+        if private and update and not api.repo_info(repo).private:
+            raise HubError(
+                f'{repo}: is public already, and --private does not change that: leave it out, or make the repository '
+                'private on the Hub first'
+            )
         operations = [
             CommitOperationAdd(path.relative_to(folder).as_posix(), card if card and path.name == 'README.md' else path)
             for path in list_files(folder)
@@ -89,7 +95,12 @@ def upload(folder: Path, repo: str, card: bytes | None, private: bool, update: b
 
 
 def list_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob('*') if path.is_file() and not path.name.startswith('.'))
+    """All but what is hidden, and what hidden folders hold."""
+
+    def is_hidden(path: Path) -> bool:
+        return any(part.startswith('.') for part in path.relative_to(folder).parts)
+
+    return sorted(path for path in folder.rglob('*') if path.is_file() and not is_hidden(path))
 
 
 def main(argv: list[str] | None = None) -> None:

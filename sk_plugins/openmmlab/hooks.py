@@ -80,10 +80,13 @@ class PictureHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
     ) -> None:
         top = getattr(runner.test_dataloader.dataset, 'img_prefix', '')
+        bgr = _reads_bgr(runner)
         for image, sample in zip(data_batch['inputs'], outputs or ()):
             path = self.out_dir / self._name(sample.get('img_path'), top)
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = image.permute(1, 2, 0).cpu().numpy().astype('uint8')
+            if bgr and pixels.shape[2] == 3:
+                pixels = pixels[..., ::-1].copy()
             runner.visualizer.visualize_cls(pixels, sample, name=path.stem, out_file=str(path))
             self._count += 1
 
@@ -97,3 +100,14 @@ class PictureHook(Hook):
             name = kept.with_name(f'{kept.name}.png')
         self._taken.add(name)
         return name
+
+
+def _reads_bgr(runner: Runner) -> bool:
+    """Whether the inputs are B, G, R: what the preprocessor turns into RGB is."""
+    model = runner.model
+    while hasattr(model, 'module'):  # of several processes, or of test-time augmentation
+        model = model.module
+    preprocessor = getattr(model, 'data_preprocessor', None)
+    if hasattr(preprocessor, 'to_rgb'):
+        return bool(preprocessor.to_rgb)
+    return bool((runner.cfg.get('data_preprocessor') or {}).get('bgr_to_rgb'))

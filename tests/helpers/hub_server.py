@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 _PATH = re.compile(r'/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)')
 _COMMIT = re.compile(r'/api/models/(?P<repo>[^/]+/[^/]+)/(?P<what>preupload|commit)/(?P<revision>[^/?]+)')
+_INFO = re.compile(r'/api/models/(?P<repo>[^/]+/[^/?]+)(\?.*)?')
 _RANGE = re.compile(r'bytes=(\d+)-')
 
 
@@ -99,6 +100,9 @@ class HubServer:
             self.private.add(repo)
         return True
 
+    def has(self, repo: str) -> bool:
+        return repo in self._revisions
+
     def files(self, repo: str) -> dict[str, bytes]:
         """What is on the branch main."""
         return dict(self._commits[repo, self._revisions[repo]['main']])
@@ -136,6 +140,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub: HubServer = self.server.hub
         hub.requests.append(Request(self.command, self.path, self.headers.get('Range')))
+        match = _INFO.fullmatch(self.path)
+        if match is not None:
+            repo = unquote(match['repo'])
+            if hub.has(repo):
+                self._answer_json(200, {'id': repo, 'private': repo in hub.private, 'siblings': []})
+            else:
+                self._refuse(FAULTS['missing'])
+            return
         match = _PATH.fullmatch(self.path)
         if match is None:
             self._answer(404, {'Content-Length': 0})

@@ -2,16 +2,23 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip('mmpretrain')
 
+import mmengine.model
+import numpy as np
 import torch
 from helpers.tolerances import assert_close
 from mmengine.config import Config
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from mmpretrain.models import ClsDataPreprocessor
+from mmpretrain.structures import DataSample
+from mmpretrain.visualization import UniversalVisualizer
+from PIL import Image
 
 import sk_plugins.mmpretrain_models  # noqa: F401 - registers the hook
 from sk_plugins._resources import find_config
@@ -107,3 +114,28 @@ def test_pictures_keep_their_folders(tmp_path):
     paths = ['/data/cat/1.jpg', '/data/dog/1.jpg', '/data/dog/1.png', '/elsewhere/1.jpg', None]
     names = [str(hook._name(path, '/data')) for path in paths]
     assert names == ['cat/1.png', 'dog/1.png', 'dog/1.png.png', '1.png', '000000.png']
+
+
+@pytest.mark.parametrize(
+    ('preprocessor', 'settings', 'first'),
+    [
+        (ClsDataPreprocessor(to_rgb=True), {}, 'blue'),
+        (ClsDataPreprocessor(to_rgb=False), {}, 'red'),
+        (mmengine.model.ImgDataPreprocessor(bgr_to_rgb=True), dict(bgr_to_rgb=True), 'blue'),
+        (mmengine.model.ImgDataPreprocessor(rgb_to_bgr=True), dict(rgb_to_bgr=True), 'red'),
+    ],
+    ids=['to_rgb', 'rgb', 'bgr_to_rgb', 'rgb_to_bgr'],
+)
+def test_pictures_keep_their_colours(tmp_path, preprocessor, settings, first):
+    """The input's first channel is blue where the preprocessor turns it, and red where it doesn't."""
+    run = SimpleNamespace(
+        cfg=Config(dict(data_preprocessor=settings)),
+        model=SimpleNamespace(module=SimpleNamespace(data_preprocessor=preprocessor)),
+        test_dataloader=SimpleNamespace(dataset=None),
+        visualizer=UniversalVisualizer(),
+    )
+    image = torch.tensor([200, 100, 50], dtype=torch.uint8).view(3, 1, 1).expand(3, 64, 64)
+    sample = DataSample().set_pred_label(0).set_gt_label(0)
+    PictureHook(str(tmp_path)).after_test_iter(run, 0, dict(inputs=[image]), [sample])
+    pixel = np.asarray(Image.open(tmp_path / '000000.png').convert('RGB'))[-1, -1].tolist()
+    assert pixel == dict(blue=[50, 100, 200], red=[200, 100, 50])[first]

@@ -313,7 +313,9 @@ def _rows_of_table(path: Path, text: str) -> list[_Row]:
     for number, row in enumerate(body, start=first):
         if len(row) != len(header):
             raise ValueError(f'{path}: row {number} has {len(row)} cells and not {len(header)}')
-    one_hot = len(rest) > 1 and all(row[i].strip() in ('0', '1', '0.0', '1.0') for row in body for i in rest)
+    has_labels = any(name.lower() in LABEL_COLUMNS for name in header)
+    binary = all(row[i].strip() in ('0', '1', '0.0', '1.0') for row in body for i in rest)
+    one_hot = binary and len(rest) > 1 and not has_labels
     columns = _columns(path, header, one_hot)
     image, kind = header.index(columns['image']), columns['split'] and header.index(columns['split'])
     rows: list[_Row] = []
@@ -400,6 +402,8 @@ def _look_alike(classes: Sequence[str]) -> list[tuple[str, str]]:
 def split(images: ImageSet, share: float = 0.2, seed: int = 0) -> ImageSet:
     """Hold out ``share`` of each class, at least one image and never all; the same for the same seed.
 
+    Where labels of a multi-label set stand together so that not both can be, each keeps an image to train on.
+
     The rarest class comes first, so that in a multi-label set each keeps its share too (Sechidis et al., 2011, with
     one label an image at a time).
     """
@@ -407,6 +411,7 @@ def split(images: ImageSet, share: float = 0.2, seed: int = 0) -> ImageSet:
     left = sorted(images.train)
     rng.shuffle(left)
     counts = images.counts(left)
+    remaining = images.counts(left)
     held_out: set[Item] = set()
     train: set[Item] = set()
     for name in sorted(images.classes, key=lambda name: (counts[name], name)):
@@ -414,8 +419,12 @@ def split(images: ImageSet, share: float = 0.2, seed: int = 0) -> ImageSet:
         has = sum(name in item.labels for item in held_out)
         wanted = max(1, round(share * counts[name])) - has
         free = [item for item in of_class if item not in held_out and item not in train]
-        keep = max(0, 1 - sum(name in item.labels for item in train))
-        chosen = free[: max(0, min(wanted, len(free) - keep))]
+        chosen: list[Item] = []
+        for item in free:
+            # Each of its labels keeps an image to train on.
+            if len(chosen) < wanted and all(remaining[label] > 1 for label in item.labels):
+                chosen.append(item)
+                remaining.subtract(item.labels)
         held_out.update(chosen)
         train.update(item for item in free if item not in chosen)
     rest = [item for item in left if item not in held_out and item not in train]  # without any label

@@ -134,6 +134,7 @@ With timm (both packages: `{how_to_install()}`):
 
 ```python
 import sk_plugins  # registers the model
+import timm
 from PIL import Image
 
 model = timm.create_model('hf-hub:OWNER/{name}', pretrained=True).eval()

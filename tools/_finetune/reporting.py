@@ -10,12 +10,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from _predict.pictures import open_picture
 from matplotlib.figure import Figure
 from mmengine.runner import Runner
-from PIL import Image
+from mmpretrain.evaluation import AveragePrecision
 from sklearn.metrics import (
     ConfusionMatrixDisplay,
-    average_precision_score,
     confusion_matrix,
     multilabel_confusion_matrix,
     precision_recall_fscore_support,
@@ -51,10 +51,15 @@ class Predictions:
     def mistakes(self) -> list[int]:
         """The images with a wrong label, the one that was surest first."""
         wrong = np.flatnonzero((self.predicted != self.truth).any(1))
-        return sorted(wrong.tolist(), key=lambda i: -self.wrongness(i))
+        return sorted(wrong.tolist(), key=lambda i: -self.sureness(i))
 
-    def wrongness(self, i: int) -> float:
-        """The highest score of a label that is not the image's, or the lack of one that is."""
+    def sureness(self, i: int) -> float:
+        """Of a mistake: the score of the predicted label.
+
+        In a multi-label set the highest score of a label that is not the image's, or the lack of one that is.
+        """
+        if not self.multi_label:
+            return float(self.scores[i].max())
         return float(np.where(self.truth[i], 1 - self.scores[i], self.scores[i]).max())
 
 
@@ -111,7 +116,7 @@ def write(found: Predictions, folder: Path) -> dict[str, Any]:
     _write_csv(
         folder / 'mistakes.csv',
         ['image', 'true', 'predicted', 'score'],
-        [[found.paths[i], *_words(found, i), f'{found.wrongness(i):.4f}'] for i in wrong],
+        [[found.paths[i], *_words(found, i), f'{found.sureness(i):.4f}'] for i in wrong],
     )
     if wrong:
         _save(_draw_mistakes(found, wrong[:16]), folder / 'mistakes.png')
@@ -133,9 +138,8 @@ def _rows(found: Predictions) -> tuple[list[list[Any]], dict[str, Any]]:
     ]
     metrics: dict[str, Any] = dict(images=len(truth), f1_macro=round(100 * float(np.mean(f1)), 2))
     if found.multi_label:
-        there = truth.any(0)  # of the others there is no precision
-        average = average_precision_score(truth[:, there], found.scores[:, there], average='macro')
-        metrics['mAP'] = round(100 * float(average), 2)
+        # As in training: a label without positives counts as 0.
+        metrics['mAP'] = round(float(AveragePrecision.calculate(found.scores, truth)), 2)
     else:
         order = np.argsort(-found.scores, axis=1)
         for k in (1, 5):
@@ -172,7 +176,7 @@ def _draw_matrix(counts: np.ndarray, classes: Sequence[str], predicted: str) -> 
     axis = figure.subplots()
     named = number <= MOST_NAMED
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    display = ConfusionMatrixDisplay(shares, display_labels=classes if named else None)
+    display = ConfusionMatrixDisplay(shares, display_labels=list(map(_plain, classes)) if named else None)
     display.plot(ax=axis, cmap='Blues', include_values=False, colorbar=False, xticks_rotation='vertical')
     if named:
         for (i, j), count in np.ndenumerate(counts):
@@ -196,7 +200,7 @@ def _draw_together(found: Predictions) -> Figure:
 def _draw_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Figure:
     """The hundred classes with the lowest F1 at most."""
     chosen = sorted(rows, key=lambda row: row[-1])[:100]
-    cells = [[f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in row] for row in chosen]
+    cells = [[f'{cell:.2f}' if isinstance(cell, float) else _plain(str(cell)) for cell in row] for row in chosen]
     figure = Figure(figsize=(5.5, 0.5 + 0.25 * len(cells)))
     axis = figure.subplots()
     axis.axis('off')
@@ -218,11 +222,10 @@ def _draw_mistakes(found: Predictions, chosen: Sequence[int]) -> Figure:
         axis.axis('off')
     for axis, i in zip(axes.flat, chosen):
         path = Path(found.paths[i])
-        with Image.open(path) as image:
-            axis.imshow(image.convert('RGB'))
+        axis.imshow(open_picture(str(path)))
         true, predicted = _words(found, i)
         name = Path(*path.parts[-2:]).as_posix()
-        text = f'{_cut(name)}\ntrue: {_cut(true)}\npredicted: {_cut(predicted)} ({found.wrongness(i):.0%})'
+        text = f'{_cut(name)}\ntrue: {_cut(true)}\npredicted: {_cut(predicted)} ({found.sureness(i):.0%})'
         axis.set_title(text, fontsize=7, parse_math=False)
     figure.tight_layout()
     return figure
@@ -230,3 +233,8 @@ def _draw_mistakes(found: Predictions, chosen: Sequence[int]) -> Figure:
 
 def _cut(text: str, most: int = 34) -> str:
     return text if len(text) <= most else f'...{text[3 - most :]}'
+
+
+def _plain(text: str) -> str:
+    """For matplotlib, to which dollars are marks of formulas."""
+    return text.replace('$', r'\$')

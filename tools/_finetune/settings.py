@@ -61,7 +61,7 @@ def choose_network(
     """The network of a name, or of a config's backbone, and where its weights come from.
 
     Raises:
-        ValueError: an unknown name, or a network without weights where none are named.
+        ValueError: an unknown name or tag, or a network without weights where none are named.
     """
     known = {spec.name: spec for spec in zoo.MODELS.values()}
     tagless = name.partition('.')[0]
@@ -73,6 +73,9 @@ def choose_network(
         kind, arguments = spec.openmmlab
         backbone = dict(type=kind, **arguments)
         published = next((w for w in spec.weights if name in (spec.name, f'{spec.name}.{w.tag}')), None)
+        if published is None and name != spec.name:
+            tags = ', '.join(f'{spec.name}.{w.tag}' for w in spec.weights)
+            raise ValueError(f'--model {name}: {spec.name} has {"the tags " + tags if tags else "no tags"}')
         if warm_start and weights is None:
             published = _relative(spec)
             if published is None:

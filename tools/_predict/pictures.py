@@ -12,6 +12,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -72,10 +73,10 @@ def output_names(pictures: Sequence[str]) -> list[Path]:
 
 
 def open_picture(picture: str) -> Image.Image:
-    """RGB, turned as its EXIF says.
+    """RGB of 8 bits, turned as its EXIF says.
 
     Raises:
-        OSError, ValueError: it cannot be had or read.
+        OSError, ValueError: it cannot be had or read, or its pixels have 32 bits.
     """
     if '://' in picture:
         with urlopen(Request(picture, headers={'User-Agent': 'sk-plugins'}), timeout=20) as answer:
@@ -86,7 +87,17 @@ def open_picture(picture: str) -> Image.Image:
     else:
         file = picture
     with Image.open(file) as image:
-        return ImageOps.exif_transpose(image).convert('RGB')
+        kind = image.format
+        return _to_8_bits(ImageOps.exif_transpose(image), kind).convert('RGB')
+
+
+def _to_8_bits(image: Image.Image, kind: str | None) -> Image.Image:
+    """Pixels of 16 bits divided by 256, as training reads them; Pillow would cut them off at 255."""
+    if image.mode.startswith('I;16') or (image.mode == 'I' and kind in ('PNG', 'PPM')):
+        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode in ('I', 'F'):
+        raise ValueError(f'pixels of 32 bits (Pillow: {image.mode}), whose range is not known')
+    return image
 
 
 class Batch(NamedTuple):

@@ -143,6 +143,13 @@ def test_a_list_with_splits(listed):
     ]
 
 
+def test_other_columns_of_0_and_1_are_no_labels(listed):
+    found = listed('x.csv', 'image,label,is_flipped\na.png,1,0\nb/c d.png,0,1\ne.png,1,1\nf.png,0,0\n')
+    assert found.classes == ('0', '1')
+    assert not found.multi_label
+    assert pairs(found.train) == {('a.png', ('1',)), ('b/c d.png', ('0',)), ('e.png', ('1',)), ('f.png', ('0',))}
+
+
 def test_numbers_are_in_their_order(listed):
     found = listed('x.csv', 'image,label\na.png,10\nb/c d.png,9\ne.png,10\nf.png,9\n')
     assert found.classes == ('9', '10')
@@ -172,6 +179,16 @@ def test_split_of_several_labels(tmp_path):
     assert all(abs(counts[name] - 12) <= 1 for name in ('cat', 'dog'))
     assert sum(not item.labels for item in found.val) == 4
     assert len(found.train) + len(found.val) == 100
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_split_keeps_an_image_to_train_on_of_every_label(tmp_path, seed):
+    """Each image of ``both`` has a label that is rarer in name alone, and may be the one that is held out."""
+    labels = [('a', 'both'), ('a',), ('b', 'both'), ('b',)]
+    items = tuple(data.Item(f'{i}.png', names) for i, names in enumerate(labels))
+    found = data.split(data.ImageSet(tmp_path, tmp_path, ('a', 'b', 'both'), items, multi_label=True), 0.5, seed)
+    assert found.counts(found.train).keys() == {'a', 'b', 'both'}
+    assert {'a', 'b'} <= found.counts(found.val).keys()
 
 
 def test_images_are_looked_at(tmp_path, write_pictures):

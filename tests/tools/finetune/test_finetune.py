@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +126,38 @@ def test_stopped_and_resumed(colours_run, finetune, colours, small, tmp_path, mo
     assert 'all 4 epochs are over' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('where', ['check_images', 'try_step'])
+def test_stopped_before_training(finetune, colours, small, tmp_path, monkeypatch, capsys, where):
+    from _finetune import checking
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checking, where, stop)
+    with pytest.raises(SystemExit) as caught:
+        finetune([str(colours), *small, '--from-scratch', '--work-dir', str(tmp_path / 'run')])
+    assert caught.value.code == 130
+    assert capsys.readouterr().out == 'stopped: no epoch is over, so the same command begins again\n'
+
+
+def test_stopped_in_the_report(finetune, colours, small, tmp_path, monkeypatch, capsys):
+    from _finetune import reporting
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    words = [str(colours), '--work-dir', str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(reporting, 'write', stop)
+        with pytest.raises(SystemExit) as caught:
+            finetune([*words, *small, '--epochs', '1', '--from-scratch'])
+    assert caught.value.code == 130
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f'stopped: the epochs so far are kept: sk-plugins finetune {" ".join(words)} --resume goes on'
+    finetune([*words, '--resume'])
+    assert (tmp_path / 'report' / 'metrics.json').is_file()
+
+
 @pytest.fixture
 def before_training(monkeypatch):
     """``before_training()``: the model as it was before the first step of the run that follows."""
@@ -162,6 +195,33 @@ def test_weights_of_another_network(finetune, colours, small, tmp_path):
     torch.save(timm.create_model('sknet26', **{**TINY, 'base_width': 8}).state_dict(), tmp_path / 'other.pth')
     with pytest.raises(CheckpointError, match=r'other\.pth: its weights do not fit this SKNet of depth 26: '):
         finetune([str(colours), *small, '--weights', str(tmp_path / 'other.pth'), '--work-dir', str(tmp_path / 'run')])
+
+
+def test_corrected_after_a_failed_start(finetune, colours, small, tmp_path, before_training):
+    """A run that failed before its first epoch was over is written over, and one that has a checkpoint is not."""
+    work_dir = tmp_path / 'run'
+    words = [str(colours), *small, '--from-scratch', '--work-dir', str(work_dir)]
+    with pytest.raises(ValueError, match='enough'):
+        finetune(words)
+    with pytest.raises(ValueError, match='enough'):
+        finetune([*words, '--lr', '0.25'])
+    assert Config.fromfile(work_dir / 'config.py').optim_wrapper.optimizer.lr == 0.25
+    assert '--lr 0.25' in json.loads((work_dir / 'finetune.json').read_text())['command']
+    (work_dir / 'epoch_1.pth').write_bytes(b'')
+    with pytest.raises(FileExistsError, match='holds a run already'):
+        finetune([*words, '--lr', '0.5'])
+    assert Config.fromfile(work_dir / 'config.py').optim_wrapper.optimizer.lr == 0.25
+
+
+def test_the_config_is_written_last(finetune, colours, small, tmp_path, monkeypatch):
+    def fail(cfg, file):
+        Path(file).write_text('model = dict(')
+        raise OSError('of a test')
+
+    monkeypatch.setattr(Config, 'dump', fail)
+    with pytest.raises(OSError, match='of a test'):
+        finetune([str(colours), *small, '--from-scratch', '--work-dir', str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['finetune.json', 'train.txt', 'val.txt']
 
 
 def test_frozen_stages(hub, finetune, colours, small, tmp_path):

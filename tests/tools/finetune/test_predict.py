@@ -20,6 +20,8 @@ from helpers.randomised import randomise
 from PIL import Image
 from safetensors.torch import save
 
+from sk_plugins.openmmlab.runtime.images import LoadSoundImage
+
 
 @pytest.fixture(scope='module')
 def predict(load_tool):
@@ -160,6 +162,26 @@ def test_names_of_drawings():
     names = pictures.output_names(['/a/x/1.jpg', '/a/y/1.jpg', '/a/y/2.jpg', '/a/y/2.png', 'https://h.org/z/1.jpg'])
     assert list(map(str, names)) == ['x/1.png', 'y/1.png', 'y/2.jpg.png', 'y/2.png.png', '1.png']
     assert len(set(pictures.output_names(['https://h.org/a/1.jpg', 'https://h.org/b/1.jpg']))) == 2
+
+
+@pytest.mark.parametrize('ending', ['png', 'tif', 'pgm'])
+def test_16_bits_are_read_as_in_training(tmp_path, ending):
+    values = (np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)
+    path = tmp_path / f'deep.{ending}'
+    if ending == 'pgm':
+        path.write_bytes(b'P5 64 64 65535\n' + values.astype('>u2').tobytes())
+    else:
+        Image.fromarray(values).save(path)
+    own = np.asarray(pictures.open_picture(str(path)))
+    assert own[0, 0].tolist() == [0, 0, 0]
+    assert own[32, 32].tolist() == [130, 130, 130]
+    assert np.array_equal(own, LoadSoundImage().transform(dict(img_path=str(path)))['img'])
+
+
+def test_32_bits_are_refused(tmp_path):
+    Image.fromarray(np.ones((8, 8), np.int32)).save(tmp_path / 'deep.tif')
+    with pytest.raises(ValueError, match=r'^pixels of 32 bits \(Pillow: I\), whose range is not known'):
+        pictures.open_picture(str(tmp_path / 'deep.tif'))
 
 
 def test_patterns_and_addresses(photos, tmp_path):

@@ -54,6 +54,18 @@ def test_card(push, hub, colours_run):
 
 
 @pytest.mark.usefixtures('token')
+def test_the_cards_snippet_runs(push, hub, colours_run, colours, tmp_path, monkeypatch, capsys):
+    push([str(colours_run), 'me/colours'])
+    card = hub.files('me/colours')['README.md'].decode()
+    (snippet,) = re.findall(r'With timm .*?```python\n(.*?)```', card, flags=re.DOTALL)
+    Image.open(colours / 'red' / '3.png').save(tmp_path / 'picture.jpg')
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(compile(snippet, 'README.md', 'exec'), {})
+    assert capsys.readouterr().out.strip() in {'blue', 'green', 'red'}
+
+
+@pytest.mark.usefixtures('token')
 @torch.inference_mode()
 def test_what_comes_back(push, hub, colours_run, colours, monkeypatch):
     """The same logits by timm, and by transformers' model and pipeline."""
@@ -73,6 +85,16 @@ def test_what_comes_back(push, hub, colours_run, colours, monkeypatch):
     said = transformers.pipeline('image-classification', 'me/colours')(picture)
     scores = dict(zip(('blue', 'green', 'red'), logits.softmax(1)[0].tolist()))
     assert {one['label']: one['score'] for one in said} == pytest.approx(scores, abs=1e-5)
+
+
+def test_hidden_folders_stay(push, hub, tmp_path, capsys):
+    folder = tmp_path / '.cache' / 'hub'
+    for name in ('config.json', 'model.safetensors', 'more/labels.txt', '.git/config', '.gitattributes', 'a/.b/c.txt'):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{}')
+    push([str(folder), 'me/x', '--dry-run'])
+    said = re.findall(r' MB  (.+)$', capsys.readouterr().out, flags=re.MULTILINE)
+    assert said == ['config.json', 'model.safetensors', 'more/labels.txt']
 
 
 def test_no_token(push, hub, colours_run, monkeypatch, tmp_path):
@@ -95,6 +117,20 @@ def test_a_name_that_is_taken(push, hub, colours_run):
     assert set(hub.files('me/taken')) == {'old.txt'}
     push([str(colours_run), 'me/taken', '--update'])
     assert {'old.txt', 'model.safetensors'} < set(hub.files('me/taken'))
+
+
+@pytest.mark.usefixtures('token')
+def test_private_onto_a_public_repository(push, hub, colours_run):
+    hub.add('me/public', {'old.txt': b'x'})
+    with pytest.raises(HubError, match=r'^me/public: is public already, and --private does not change that'):
+        push([str(colours_run), 'me/public', '--update', '--private'])
+    assert set(hub.files('me/public')) == {'old.txt'}
+    hub.add('me/secret', {'old.txt': b'x'})
+    hub.private.add('me/secret')
+    push([str(colours_run), 'me/secret', '--update', '--private'])
+    push([str(colours_run), 'me/new', '--update', '--private'])
+    assert hub.private == {'me/secret', 'me/new'}
+    assert all('model.safetensors' in hub.files(repo) for repo in ('me/secret', 'me/new'))
 
 
 @pytest.mark.usefixtures('token')

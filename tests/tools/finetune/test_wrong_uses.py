@@ -98,6 +98,9 @@ FINETUNE = [
         ['good', '--model', 'sknet5'],
         r'^--model sknet5: neither a network of this project nor a config; near it are sknet50',
     ),
+    (['good', '--model', 'sknet50.foo'], r'^--model sknet50\.foo: sknet50 has the tags sknet50\.\w+'),
+    (['good', '--model', 'sknet50.foo', '--from-scratch'], r'^--model sknet50\.foo: sknet50 has the tags sknet50\.\w+'),
+    (['good', '--model', 'sknet26.foo', '--from-scratch'], r'^--model sknet26\.foo: sknet26 has no tags'),
     (['good', '--model', 'foreign.py'], r"^--model foreign\.py: its backbone is 'ResNet', and not one of this project"),
     (
         ['good', '--model', 'weights.pth'],
