@@ -183,7 +183,7 @@ def test_split_of_several_labels(tmp_path):
 
 @pytest.mark.parametrize('seed', range(20))
 def test_split_keeps_an_image_to_train_on_of_every_label(tmp_path, seed):
-    """Each image of ``both`` has a label that is rarer in name alone, and may be the one that is held out."""
+    """Both images of ``both`` might be held out, one for the sake of ``a`` and one for that of ``b``."""
     labels = [('a', 'both'), ('a',), ('b', 'both'), ('b',)]
     items = tuple(data.Item(f'{i}.png', names) for i, names in enumerate(labels))
     found = data.split(data.ImageSet(tmp_path, tmp_path, ('a', 'b', 'both'), items, multi_label=True), 0.5, seed)

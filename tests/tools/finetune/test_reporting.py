@@ -68,7 +68,7 @@ def test_map_without_any_positive(predictions, tmp_path):
 
 
 def test_names_with_dollars(predictions, tmp_path):
-    r"""``$x^{$`` is no formula, and is drawn as ``a\$b`` has its own backslash: as it is."""
+    r"""They are drawn as they are: ``$x^{$`` is no formula, and ``a\$b`` keeps its backslash."""
     names = ('$x^{$', r'a\$b', '5 $')
     found = predictions([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]], np.eye(3, dtype=int), classes=names)
     reporting.write(found, tmp_path / 'report')
