@@ -55,7 +55,7 @@ def test_timm_models_from_the_wheel(run_outside, site):
     code = 'import sk_plugins, timm; print(sk_plugins.__file__, *timm.list_models(module="timm_models"))'
     file, *names = run_outside(code).split()
     assert Path(file).is_relative_to(site)
-    assert len(names) == 21
+    assert len(names) == 28
     assert {'sknet50', 'skresnext101_64x4d', 'skshufflenetv2_x1_0', 'sknet29_16x32d'} <= set(names)
 
 
