@@ -100,7 +100,14 @@ def set_device(device: str | None, amp: bool | None) -> str:
     if device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
     elif device is not None and ':' in device:
-        os.environ['CUDA_VISIBLE_DEVICES'] = device.partition(':')[2]
+        number = device.partition(':')[2]
+        visible = os.environ.get('CUDA_VISIBLE_DEVICES')  # a scheduler's choice, whose first is cuda:0
+        if visible:
+            listed = visible.split(',')
+            if int(number) >= len(listed):
+                raise ValueError(f'--device {device}: CUDA_VISIBLE_DEVICES={visible} leaves {len(listed)}, from cuda:0')
+            number = listed[int(number)]
+        os.environ['CUDA_VISIBLE_DEVICES'] = number
     import torch
 
     there = torch.cuda.is_available()
@@ -215,6 +222,25 @@ def command(args: argparse.Namespace, work_dir: Path) -> str:
     return f'sk-plugins finetune {shlex.quote(str(args.folder))}{where}'
 
 
+def check_resumed(args: argparse.Namespace, run: dict[str, Any], work_dir: Path) -> None:
+    """What goes on is the run as it was begun.
+
+    Raises:
+        ValueError: the run is of other data, or an option was given another value than then.
+    """
+    if args.folder.resolve().name != run['data']:
+        raise ValueError(f'{work_dir}: holds a run on {run["data"]}, not on {args.folder}: --work-dir names another')
+    begun = parse_args(shlex.split(run['command'])[2:])
+    free = ('folder', 'work_dir', 'resume', 'export', 'device', 'command')
+    default = parse_args([str(args.folder)])
+    for name, value in vars(args).items():
+        if name not in free and value not in (getattr(default, name), getattr(begun, name)):
+            raise ValueError(
+                f'--{name.replace("_", "-")} {value}: --resume goes on with the run as it was begun '
+                f'({run["command"]}); --work-dir begins another'
+            )
+
+
 def run_all(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     """Check, train and report; returns the metrics."""
     started = time.perf_counter()
@@ -226,6 +252,7 @@ def run_all(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
         from _finetune import exporting
 
         run = exporting.read_run(work_dir)
+        check_resumed(args, run, work_dir)
     else:
         run = prepare(args, work_dir, device)
     from _common import read_config

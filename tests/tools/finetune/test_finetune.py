@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from pathlib import Path
 
@@ -124,6 +125,22 @@ def test_stopped_and_resumed(colours_run, finetune, colours, small, tmp_path, mo
     # A run that is over says so.
     finetune([str(colours), *run, '--resume'])
     assert 'all 4 epochs are over' in capsys.readouterr().out
+    # It goes on with what it was begun with, and with nothing else.
+    finetune([*words, '--resume'])
+    with pytest.raises(ValueError, match=r'^--epochs 9: --resume goes on with the run as it was begun'):
+        finetune([str(colours), *run, '--epochs', '9', '--resume'])
+    with pytest.raises(ValueError, match=r'holds a run on .*, not on other: --work-dir names another$'):
+        finetune(['other', *run, '--resume'])
+
+
+def test_a_gpu_among_those_that_are_left(load_tool, monkeypatch):
+    tool = load_tool('finetune')
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '2,5')
+    with pytest.raises(ValueError, match=r'^--device cuda:2: CUDA_VISIBLE_DEVICES=2,5 leaves 2, from cuda:0$'):
+        tool.set_device('cuda:2', None)
+    with pytest.raises(ValueError, match=r'^--device cuda:1: torch \S+ finds no such GPU'):
+        tool.set_device('cuda:1', None)
+    assert os.environ['CUDA_VISIBLE_DEVICES'] == '5'
 
 
 @pytest.mark.parametrize('where', ['check_images', 'try_step'])
