@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._resources import how_to_install
-from ._protobuf import message_class
+from ._protobuf import message_class, read_message
 
 __all__ = ['read']
 
@@ -57,14 +56,7 @@ def read(path: str | os.PathLike) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such checkpoint file')
-    try:
-        from google.protobuf.message import DecodeError
-    except ImportError as error:
-        raise ImportError(f'{path}: a .caffemodel is read with protobuf: {how_to_install("caffe")}') from error
-    try:
-        net = _net_parameter().FromString(path.read_bytes())
-    except DecodeError as error:
-        raise ValueError(f'{path}: not a .caffemodel, or a damaged one: {error}') from error
+    net = read_message(path, _net_parameter, 'a .caffemodel')
     weights = {
         f'{layer.name}.{i}': _tensor(path, layer, blob) for layer in net.layer for i, blob in enumerate(layer.blobs)
     }

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._resources import how_to_install
-from ._protobuf import message_class
+from ._protobuf import message_class, read_message
 
 __all__ = ['is_mindspore', 'read']
 
@@ -58,14 +57,7 @@ def read(path: str | os.PathLike) -> dict[str, Tensor]:
         ValueError: the file is damaged, no checkpoint of MindSpore's, or has no tensors of a type that is read.
     """
     path = Path(path)
-    try:
-        from google.protobuf.message import DecodeError
-    except ImportError as error:
-        raise ImportError(f'{path}: a MindSpore .ckpt is read with protobuf: {how_to_install("caffe")}') from error
-    try:
-        checkpoint = _checkpoint().FromString(path.read_bytes())
-    except DecodeError as error:
-        raise ValueError(f'{path}: not a checkpoint of MindSpore, or a damaged one: {error}') from error
+    checkpoint = read_message(path, _checkpoint, 'a checkpoint of MindSpore')
     parts: dict[str, list] = {}
     for value in checkpoint.value:  # a large tensor comes in several parts
         parts.setdefault(value.tag, []).append(value.tensor)

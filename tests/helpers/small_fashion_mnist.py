@@ -18,3 +18,14 @@ def write_fashion_mnist(folder, draw):
         labels = bytes(i % 10 for i in range(count))
         (folder / f'{FILES[split]}-labels-idx1-ubyte').write_bytes(struct.pack('>2I', 2049, count) + labels)
     return str(folder)
+
+
+def write_blots(folder):
+    """The same with blots: bright where the label says, with noise."""
+
+    def draw(split, i):
+        image = np.random.default_rng((split == 'test', i)).integers(32, 128, (28, 28), np.uint8)
+        image[i % 10 * 2 : i % 10 * 2 + 8] += 120
+        return image
+
+    return write_fashion_mnist(folder, draw)

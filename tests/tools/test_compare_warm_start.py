@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 pytest.importorskip('mmpretrain')
@@ -11,7 +10,7 @@ import torch
 from _ablation import warm
 from _ablation.data import Data
 from _ablation.rows import Settings, read_rows
-from helpers.small_fashion_mnist import write_fashion_mnist
+from helpers.small_fashion_mnist import write_blots
 
 pytestmark = [
     pytest.mark.filterwarnings('ignore::DeprecationWarning:mmpretrain'),
@@ -30,14 +29,7 @@ def tool(load_tool):
 
 @pytest.fixture(scope='module')
 def garments(tmp_path_factory):
-    """Blots: bright where the label says, with noise."""
-
-    def draw(split, i):
-        image = np.random.default_rng((split == 'test', i)).integers(32, 128, (28, 28), np.uint8)
-        image[i % 10 * 2 : i % 10 * 2 + 8] += 120
-        return image
-
-    return write_fashion_mnist(tmp_path_factory.mktemp('garments') / 'fashion_mnist', draw)
+    return write_blots(tmp_path_factory.mktemp('garments') / 'fashion_mnist')
 
 
 @pytest.fixture(scope='module')

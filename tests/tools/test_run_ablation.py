@@ -24,7 +24,7 @@ from _ablation.reporting import markdown
 from _ablation.rows import Settings, append_row, read_rows
 from _ablation.training import logits_of
 from _ablation.weights import check_weights, weights_path
-from helpers.small_fashion_mnist import write_fashion_mnist
+from helpers.small_fashion_mnist import write_blots
 from helpers.tolerances import assert_close
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
@@ -49,14 +49,7 @@ def tool(load_tool):
 
 @pytest.fixture(scope='module')
 def garments(tmp_path_factory):
-    """Blots: bright where the label says, with noise."""
-
-    def draw(split, i):
-        image = np.random.default_rng((split == 'test', i)).integers(32, 128, (28, 28), np.uint8)
-        image[i % 10 * 2 : i % 10 * 2 + 8] += 120
-        return image
-
-    return write_fashion_mnist(tmp_path_factory.mktemp('garments') / 'fashion_mnist', draw)
+    return write_blots(tmp_path_factory.mktemp('garments') / 'fashion_mnist')
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import struct
 import pytest
 import torch
 from helpers.holocron_and_mindcv import HolocronKernel, MindCVNet, holocron_net
+from helpers.protocol_buffers import field
 from helpers.third_party_weights import make_input, randomise
 from helpers.tolerances import assert_close
 from torch import nn
@@ -163,26 +164,10 @@ def test_errors(change, message):
         load_third_party(weights)
 
 
-# MindSpore's files: protocol buffers on the wire, a field is number << 3 | type and a varint, or a length and bytes.
-
-
-def varint(value):
-    encoded = bytearray()
-    while value >= 128:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*encoded, value])
-
-
-def field(number, content):
-    content = content.encode() if isinstance(content, str) else content
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
 def value(name, tensor, content=None, kind='Float32'):
     if content is None:
         content = struct.pack(f'<{tensor.numel()}f', *tensor.flatten().tolist())
-    dims = b''.join(varint(1 << 3) + varint(size) for size in tensor.shape)
+    dims = b''.join(field(1, size) for size in tensor.shape)
     return field(1, field(1, name) + field(2, dims + field(2, kind) + field(3, content)))
 
 
