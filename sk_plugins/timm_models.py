@@ -64,7 +64,7 @@ def _build_with(
     overlay = {**(args.get('pretrained_cfg_overlay') or {}), 'source': '', 'state_dict': {'': torch.empty(0)}}
     args = {**args, 'pretrained_cfg_overlay': overlay}
     args['pretrained_filter_fn'] = lambda _, model: _require_fit(state_dict, model)
-    if network is SKResNetSimCLR and not args.keys() & {'device', 'dtype'} and torch.get_default_device().type == 'cpu':
+    if network is SKResNetSimCLR and not args.keys() & {'device', 'dtype'} and torch.empty(0).device.type == 'cpu':
         network = partial(_build_empty, network)  # of up to 3.2 GB
     model = build_model_with_cfg(network, variant, True, **args)
     model.pretrained_cfg.pop('state_dict')
