@@ -148,7 +148,6 @@ def build(cfg: Config, resume: bool, monitor: str, title: str) -> tuple[Runner, 
     for handler in runner.logger.handlers:
         if type(handler) is logging.StreamHandler:
             handler.setLevel(logging.CRITICAL + 1)
-    runner.logger.addHandler(_Warnings(hook))
     runner.register_hook(hook)
     return runner, hook
 
@@ -159,12 +158,15 @@ def train(runner: Runner, hook: ProgressHook) -> Best:
     Raises:
         Stopped: by Ctrl-C.
     """
+    warned = _Warnings(hook)
+    runner.logger.addHandler(warned)
     try:
         with explain_config(runner.cfg), _quiet_warnings():
             runner.train()
     except KeyboardInterrupt:
         raise Stopped(runner.epoch) from None
     finally:
+        runner.logger.removeHandler(warned)  # mmengine's loggers outlive their runners, and are asked by the next
         hook.stop()
     hub = runner.message_hub.runtime_info
     if 'best_score' in hub:
