@@ -233,7 +233,7 @@ def stubbed_launches() -> Iterator[None]:
     global _stubbed
     gpu.load()
     launch = gpu.kernels.launch
-    _stubbed, gpu.kernels.launch = True, lambda *args, **meta: None
+    _stubbed, gpu.kernels.launch = True, lambda *args, **constants: None
     try:
         yield
     finally:

@@ -25,7 +25,11 @@ This module imports triton: import it only where triton is installed and its ker
 """
 
 # ruff: noqa: N803 - constants of a kernel and sizes of a tensor are capitals, as everywhere in Triton
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from operator import attrgetter, or_
 from typing import Any
 
 import torch
@@ -316,7 +320,7 @@ def _select_kernel(
 @triton.jit(do_not_specialize=['HW', 'splits', 'count'])
 def _input_grads_kernel(
     y0, y1, y2, y3, w0, w1, w2, w3, b0, b1, b2, b3, mean0, mean1, mean2, mean3, spread0, spread1, spread2, spread3,
-    x0, x1, x2, x3, grad, slope, slope_b, slope_m, slope_c, level, sums, eps, count,
+    x0, x1, x2, x3, grad, slope, level, sums, slope_b, slope_m, slope_c, eps, count,
     C, HW, stride_hw, stride_c, splits,
     ATTENDS: tl.constexpr, NORM: tl.constexpr, M: tl.constexpr,
     BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
@@ -347,7 +351,7 @@ def _input_grads_kernel(
 
 @triton.jit(do_not_specialize=['images'])
 def _weigh_moments_kernel(
-    attention, attention_b, attention_m, attention_c, given, level, pooled, sums, images, C,
+    attention, given, level, pooled, sums, attention_b, attention_m, attention_c, images, C,
     ATTENDS: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """sums (2, M, C) over the images of a * given + level * pooled, both (2, B, M, C)."""
@@ -551,9 +555,85 @@ def _norm_relu_rows_grads_kernel(
         tl.store(grad_r + at, g * scale, mask=mask)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """The one place from which kernels start."""
-    kernel[grid](*args, **meta)
+# By all that a launch consists of but addresses: Triton's launcher, with what it takes before and after them.
+_launchers: dict[tuple, tuple] = {}
+_MOST_LAUNCHERS = 10_000  # as sizes of images change, so do launches
+_address, _dtype = Tensor.data_ptr, attrgetter('dtype')
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], tensors: Sequence[Tensor], numbers: Sequence[float], **constants: Any
+) -> None:
+    """The one place from which kernels start.
+
+    At every launch Triton looks at each argument's type, alignment and divisibility to find the compiled kernel, which
+    takes the host longer than all else that a unit does. What it found is kept here for launches of the same kind.
+    """
+    addresses = list(map(_address, tensors))
+    device = tensors[0].get_device()
+    if device < 0 or reduce(or_, addresses) % 16:  # not on a GPU; or beside what kernels are compiled for
+        launched = getattr(_collecting, 'launched', None)
+        if launched is None:
+            kernel[grid](*tensors, *numbers, **constants)
+        else:
+            launched.append((kernel, grid, tensors, numbers, constants))
+        return
+    key = kernel.fn, device, grid, *numbers, *constants.values(), *map(_dtype, tensors)
+    launcher = _launchers.get(key) or _prepare(key, kernel, grid, tensors, numbers, constants)
+    if launcher is None:
+        kernel[grid](*tensors, *numbers, **constants)
+        return
+    run, x, y, stream, function, packed, rest, _ = launcher
+    run(x, y, 1, stream(device), function, packed, None, None, None, *addresses, *rest)
+
+
+_collecting = threading.local()  # a thread's launches, while they are collected
+
+
+def compile_launched(function: Callable[[], object], device: torch.device) -> None:
+    """Compile for ``device``, in parallel, what ``function`` launches on CPU tensors, for which nothing is computed.
+
+    Most of a compilation is outside Python.
+    """
+    _collecting.launched = []
+    try:
+        function()
+    finally:
+        launched = _collecting.__dict__.pop('launched')
+    kinds = {(launch[0].fn, *map(_dtype, launch[2]), *launch[4].values()): launch for launch in launched}
+
+    def compile_one(launch: tuple) -> None:
+        kernel, grid, tensors, numbers, constants = launch
+        with torch.cuda.device(device):
+            kernel.warmup(*tensors, *numbers, grid=grid, **constants)
+
+    with ThreadPoolExecutor(8) as executor:
+        list(executor.map(compile_one, kinds.values()))
+
+
+def _prepare(
+    key: tuple,
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    constants: dict[str, Any],
+) -> tuple | None:
+    """``_launchers[key]``, made; None where Triton is not as it is known, and its own launch is to be taken."""
+    compiled = kernel.warmup(*tensors, *numbers, grid=grid, **constants)
+    driver = triton.runtime.driver.active
+    try:
+        if driver.get_current_target().backend != 'cuda':
+            return None
+        launcher = compiled.run, *grid, *[1] * (2 - len(grid)), driver.get_current_stream
+        names = kernel.arg_names[len(tensors) + len(numbers) :]
+        launcher += compiled.function, compiled.packed_metadata, (*numbers, *map(constants.__getitem__, names))
+    except (AttributeError, KeyError):
+        return None
+    if len(_launchers) >= _MOST_LAUNCHERS:
+        _launchers.clear()
+    _launchers[key] = launcher = *launcher, compiled  # which is unloaded once nobody has it
+    return launcher
 
 
 def statistics(
@@ -572,14 +652,14 @@ def statistics(
     mean = y.new_empty((num, channels), dtype=torch.float32)
     invstd = torch.empty_like(mean)
     ys = [*ys, *[y] * (4 - num)]
-    launch(_statistics_kernel, grid, *ys, partials, *place, M=num, **blocks, num_warps=4)
+    launch(_statistics_kernel, grid, [*ys, partials], place, M=num, **blocks, num_warps=4)
     means, variances = zip(*running) if running else ((mean,), (mean,))
     pads = 4 - len(means)
     # Eight channels are a 32-byte sector, and few enough to spread the merge over many programs.
     launch(
         _merge_statistics_kernel, (-(-channels // 8),),
-        partials, mean, invstd, *means, *means[:1] * pads, *variances, *variances[:1] * pads,
-        channels, positions, rows, splits, batch * splits, float(batch * positions), eps, momentum,
+        [partials, mean, invstd, *means, *means[:1] * pads, *variances, *variances[:1] * pads],
+        [channels, positions, rows, splits, batch * splits, float(batch * positions), eps, momentum],
         HAS_RUNNING=bool(running), M=num, BLOCK_P=128, BLOCK_C=8, num_warps=4,
     )  # fmt: skip
     return mean, invstd
@@ -600,7 +680,7 @@ def moments(ys: Sequence[Tensor], norms: Norms, grad: Tensor | None = None) -> t
     values = y.new_empty(of_maps, dtype=torch.float32)
     launch(
         _moments_kernel, grid,
-        *ys, *[y] * (4 - num), *pointers, y if grad is None else grad, partials, values, eps, batch, *place,
+        [*ys, *[y] * (4 - num), *pointers, y if grad is None else grad, partials, values], [eps, batch, *place],
         HAS_GRAD=grad is not None, NORM=norm, M=num, **blocks, num_warps=4,
     )  # fmt: skip
     return (partials[0], values[0]) if splits == 1 else (partials.sum(0), values.sum(0))
@@ -615,7 +695,7 @@ def select(ys: Sequence[Tensor], norms: Norms, attention: Tensor | None) -> Tens
     out = torch.empty_like(y)
     given, strides = _strides(attention, y)
     launch(
-        _select_kernel, grid, *ys, *[y] * (4 - num), *pointers, out, given, *strides, eps, *place,
+        _select_kernel, grid, [*ys, *[y] * (4 - num), *pointers, out, given], [*strides, eps, *place],
         ATTENDS=attention is not None, NORM=norm, M=num, **blocks, num_warps=8,
     )  # fmt: skip
     return out
@@ -632,7 +712,7 @@ def weigh_moments(given: Tensor, attention: Tensor | None, level: Tensor | None,
     attends = attention is not None
     launch(
         _weigh_moments_kernel, (-(-channels // 64), 2 * num),
-        weights, *strides, given, level if attends else given, pooled if attends else given, sums, images, channels,
+        [weights, given, level if attends else given, pooled if attends else given, sums], [*strides, images, channels],
         ATTENDS=attends, M=num, BLOCK_B=32, BLOCK_C=64, num_warps=4,
     )  # fmt: skip
     return sums
@@ -654,8 +734,8 @@ def input_grads(
     pads = 4 - num
     launch(
         _input_grads_kernel, grid,
-        *ys, *[y] * pads, *pointers, *grads, *grads[:1] * pads, grad, given, *strides,
-        y if level is None else level, sums, eps, float(y.shape[0] * place[1]), *place,
+        [*ys, *[y] * pads, *pointers, *grads, *grads[:1] * pads, grad, given, y if level is None else level, sums],
+        [*strides, eps, float(y.shape[0] * place[1]), *place],
         ATTENDS=attention is not None, NORM=norm, M=num, **blocks, num_warps=8,
     )  # fmt: skip
     return grads
@@ -669,7 +749,7 @@ def norm_act(ys: Sequence[Tensor], norms: Norms, shortcut: Tensor | None, relu: 
     pointers, eps, norm = norms
     out = torch.empty_like(y)
     launch(
-        _norm_act_kernel, grid, y, ys[-1], *pointers, y if shortcut is None else shortcut, out, eps, *place,
+        _norm_act_kernel, grid, [y, ys[-1], *pointers, y if shortcut is None else shortcut, out], [eps, *place],
         RELU=relu, HAS_SHORTCUT=shortcut is not None, NORM=norm, M=len(ys), **blocks, num_warps=8,
     )  # fmt: skip
     return out
@@ -687,7 +767,7 @@ def norm_act_moments(ys: Sequence[Tensor], norms: Norms, grad: Tensor, out: Tens
     partials = y.new_empty((y.shape[0] * place[-1], 1 + num, place[0]), dtype=torch.float32)
     launch(
         _norm_act_moments_kernel, grid,
-        y, ys[-1], *pointers, grad, y if out is None else out, partials, eps, *place,
+        [y, ys[-1], *pointers, grad, y if out is None else out, partials], [eps, *place],
         RELU=relu, HAS_OUT=out is not None, NORM=norm, M=num, **blocks, num_warps=4,
     )  # fmt: skip
     return partials.sum(0)
@@ -711,8 +791,9 @@ def norm_act_grads(
     grad_shortcut = None if shortcut is None else torch.empty_like(y, dtype=shortcut.dtype)
     launch(
         _norm_act_grads_kernel, grid,
-        y, ys[-1], *pointers, grad, y if out is None else out, grads[0], grads[-1],
-        y if shortcut is None else grad_shortcut, sums, eps, float(y.shape[0] * place[1]), *place,
+        [y, ys[-1], *pointers, grad, y if out is None else out, grads[0], grads[-1],
+         y if shortcut is None else grad_shortcut, sums],
+        [eps, float(y.shape[0] * place[1]), *place],
         RELU=relu, HAS_OUT=out is not None, HAS_SHORTCUT=shortcut is not None, NORM=norm, M=len(ys),
         **blocks, num_warps=8,
     )  # fmt: skip
@@ -737,7 +818,7 @@ def norm_relu_rows(
     mean, invstd = r.new_empty(dim), r.new_empty(dim)
     launch(
         _norm_relu_rows_kernel, (-(-dim // _ROWS_BLOCK_D),),
-        r, weight, bias, *(running or (mean, invstd)), z, mean, invstd, rows, dim, eps, momentum,
+        [r, weight, bias, *(running or (mean, invstd)), z, mean, invstd], [rows, dim, eps, momentum],
         BATCH=batch, HAS_RUNNING=running is not None, BLOCK_B=_ROWS_BLOCK_B, BLOCK_D=_ROWS_BLOCK_D, num_warps=4,
     )  # fmt: skip
     return z, mean, invstd
@@ -752,7 +833,7 @@ def norm_relu_rows_grads(
     grad_weight, grad_bias = r.new_empty(dim), r.new_empty(dim)
     launch(
         _norm_relu_rows_grads_kernel, (-(-dim // _ROWS_BLOCK_D),),
-        grad, z, r, weight, mean, invstd, grad_r, grad_weight, grad_bias, rows, dim,
+        [grad, z, r, weight, mean, invstd, grad_r, grad_weight, grad_bias], [rows, dim],
         BATCH=batch, BLOCK_B=_ROWS_BLOCK_B, BLOCK_D=_ROWS_BLOCK_D, num_warps=4,
     )  # fmt: skip
     return grad_r, grad_weight, grad_bias

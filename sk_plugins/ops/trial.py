@@ -1,8 +1,9 @@
 """A trial of the GPU's engine on a device that it meets for the first time: it must be right there, and faster.
 
 On a card where they were never run, kernels may be slower than torch's own, or wrong. So before they are used they are
-timed against plain torch, the host included, forward and backward, on a small map and on a large one, and compared
-with it. The verdict is kept on disk, for the device, the dtype and the versions of everything that has a part in it.
+timed against plain torch, the host included, on a small map and on a large one, and compared with it. Each kind of
+work has a trial of its own when it is first met: training, inference, and inference with folded norms. The verdict is
+kept on disk, for the device, the dtype, the memory format and the versions of everything that has a part in it.
 
 ``SK_PLUGINS_ENGINE`` set to ``plain`` or ``triton`` replaces the verdict.
 """
@@ -31,14 +32,17 @@ __all__ = ['accepts', 'cache_file', 'forget']
 
 logger = logging.getLogger('sk_plugins')
 
-_verdicts: dict[tuple[torch.device, torch.dtype], dict[str, Any]] = {}
+_verdicts: dict[tuple, dict[str, Any]] = {}
 
 VARIABLE, ENGINES = 'SK_PLUGINS_ENGINE', ('plain', 'triton')
 # (B, C, H, W): a unit's map in the last stage for a batch of four small images, and in the first for a batch of 64.
 SMALL, LARGE = (4, 128, 16, 16), (64, 128, 56, 56)
+# What is compared with the CPU: tiles that are full and others that are not. The divisors of its channels and positions
+# are those of common maps, so that it takes the same kernels.
+CHECKED = (3, 48, 20, 20)
 _BETWEEN = math.sqrt(math.prod(SMALL) * math.prod(LARGE))  # elements from which on a map is a large one
-_KINDS = [f'{size} {kind}' for size in ('small', 'large') for kind in ('training', 'inference', 'folded')]
-NORMS = 'batch', 'running', 'folded'  # in training, in inference, and in inference after folding
+SIZES = {'small': SMALL, 'large': LARGE}
+NORMS = {'training': 'batch', 'inference': 'running', 'folded inference': 'folded'}  # by kind of work
 REPEATS = 7
 # Relative, of a map's or a gradient's norm. Where plain torch in the dtype is off by more, as with TF32, twice that.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -63,17 +67,17 @@ def accepts(x: Tensor, wanted: bool = False, folded: bool = False) -> bool:
     if x.get_device() != torch.cuda.current_device():
         _say_once(f'tensors on {x.device}, which is not the current device: torch.cuda.set_device makes it so')
         return False
-    verdict = _verdicts.get((x.device, dtype))
+    kind = 'folded inference' if folded else 'training' if torch.is_grad_enabled() else 'inference'
+    subject = x.device, dtype, kind, x.stride(1) == 1
+    verdict = _verdicts.get(subject)
     if verdict is None:
         # A trial synchronises, which ends a capture, and differentiates, for which a backward pass would wait.
         if torch.cuda.is_current_stream_capturing() or private.in_backward():
             return False
-        verdict = _verdicts[x.device, dtype] = _verdict(x.device, dtype)
+        verdict = _verdicts[subject] = _verdict(*subject)
     if verdict['wrong'] is not None:
         return False
-    size = 'small' if x.numel() < _BETWEEN else 'large'
-    kind = 'folded' if folded else 'training' if torch.is_grad_enabled() else 'inference'
-    return wanted or verdict['ratios'][f'{size} {kind}'] < 1
+    return wanted or verdict['ratios']['small' if x.numel() < _BETWEEN else 'large'] < 1
 
 
 def _engine_of_environment() -> str | None:
@@ -98,20 +102,22 @@ def forget() -> None:
     cache_file().unlink(missing_ok=True)
 
 
-def _verdict(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _verdict(device: torch.device, dtype: torch.dtype, kind: str, channels_last: bool) -> dict[str, Any]:
     said = _engine_of_environment()  # asked once: at every call it would cost five calls more
     reason = f'{VARIABLE}=plain' if said == 'plain' else gpu.why_not(torch.empty(0, dtype=dtype))
     if reason is not None:
         if said != 'plain':
             _say_once(reason)
         return {'wrong': reason, 'ratios': {}}
-    verdict = _measured(device, dtype)
-    return {**verdict, 'ratios': dict.fromkeys(_KINDS, 0.0)} if said == 'triton' else verdict
+    verdict = _measured(device, dtype, kind, torch.channels_last if channels_last else torch.contiguous_format)
+    return {**verdict, 'ratios': dict.fromkeys(SIZES, 0.0)} if said == 'triton' else verdict
 
 
-def _measured(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _measured(
+    device: torch.device, dtype: torch.dtype, kind: str, memory_format: torch.memory_format
+) -> dict[str, Any]:
     """The verdict from disk, or a trial's."""
-    key = _key(device, dtype)
+    key = _key(device, dtype, kind, memory_format)
     kept = _read()
     if key in kept:
         return kept[key]
@@ -119,25 +125,26 @@ def _measured(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     # In a thread of its own, where none of the caller's modes hold: inference, autocast, hooks on saved tensors.
     with ThreadPoolExecutor(1) as executor:
         try:
-            verdict = executor.submit(_try, device, dtype).result()
+            verdict = executor.submit(_try, device, dtype, kind, memory_format).result()
         except Exception as error:  # compilers fail in many ways, and plain torch serves all the same
             # Not kept on disk: a missing compiler or a full memory is of the moment.
             reason = f'a kernel failed ({type(error).__name__}: {error})'
-            logger.warning('The Triton kernels are not used on %s in %s: %s', key, dtype, reason)
+            logger.warning('The Triton kernels are not used on %s: %s', key, reason)
             return {'wrong': reason, 'ratios': {}}
     seconds = time.perf_counter() - start
     if verdict['wrong'] is None:
-        ratios = ', '.join(f'{name} {value:.2f}' for name, value in verdict['ratios'].items())
-        logger.info('Triton kernels on %s in %s, time by that of plain torch: %s (%.1f s)', key, dtype, ratios, seconds)
+        ratios = ', '.join(f'{size} {value:.2f}' for size, value in verdict['ratios'].items())
+        logger.info('Triton kernels on %s; time by that of plain torch: %s (%.1f s)', key, ratios, seconds)
     else:
-        logger.warning('The Triton kernels are not used on %s in %s: %s', key, dtype, verdict['wrong'])
+        logger.warning('The Triton kernels are not used on %s: %s', key, verdict['wrong'])
     _write(key, verdict)
     return verdict
 
 
-def _key(device: torch.device, dtype: torch.dtype) -> str:
-    versions = ', '.join(f'{name} {_version(name)}' for name in ('torch', 'triton', 'sk-plugins'))
-    return f'{torch.cuda.get_device_name(device)}, {str(dtype).removeprefix("torch.")}, {versions}'
+def _key(device: torch.device, dtype: torch.dtype, kind: str, memory_format: torch.memory_format) -> str:
+    names = [str(name).removeprefix('torch.') for name in (dtype, memory_format)]
+    versions = [f'{name} {_version(name)}' for name in ('torch', 'triton', 'sk-plugins')]
+    return ', '.join([torch.cuda.get_device_name(device), *names, kind, *versions])
 
 
 def _version(name: str) -> str:
@@ -160,7 +167,7 @@ def _is_verdict(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get('ratios'), dict):
         return False
     wrong, ratios = value.get('wrong'), value['ratios']
-    return isinstance(wrong, str) or ('wrong' in value and all(type(ratios.get(kind)) is float for kind in _KINDS))
+    return isinstance(wrong, str) or ('wrong' in value and all(type(ratios.get(size)) is float for size in SIZES))
 
 
 def _write(key: str, verdict: dict[str, Any]) -> None:
@@ -267,78 +274,74 @@ class _Work:
         first, second = (nn.functional.batch_norm(y, *r, w, b, True, 0.1, 1e-5) for y, r, w, b in norms)
         return (first + second).relu_()
 
-    def gradients(self, function: Callable[[str], Tensor]) -> list[Tensor]:
-        output = function('batch')
-        return [output.detach(), *torch.autograd.grad(output, self.leaves, self.grad)]
+    def run(self, function: Callable[[str], Tensor], norm: str) -> list[Tensor]:
+        """The output, and in training the gradients, of :meth:`engine` or :meth:`plain`."""
+        output = function(norm)
+        gradients = torch.autograd.grad(output, self.leaves, self.grad) if output.requires_grad else ()
+        return [output.detach(), *gradients]
 
     def gradients_of_two(self, output: Tensor) -> list[Tensor]:
         leaves = [*self.maps[:2], *self.scales[:2], *self.shifts[:2]]
         return [output.detach(), *torch.autograd.grad(output, leaves, self.grad)]
 
 
-def _try(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The verdict: why the kernels are not to be used, or their time by that of plain torch, by size and kind."""
-    with torch.cuda.device(device):  # a new thread's is the first
+def _try(device: torch.device, dtype: torch.dtype, kind: str, memory_format: torch.memory_format) -> dict[str, Any]:
+    """The verdict: why the kernels are not to be used, or their time by that of plain torch, by size."""
+    norm = NORMS[kind]
+    with torch.cuda.device(device), torch.set_grad_enabled(kind == 'training'):  # a new thread's is the first
         gpu.load()
-        _compile(device, dtype)
-        error = _error(device, dtype)
+        _compile(device, dtype, norm, memory_format)
+        error = _error(device, dtype, norm, memory_format)
         if not error <= TOLERANCES[dtype]:  # not so a NaN
             return {'wrong': f'they differ from plain torch by {error:.1e}', 'ratios': {}}
-        ratios = {}
-        for name, shape in (('small', SMALL), ('large', LARGE)):
-            work = _Work(shape, device, dtype)
-            ratios[f'{name} training'] = _ratio(lambda f, work=work: work.gradients(f), work, device)
-            with torch.no_grad():
-                for kind, norm in (('inference', 'running'), ('folded', 'folded')):
-                    ratios[f'{name} {kind}'] = _ratio(lambda f, work=work, norm=norm: f(norm), work, device)
-        return {'wrong': None, 'ratios': ratios}
+        works = {size: _Work(shape, device, dtype, memory_format) for size, shape in SIZES.items()}
+        return {'wrong': None, 'ratios': {size: _ratio(norm, work, device) for size, work in works.items()}}
 
 
-def _compile(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile the kernels in parallel: most of the work is outside Python."""
+def _compile(device: torch.device, dtype: torch.dtype, norm: str, memory_format: torch.memory_format) -> None:
+    """Compile the kernels in parallel, those that the work takes on a CPU, where it launches none."""
 
-    def run(norm: str) -> None:
-        with torch.cuda.device(device), torch.set_grad_enabled(norm == 'batch'):
-            work = _Work(SMALL, device, dtype)
-            work.gradients(work.engine) if norm == 'batch' else work.engine(norm)
+    def work() -> None:
+        work = _Work(CHECKED, torch.device('cpu'), dtype, memory_format)
+        work.run(work.engine, norm)
+        if norm == 'batch':
+            work.gradients_of_two(work.engine_of_two())
 
-    with ThreadPoolExecutor(4) as executor:
-        list(executor.map(run, NORMS))
+    gpu.kernels.compile_launched(work, device)
 
 
-def _error(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative difference from plain torch in float32 on the CPU: in inference, and of all gradients.
+def _error(device: torch.device, dtype: torch.dtype, norm: str, memory_format: torch.memory_format) -> float:
+    """The largest relative difference from plain torch in float32 on the CPU, in training of all gradients.
 
     A difference of no more than twice that of plain torch in ``dtype`` on the device counts as none.
     """
     errors = []
-    for memory_format in (torch.channels_last, torch.contiguous_format):
-        work = _Work((3, 40, 9, 9), device, dtype, memory_format)
-        expected = _Work((3, 40, 9, 9), torch.device('cpu'), torch.float32, memory_format)
-        with torch.no_grad():
-            for ours, theirs in zip([*work.maps, work.grad], [*expected.maps, expected.grad]):
-                theirs.copy_(ours)  # with what the low precision leaves
-            found = [(work.engine(norm), work.plain(norm), expected.plain(norm)) for norm in NORMS[1:]]
-        every = [work.gradients(work.engine), work.gradients(work.plain), expected.gradients(expected.plain)]
-        found += zip(*every)
-        two = [work.gradients_of_two(output) for output in (work.engine_of_two(), work.plain_of_two())]
-        found += zip(*two, expected.gradients_of_two(expected.plain_of_two()))
-        for ours, theirs, right in found:
-            error, allowed = (
-                float((t.float().cpu() - right).norm() / right.norm().clamp(min=1e-12)) for t in (ours, theirs)
-            )
-            errors.append(0.0 if error <= 2 * allowed else error)
+    work = _Work(CHECKED, device, dtype, memory_format)
+    expected = _Work(CHECKED, torch.device('cpu'), torch.float32, memory_format)
+    with torch.no_grad():
+        for ours, theirs in zip([*work.maps, work.grad], [*expected.maps, expected.grad]):
+            theirs.copy_(ours)  # with what the low precision leaves
+    ways = [(work, work.engine), (work, work.plain), (expected, expected.plain)]
+    found = list(zip(*[w.run(function, norm) for w, function in ways]))
+    if norm == 'batch':
+        ways = [(work, work.engine_of_two), (work, work.plain_of_two), (expected, expected.plain_of_two)]
+        found += zip(*[w.gradients_of_two(function()) for w, function in ways])
+    for ours, theirs, right in found:
+        error, allowed = (
+            float((t.float().cpu() - right).norm() / right.norm().clamp(min=1e-12)) for t in (ours, theirs)
+        )
+        errors.append(0.0 if error <= 2 * allowed else error)
     return max(errors, key=lambda error: float('inf') if error != error else error)
 
 
-def _ratio(run: Callable[[Callable[[str], Tensor]], object], work: _Work, device: torch.device) -> float:
+def _ratio(norm: str, work: _Work, device: torch.device) -> float:
     """Median of the engine's time by plain torch's, in turns, the host included."""
 
     def seconds(function: Callable[[str], Tensor]) -> float:
         torch.cuda.synchronize(device)
         start = time.perf_counter()
-        run(function)
-        run(function)
+        work.run(function, norm)
+        work.run(function, norm)
         torch.cuda.synchronize(device)
         return time.perf_counter() - start
 

@@ -4,6 +4,7 @@ None of it needs a GPU: Triton's compiler takes the arguments of the launches th
 """
 
 import contextlib
+import gc
 import math
 import re
 import subprocess
@@ -75,7 +76,9 @@ def variants(monkeypatch, tmp_path):
         found = {}
         with stubbed_launches(), monkeypatch.context() as patch:
 
-            def launch(kernel, grid, *args, **meta):
+            def launch(kernel, grid, tensors, numbers, **meta):
+                args = *tensors, *numbers
+
                 def say(key, **_):
                     found.setdefault((kernel.fn.__name__, key), (kernel, grid, args, meta))
                     return True  # not compiled
@@ -219,3 +222,91 @@ def test_odd_and_huge_maps_compile(num, shape, memory_format, variants, tmp_path
         assert meta['WIDE'] == wide, name
     if shape[0] == 1 and memory_format == torch.channels_last:
         compile_all(found, tmp_path)
+
+
+@pytest.fixture
+def started(variants, monkeypatch):
+    """What Triton's compiled kernels are started with on a GPU that is not there, and with it CPU tensors."""
+    calls = []
+
+    class Launcher:
+        def __init__(self, src, metadata):
+            pass
+
+        def __call__(self, *args):
+            calls.append(args)
+
+    class Utils:
+        def get_device_properties(self, device):
+            return {'max_shared_mem': 2**17}
+
+        def load_binary(self, name, *_):
+            return 'module', name, 32, 0, 1024
+
+        def unload_module(self, module):
+            pass
+
+    monkeypatch.setattr(H100, 'launcher_cls', Launcher, raising=False)
+    monkeypatch.setattr(H100, 'utils', Utils(), raising=False)
+    monkeypatch.setattr(torch.Tensor, 'get_device', lambda self: 0)
+    monkeypatch.setattr(gpu.kernels, '_launchers', {})
+    yield calls
+    gpu.kernels._launchers.clear()
+    for kernel in vars(gpu.kernels).values():
+        if isinstance(kernel, triton.JITFunction):
+            kernel.device_caches.clear()
+    gc.collect()  # compiled kernels, while there is a driver to unload them
+
+
+def kernel_arguments(call):
+    """The grid, the stream, the kernel's name and its arguments, tensors as addresses; without hooks."""
+    place, arguments = call[:5], call[9:]
+    return *place, *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
+
+
+def aligned_maps(num, offset=0):
+    """(2, 32, 4, 4) each, whose addresses are ``offset`` bytes beyond a multiple of 16."""
+    flat = torch.zeros(num, 2 * 32 * 16 + 32)
+    skipped = [(-row.data_ptr() % 16 + offset) // 4 for row in flat]
+    return [row[at : at + 1024].view(2, 32, 4, 4) for row, at in zip(flat, skipped)]
+
+
+def test_launches_of_a_kind_go_past_tritons_search(started, monkeypatch):
+    """The compiled kernel is started as Triton itself starts it, with other addresses and another grid too."""
+    kernel, numbers = gpu.kernels._norm_act_kernel, [1e-5, 32, 16, 32, 1, 1]
+    constants = dict(RELU=True, HAS_SHORTCUT=False, NORM='running', M=1, BLOCK_HW=16, BLOCK_C=32, WIDE=False)
+    maps = aligned_maps(26)
+    launches = [(maps[:12], (2,), numbers), (maps[12:24], (2,), numbers), (maps[:12], (4,), numbers)]
+    launches += [(maps[:12], (2,), [1e-3, *numbers[1:]]), (maps[:12], (2,), [1e-5, 24, *numbers[2:]])]
+    searched = []
+    warmup = type(kernel).warmup
+    monkeypatch.setattr(type(kernel), 'warmup', lambda *a, **k: searched.append(1) or warmup(*a, **k))
+    for tensors, grid, given in [*launches, *launches]:
+        kernel[grid](*tensors, *given, **constants, num_warps=8)
+        gpu.kernels.launch(kernel, grid, tensors, given, **constants, num_warps=8)
+        expected, found = map(kernel_arguments, started)
+        assert found == expected
+        started.clear()
+    assert len(searched) == len(gpu.kernels._launchers) == 4  # by grid and numbers
+
+
+def test_unaligned_maps_are_left_to_triton(started):
+    """Kernels are compiled for addresses that 16 divides: a map that is a part of another may begin elsewhere."""
+    kernel, numbers = gpu.kernels._norm_act_kernel, [1e-5, 32, 16, 32, 1, 1]
+    constants = dict(RELU=True, HAS_SHORTCUT=False, NORM='running', M=1, BLOCK_HW=16, BLOCK_C=32, WIDE=False)
+    for offset, kept in ((0, 1), (4, 1)):
+        gpu.kernels.launch(kernel, (2,), aligned_maps(12, offset), numbers, **constants, num_warps=8)
+        assert len(gpu.kernels._launchers) == kept
+    aligned, unaligned = started
+    assert isinstance(aligned[9], int) and isinstance(unaligned[9], torch.Tensor)
+    assert aligned[4] == unaligned[4]  # one function's name; two binaries
+
+
+def test_the_launchers_kept_are_not_endless(started, monkeypatch):
+    monkeypatch.setattr(gpu.kernels, '_MOST_LAUNCHERS', 3)
+    kernel = gpu.kernels._norm_act_kernel
+    constants = dict(RELU=True, HAS_SHORTCUT=False, NORM='running', M=1, BLOCK_HW=16, BLOCK_C=32, WIDE=False)
+    for size in range(1, 8):
+        gpu.kernels.launch(kernel, (size,), aligned_maps(12), [1e-5, 32, 16, 32, 1, 1], **constants, num_warps=8)
+        assert len(gpu.kernels._launchers) <= 3
+    assert len(started) == 7

@@ -4,8 +4,10 @@ No GPU is needed: a stand-in for a tensor says that it is on one, and stand-ins 
 """
 
 import contextlib
+import copy
 import json
 import logging
+import math
 import sys
 import threading
 from types import SimpleNamespace
@@ -15,8 +17,8 @@ import torch
 
 from sk_plugins.ops import gpu, trial
 
-FASTER = {'small training': 0.5, 'small inference': 0.6, 'small folded': 0.3}
-FASTER |= {'large training': 0.7, 'large inference': 0.8, 'large folded': 0.4}
+FASTER = {'training': {'small': 0.5, 'large': 0.7}, 'inference': {'small': 0.6, 'large': 0.8}}
+FASTER['folded inference'] = {'small': 0.3, 'large': 0.4}
 
 
 class OnGPU:
@@ -24,8 +26,12 @@ class OnGPU:
 
     is_cuda = True
 
-    def __init__(self, shape=trial.LARGE, dtype=torch.float32, index=0):
+    def __init__(self, shape=trial.LARGE, dtype=torch.float32, index=0, channels_last=True):
         self.device, self.dtype, self.shape = torch.device('cuda', index), dtype, torch.Size(shape)
+        self.channels_last = channels_last
+
+    def stride(self, dim):
+        return {1: 1 if self.channels_last else math.prod(self.shape[2:])}[dim]
 
     def get_device(self):
         return self.device.index
@@ -37,7 +43,7 @@ class OnGPU:
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     """What the measurements find, settable, and how often they ran: of one process whose verdicts nobody knows."""
-    found = SimpleNamespace(error=0.0, ratios=dict(FASTER), tried=[], devices=[], capturing=False)
+    found = SimpleNamespace(error=0.0, ratios=copy.deepcopy(FASTER), tried=[], devices=[], capturing=False)
     monkeypatch.setenv('SK_PLUGINS_CACHE', str(tmp_path))
     monkeypatch.delenv('SK_PLUGINS_ENGINE', raising=False)
     monkeypatch.setattr(gpu, 'HAS_TRITON', True)
@@ -51,22 +57,21 @@ def bench(monkeypatch, tmp_path):
         found.devices.append((threading.get_ident(), device))
         yield
 
-    def error(device, dtype):
-        found.tried.append((device, dtype))
+    def error(device, dtype, norm, memory_format):
+        assert torch.is_grad_enabled() == (norm == 'batch')
+        found.tried.append((device, dtype, norm, memory_format))
         if isinstance(found.error, Exception):
             raise found.error
         return found.error
 
     monkeypatch.setattr(torch.cuda, 'device', device)
-    monkeypatch.setattr(trial, '_compile', lambda device, dtype: None)
+    monkeypatch.setattr(trial, '_compile', lambda *subject: None)
     monkeypatch.setattr(trial, '_error', error)
-    monkeypatch.setattr(trial, '_Work', lambda shape, device, dtype: shape)
+    monkeypatch.setattr(trial, '_Work', lambda shape, *subject: shape)
 
-    def ratio(run, work, device):
-        size, kind = 'small' if work == trial.SMALL else 'large', 'training'
-        if not torch.is_grad_enabled():
-            kind = {'running': 'inference', 'folded': 'folded'}[run(lambda norm: norm)]
-        return found.ratios[f'{size} {kind}']
+    def ratio(norm, work, device):
+        (kind,) = (kind for kind, of_kind in trial.NORMS.items() if of_kind == norm)
+        return found.ratios[kind]['small' if work == trial.SMALL else 'large']
 
     monkeypatch.setattr(trial, '_ratio', ratio)
     monkeypatch.setattr(trial, '_said', set())
@@ -86,28 +91,40 @@ def test_what_is_right_and_faster_is_taken_and_told_in_one_line(bench, caplog):
             assert trial.accepts(OnGPU())
             with torch.no_grad():
                 assert trial.accepts(OnGPU(trial.SMALL))
-    assert len(bench.tried) == 1
-    (record,) = caplog.records
-    assert record.levelname == 'INFO'
-    expected = ', '.join(f'{kind} {ratio:.2f}' for kind, ratio in FASTER.items())
-    assert expected in record.getMessage()
-    assert 'A card, float32, torch ' in record.getMessage()
+    assert [norm for _, _, norm, _ in bench.tried] == ['batch', 'running']
+    for record, kind in zip(caplog.records, ('training', 'inference'), strict=True):
+        assert record.levelname == 'INFO'
+        ratios = ', '.join(f'{size} {ratio:.2f}' for size, ratio in FASTER[kind].items())
+        assert f'time by that of plain torch: {ratios} (' in record.getMessage()
+        assert f'A card, float32, channels_last, {kind}, torch ' in record.getMessage()
 
 
-@pytest.mark.parametrize('slow', FASTER)
+@pytest.mark.parametrize('slow', [(kind, size) for kind in FASTER for size in trial.SIZES], ids=' '.join)
 def test_what_is_slower_is_not_taken_for_that_size_and_kind(bench, slow):
-    bench.ratios[slow] = 1.01
-    for size, shape in (('small', trial.SMALL), ('large', trial.LARGE)):
-        for kind in ('training', 'inference'):
+    bench.ratios[slow[0]][slow[1]] = 1.01
+    for size, shape in trial.SIZES.items():
+        for kind in FASTER:
             with torch.set_grad_enabled(kind == 'training'):
-                assert trial.accepts(OnGPU(shape)) == (f'{size} {kind}' != slow)
-                assert trial.accepts(OnGPU(shape), wanted=True)
-        assert trial.accepts(OnGPU(shape), folded=True) == (f'{size} folded' != slow)
+                folded = kind == 'folded inference'
+                assert trial.accepts(OnGPU(shape), folded=folded) == ((kind, size) != slow)
+                assert trial.accepts(OnGPU(shape), wanted=True, folded=folded)
+
+
+def test_each_kind_of_work_is_tried_when_it_is_met(bench):
+    """A training run does not wait for what inference would take."""
+    for _ in range(2):
+        trial.accepts(OnGPU())
+    assert bench.tried == [(torch.device('cuda', 0), torch.float32, 'batch', torch.channels_last)]
+    trial.accepts(OnGPU(channels_last=False))
+    assert bench.tried[1:] == [(torch.device('cuda', 0), torch.float32, 'batch', torch.contiguous_format)]
+    with torch.no_grad():
+        trial.accepts(OnGPU(), folded=True)
+    assert [norm for _, _, norm, _ in bench.tried[2:]] == ['folded']
 
 
 def test_sizes_part_at_the_geometric_mean(bench):
     """SMALL has 2**17 elements and LARGE 25,690,112: 1,835,008 lie between."""
-    bench.ratios['small training'] = 2.0
+    bench.ratios['training']['small'] = 2.0
     assert not trial.accepts(OnGPU((1, 1, 1, 1_835_007)))
     assert trial.accepts(OnGPU((1, 1, 1, 1_835_009)))
 
@@ -164,14 +181,14 @@ def test_no_trial_within_a_capture_or_a_backward_pass(bench):
 def test_a_verdict_is_of_a_device_a_dtype_and_versions(bench, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert trial.accepts(OnGPU(dtype=dtype))
-    assert [dtype for _, dtype in bench.tried] == [torch.float32, torch.bfloat16, torch.float16]
+    assert [dtype for _, dtype, _, _ in bench.tried] == [torch.float32, torch.bfloat16, torch.float16]
     new_process()
     assert trial.accepts(OnGPU())  # from disk
     assert len(bench.tried) == 3
     kept = json.loads(trial.cache_file().read_text())
     assert len(kept) == 3
     assert all(key.startswith('A card, ') and ', triton ' in key and ', sk-plugins ' in key for key in kept)
-    assert all(verdict == {'wrong': None, 'ratios': FASTER} for verdict in kept.values())
+    assert all(verdict == {'wrong': None, 'ratios': FASTER['training']} for verdict in kept.values())
     for name, version in (('get_device_name', None), (None, '0')):
         new_process()
         if name:
@@ -195,7 +212,7 @@ def autocast(monkeypatch):
 
 def test_autocast_says_the_dtype(bench, autocast):
     trial.accepts(OnGPU())
-    assert [dtype for _, dtype in bench.tried] == [torch.bfloat16]
+    assert [dtype for _, dtype, _, _ in bench.tried] == [torch.bfloat16]
 
 
 @pytest.mark.parametrize('casts', [False, True])
@@ -216,7 +233,7 @@ def test_without_triton_plain_torch_runs_and_says_so(bench, monkeypatch, caplog)
 
 
 def test_the_environment_overrides(bench, monkeypatch, caplog):
-    bench.ratios = dict.fromkeys(FASTER, 5.0)
+    bench.ratios['training'] = dict.fromkeys(trial.SIZES, 5.0)
     assert not trial.accepts(OnGPU())
     monkeypatch.setenv('SK_PLUGINS_ENGINE', 'triton')
     new_process()
@@ -244,14 +261,14 @@ def test_an_unknown_engine_in_the_environment_is_named(bench, monkeypatch):
 @pytest.mark.parametrize(
     'text',
     ['', '{', '[]', '5', 'null', '{"KEY": null}', '{"KEY": []}', '{"KEY": {}}', '{"KEY": {"wrong": null}}',
-     '{"KEY": {"wrong": null, "ratios": {"small training": 0.5}}}', '{"KEY": {"wrong": 5, "ratios": {}}}', '\udcff'],
+     '{"KEY": {"wrong": null, "ratios": {"small": 0.5}}}', '{"KEY": {"wrong": 5, "ratios": {}}}', '\udcff'],
 )  # fmt: skip
 def test_a_corrupt_file_is_as_good_as_none(bench, text):
-    key = trial._key(torch.device('cuda', 0), torch.float32)
+    key = trial._key(torch.device('cuda', 0), torch.float32, 'training', torch.channels_last)
     trial.cache_file().write_bytes(text.replace('KEY', key).encode('utf-8', 'surrogateescape'))
     assert trial.accepts(OnGPU())
     assert len(bench.tried) == 1
-    assert json.loads(trial.cache_file().read_text()) == {key: {'wrong': None, 'ratios': FASTER}}
+    assert json.loads(trial.cache_file().read_text()) == {key: {'wrong': None, 'ratios': FASTER['training']}}
     assert [path.name for path in trial.cache_file().parent.iterdir()] == ['engines.json']
 
 
@@ -316,11 +333,11 @@ def test_a_known_verdict_costs_few_calls(bench):
         trial.accepts(x)
     finally:
         sys.setprofile(None)
-    assert [name for name in calls if name != '<lambda>'] == ['accepts', 'get_device', 'numel']
+    assert [name for name in calls if name != '<lambda>'] == ['accepts', 'get_device', 'stride', 'numel']
 
 
 @pytest.mark.skipif(not gpu.HAS_TRITON, reason='triton is not installed')
-@pytest.mark.parametrize('norm', trial.NORMS)
+@pytest.mark.parametrize('norm', trial.NORMS.values())
 def test_the_work_is_the_same_by_the_engine_and_in_plain_torch(norm):
     """Without a GPU: the plain way's numbers are those of the network's own equations, and the engine's launch."""
     from sk_plugins.ops import stubbed_launches
@@ -331,4 +348,6 @@ def test_the_work_is_the_same_by_the_engine_and_in_plain_torch(norm):
             output = function(norm)
             assert output.shape == (3, 40, 9, 9)
         if norm == 'batch':
-            assert [g.shape for g in work.gradients(work.engine)] == [g.shape for g in work.gradients(work.plain)]
+            shapes = [[g.shape for g in work.run(function, norm)] for function in (work.engine, work.plain)]
+            assert shapes[0] == shapes[1]
+            assert len(shapes[0]) == 1 + len(work.leaves)
