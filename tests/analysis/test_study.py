@@ -25,6 +25,7 @@ from helpers.tolerances import assert_close
 from sk_plugins.analysis.figures import draw_channels, draw_classes, draw_depth, draw_field, write
 
 SCALES = (1.0, 1.5, 2.0)
+SEVENTH_DIGIT = 1e-6  # of figures of about one: the tables have seven digits
 PLAIN = dict(crop_pct=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
@@ -225,8 +226,9 @@ def test_files_hold_the_numbers(folder, tmp_path):
 
     units = table('units')
     assert [(row['scale'], row['kernel']) for row in units[:3]] == [('1', '3x3'), ('1', '5x5'), ('1.5', '3x3')]
-    assert [float(row['difference']) for row in units[::2]] == pytest.approx(result.differences['0'].tolist(), abs=1e-6)
-    assert float(units[0]['attention']) + float(units[1]['attention']) == pytest.approx(1, abs=1e-6)
+    differences = [float(row['difference']) for row in units[::2]]
+    assert differences == pytest.approx(result.differences['0'].tolist(), abs=SEVENTH_DIGIT)
+    assert float(units[0]['attention']) + float(units[1]['attention']) == pytest.approx(1, abs=SEVENTH_DIGIT)
     assert units[0]['images'] == '7'
     assert units[0]['module'] == '0'
     assert len(table('channels')) == 3 * 2 * 3
@@ -236,10 +238,11 @@ def test_files_hold_the_numbers(folder, tmp_path):
         ('1', 'sun', '3'),
         ('1.5', 'moon', '3'),
     ]
-    assert float(classes[1]['difference']) == pytest.approx(result.class_differences['0'][0, 1].item(), abs=1e-6)
+    expected = result.class_differences['0'][0, 1].item()
+    assert float(classes[1]['difference']) == pytest.approx(expected, abs=SEVENTH_DIGIT)
     field = [row for row in table('receptive_field') if row['scale'] == '2']
-    assert float(field[0]['share_within']) == pytest.approx(result.field.maps[2, 16, 16].item(), abs=1e-6)
-    assert float(field[-1]['share_within']) == pytest.approx(1, abs=1e-6)
+    assert float(field[0]['share_within']) == pytest.approx(result.field.maps[2, 16, 16].item(), abs=SEVENTH_DIGIT)
+    assert float(field[-1]['share_within']) == pytest.approx(1, abs=SEVENTH_DIGIT)
 
     with Image.open(tmp_path / 'new' / 'out' / 'attention_depth.png') as picture:
         assert picture.width >= 600

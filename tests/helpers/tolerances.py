@@ -33,6 +33,12 @@ def tolerance(dtype: torch.dtype, length: int = 1, gain: float = 1.0) -> float:
     return SAFETY * gain * torch.finfo(dtype).eps * math.sqrt(length)
 
 
+def bounds(dtype: torch.dtype, length: int = 1, gain: float = 1.0) -> dict[str, float]:
+    """``rtol`` and ``atol`` of ``torch.testing.assert_close`` for values of about one, by :func:`tolerance`."""
+    allowed = tolerance(dtype, length, gain)
+    return dict(rtol=allowed, atol=allowed)
+
+
 def sum_length(module: nn.Module, pixels: int = 0) -> int:
     """Terms of all sums of ``module``, as if all its layers stood one after another.
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.gate_cases import WATCHES
+from helpers.gate_cases import CLOSE, WATCHES
 from helpers.plain_engine import put_in_place
 from helpers.randomised import randomise
 from timm.layers import BlurPool2d
@@ -67,14 +67,14 @@ def test_second_and_batched_gradients(engine, monkeypatch):
         second = torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
         results.append([*batched, *(grad.detach() for grad in first), *second])
     assert pair[0]._way == engine
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(*results, **CLOSE)
 
 
 @pytest.mark.parametrize('kwargs', [dict(small_stem=True), dict(stem_type='deep'), dict(aa_layer=BlurPool2d)], ids=str)
 def test_other_stems(kwargs, monkeypatch):
     put_in_place(monkeypatch)
     network, plain = make_pair(**kwargs)
-    torch.testing.assert_close(step(network, make_input()), step(plain, make_input()), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(step(network, make_input()), step(plain, make_input()), **CLOSE)
     assert network._way == 'plain'
 
 
@@ -152,7 +152,7 @@ def test_checkpointing():
     for module in (network, plain):
         module(make_input())
         module.set_grad_checkpointing()
-    torch.testing.assert_close(step(network, make_input()), step(plain, make_input()), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(step(network, make_input()), step(plain, make_input()), **CLOSE)
     assert network._way == 'recompute'
 
 

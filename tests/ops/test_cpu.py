@@ -7,12 +7,13 @@ import timm
 import torch
 from helpers.layer_pairs import SETTINGS, assert_same, make_input, make_pair, step, through
 from helpers.randomised import randomise
+from helpers.tolerances import bounds, tolerance
 from torch import nn
 
 from sk_plugins.ops import ways
 
-# Sums of some hundred products in float64, in another order: some hundred times the dtype's 2e-16, with room.
-CLOSE = dict(rtol=1e-11, atol=1e-12)
+# A unit's sums have some thousand terms, and a norm of few values magnifies an error.
+CLOSE = bounds(torch.float64, length=10_000, gain=100)
 each_setting = pytest.mark.parametrize('kwargs', SETTINGS.values(), ids=SETTINGS.keys())
 
 
@@ -226,8 +227,9 @@ def test_networks(name):
     assert all(map(torch.equal, *features))
     largest = max(parameter.grad.abs().max() for parameter in plain.parameters())
     for (key, got), expected in zip(model.named_parameters(), plain.parameters()):
-        # A norm of few values magnifies differences of rounding, and some gradients are zero but for these.
-        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-7, atol=1e-11 * largest, msg=key)
+        # Some gradients are zero but for rounding, of the size of the largest ones; every norm on the way magnifies it.
+        allowed = tolerance(torch.float64, length=10_000, gain=1e6)
+        torch.testing.assert_close(got.grad, expected.grad, rtol=allowed, atol=allowed / 1e4 * largest, msg=key)
 
 
 def test_twenty_steps_of_an_optimiser():
@@ -248,4 +250,5 @@ def test_twenty_steps_of_an_optimiser():
             losses[-1].append(loss.item())
     assert losses[0][0] == losses[1][0]
     assert losses[0][-1] < losses[0][0]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    # Every step starts from what rounding has made of the weights.
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance(torch.float64, length=10_000, gain=1e7))

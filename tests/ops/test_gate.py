@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.gate_cases import (
     BACKWARD_WATCHES,
+    CLOSE,
     GLOBAL_BACKWARD_WATCHES,
     GLOBAL_WATCHES,
     PLACES,
@@ -278,7 +279,7 @@ def test_folded_units_in_inference(kind, engine_of):
     engine_of('triton')
     assert_equal(run(unit, False), expected)
     assert unit._way == 'triton'
-    torch.testing.assert_close(unit(make_input()).detach(), expected[0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(unit(make_input()).detach(), expected[0], **CLOSE)
     assert unit._way == 'plain'  # whoever wants gradients of it
     sk = unit.conv2 if kind is SKBottleneck else unit.conv1
     for norm in ('paths.0.bn', 'attn.bn'):  # one that was not folded
@@ -332,7 +333,7 @@ def test_transforms_modes_and_subclasses(engine, training, engine_of):
 
         def plainly(got):
             assert module._way == 'plain'
-            torch.testing.assert_close(got.detach(), expected, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(got.detach(), expected, **CLOSE)
             module(x)
             assert module._way == engine
 
@@ -361,7 +362,7 @@ def test_transforms_modes_and_subclasses(engine, training, engine_of):
         assert module._way == engine
         other = copy.deepcopy(module)
         other.load_state_dict(halves, strict=False)
-        torch.testing.assert_close(changed, other(x), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(changed, other(x), **CLOSE)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert module(mode.from_tensor(x)).shape == expected.shape
         assert module._way == 'plain'
@@ -382,9 +383,9 @@ def test_graphs(engine, training, engine_of):
     exported = torch.export.export(module, (x,))
     targets = [node.target for node in exported.graph.nodes]
     assert targets.count(torch.ops.aten.conv2d.default) == convolutions
-    torch.testing.assert_close(exported.module()(x), expected[0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(exported.module()(x), expected[0], **CLOSE)
     scripted = torch.jit.script(module)
-    torch.testing.assert_close(scripted(x), expected[0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(scripted(x), expected[0], **CLOSE)
 
 
 @each_case
@@ -410,7 +411,7 @@ def test_replicas_of_data_parallel(engine, training, engine_of):
     with torch.set_grad_enabled(training):
         output = replica(make_input())
     assert replica._way == 'plain'
-    torch.testing.assert_close(output.detach(), expected[0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(output.detach(), expected[0], **CLOSE)
     if training:
         module.zero_grad()
         output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output))

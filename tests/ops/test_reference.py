@@ -1,11 +1,14 @@
 import pytest
 import torch
+from helpers.tolerances import bounds
 from torch.autograd import gradcheck
 
 from sk_plugins.ops import fuse, fuse_reference, select, select_reference
 
 # (B, C, H, W): even and odd sizes, 1x1 maps, one channel, batches of one and none.
 SHAPES = [(2, 8, 6, 6), (3, 6, 7, 5), (2, 5, 1, 1), (1, 4, 9, 3), (2, 1, 3, 4), (0, 4, 5, 5)]
+# Means over at most 36 positions, of sums of at most four.
+CLOSE = bounds(torch.float64, length=144, gain=10)
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -38,8 +41,8 @@ def test_fuse_equals_reference(num_branches, shape, memory_format):
     output, grads = values_and_grads(fuse, branches)
     expected, expected_grads = values_and_grads(fuse_reference, branches)
     assert output.shape == (*shape[:2], 1, 1)
-    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(grads, expected_grads, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output, expected, **CLOSE)
+    torch.testing.assert_close(grads, expected_grads, **CLOSE)
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
@@ -51,8 +54,8 @@ def test_select_equals_reference(num_branches, shape, shared, memory_format):
     output, grads = values_and_grads(select, branches, logits)
     expected, expected_grads = values_and_grads(select_reference, branches, logits)
     assert output.shape == shape
-    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(grads, expected_grads, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(output, expected, **CLOSE)
+    torch.testing.assert_close(grads, expected_grads, **CLOSE)
 
 
 @pytest.mark.parametrize('num_branches', [1, 2, 3])
