@@ -134,10 +134,10 @@ def default_work_dir(folder: Path) -> Path:
 
 def prepare(args: argparse.Namespace, work_dir: Path, device: str) -> dict[str, Any]:
     """Check all, choose, and write the run's config; returns what the report and the card say of the run."""
+    from _common import merge_options
     from _finetune import checking, configs, data, exporting, settings
 
     from sk_plugins._files import write_atomically
-    from sk_plugins.openmmlab.runtime.configs import check_sections, explain_parsing
 
     # What a run that failed at its start leaves behind, a config without a checkpoint, is written over.
     failed = (work_dir / exporting.RUN).is_file() and not any(work_dir.glob('*.pth'))
@@ -159,9 +159,7 @@ def prepare(args: argparse.Namespace, work_dir: Path, device: str) -> dict[str, 
     while True:
         lists = tuple(work_dir / f'{name}.{"json" if images.multi_label else "txt"}' for name in ('train', 'val'))
         cfg = configs.build_config(images, network, recipe, lists, work_dir, args.seed)
-        check_sections(cfg, options)
-        with explain_parsing('--cfg-options'):
-            cfg.merge_from_dict(options)
+        merge_options(cfg, options)
         try:
             seconds = checking.try_step(cfg, recipe.batch, recipe.size, device, recipe.amp)
             break
