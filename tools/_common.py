@@ -27,6 +27,7 @@ from sk_plugins.weights import CheckpointError, HubError
 # What a config of another scope than mmpretrain's needs, and what installs it.
 FRAMEWORKS = {
     'mmdet': "make det, or the extra det beside mmcv's compiled ops",
+    'mmrotate': '`pip install onedl-mmrotate faster-coco-eval` beside make det',
     'mmseg': how_to_install('seg'),
 }
 
