@@ -58,7 +58,8 @@ test-openmmlab: $(OPENMMLAB_VENV)/.installed
 det: $(DET_VENV)/.installed
 
 test-det: $(DET_VENV)/.installed
-	OMP_NUM_THREADS=1 $(DET_VENV)/bin/python $(PYTEST) tests/configs/test_detection.py tests/tools/test_benchmark_detection.py \
+	OMP_NUM_THREADS=1 $(DET_VENV)/bin/python $(PYTEST) tests/configs/test_detection.py tests/configs/test_finetune.py \
+		tests/configs/test_rotated.py tests/tools/test_benchmark_detection.py \
 		tests/tools/test_frameworks.py tests/configs/test_scenes.py tests/tools/test_prepare_scenes.py \
 		tests/tools/test_draw_predictions.py tests/fuse/test_networks.py::test_mmdet
 
@@ -111,6 +112,7 @@ PIP = $(@D)/bin/python -m pip
 $(VENV)/.installed: EXTRAS := mm,seg,downstream,cam,docs,dev
 $(OPENMMLAB_VENV)/.installed: EXTRAS := openmmlab,dev
 %/.installed: pyproject.toml constraints.txt
+	@echo "installing into $(@D): torch, timm, OpenMMLab's packages and more, several GB with CUDA's; a few minutes"
 	$(create)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
@@ -121,14 +123,16 @@ $(OPENMMLAB_VENV)/.installed: EXTRAS := openmmlab,dev
 # ops can be imported.
 $(DET_VENV)/.installed: CONSTRAINTS := --constraint constraints-det.txt
 $(DET_VENV)/.installed: pyproject.toml constraints-det.txt
+	@echo "installing into $(@D), 1 of 3: torch, several GB with CUDA's libraries; a few minutes"
 	$(create)
 	$(PIP) install --quiet $(CONSTRAINTS) torch torchvision setuptools wheel packaging ninja
 	@wheels="$(WHEELS)/$$($(@D)/bin/python -c 'import torch; print("torch", torch.__version__, "-cuda" * torch.cuda.is_available(), sep="")')" \
 		&& mkdir -p "$$wheels" \
-		&& echo "mmcv's ops: from $$wheels, or built for it, in five to eight minutes on two cores" \
+		&& echo "installing into $(@D), 2 of 3: mmcv's ops, from $$wheels, or built for it, in five to eight minutes on two cores" \
 		&& MAX_JOBS=$${MAX_JOBS:-$$(getconf _NPROCESSORS_ONLN)} CFLAGS='-O3 -g0' CXXFLAGS='-O3 -g0' \
 			$(PIP) wheel --quiet $(CONSTRAINTS) --no-cache-dir --no-deps --no-build-isolation \
 			--find-links "$$wheels" --wheel-dir $(@D)/wheels onedl-mmcv \
+		&& echo "installing into $(@D), 3 of 3: mmdetection, mmsegmentation and the rest; a few minutes" \
 		&& $(PIP) install --quiet $(CONSTRAINTS) --no-cache-dir --find-links $(@D)/wheels --editable '.[det,seg,scenes,dev]' \
 		&& wheel=$$(basename $(@D)/wheels/onedl_mmcv-*.whl) \
 		&& if $(@D)/bin/python -c 'from mmcv.ops import nms'; then \

@@ -1,6 +1,7 @@
 """Checks of the project's own arguments, with errors that name the argument, its value and what is right."""
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from types import FunctionType
@@ -8,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ._text import nearest
 
 __all__ = [
     'MOST_CHANNELS',
@@ -87,8 +90,11 @@ def is_module_class(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, nn.Module)
 
 
-def check_sk_kwargs(sk_kwargs: Any, unit: str) -> None:
-    """Arguments of the SK convolutions, that only SK units have, and not those that the network itself gives them."""
+def check_sk_kwargs(sk_kwargs: Any, unit: str, layer: type[nn.Module] | None = None) -> None:
+    """Arguments of the SK convolutions, that only SK units have, and not those that the network itself gives them.
+
+    With the class of these convolutions, the names must be among its arguments.
+    """
     if sk_kwargs is None:
         return
     if not isinstance(sk_kwargs, Mapping) or not all(isinstance(name, str) for name in sk_kwargs):
@@ -102,3 +108,7 @@ def check_sk_kwargs(sk_kwargs: Any, unit: str) -> None:
     for name in networks_own:
         if name in sk_kwargs:
             raise ValueError(f'sk_kwargs={sk_kwargs!r} has {name}, which the network itself sets')
+    known = sk_kwargs if layer is None else inspect.signature(layer).parameters
+    for name in sk_kwargs:
+        if name not in known:
+            raise TypeError(f'sk_kwargs={sk_kwargs!r}: {layer.__name__} has no argument {name}{nearest(name, known)}')

@@ -2,7 +2,7 @@
 
 import difflib
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 __all__ = ['first_lines', 'nearest', 'several']
 
@@ -15,9 +15,9 @@ def first_lines(error: Exception, lines: int = 2, width: int = 200) -> str:
     return ' '.join([head, *rest[:lines]]) + more
 
 
-def nearest(name: str, names: Iterable[str], it: str = 'it') -> str:
-    """'; near it is depth', say, or nothing where no name is near."""
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+def nearest(name: str, names: Iterable[str], it: str = 'it', places: Mapping[str, str] | None = None) -> str:
+    """'; near it is depth', say, or nothing where no name is near; ``places`` says how a name is written in full."""
+    near = [(places or {}).get(one, one) for one in difflib.get_close_matches(name, names, n=3, cutoff=0.6)]
     return f'; near {it} {"is" if len(near) == 1 else "are"} {", ".join(near)}' if near else ''
 
 

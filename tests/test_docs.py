@@ -58,6 +58,9 @@ ELSEWHERE = {
     'python tools/run_ablation.py': 'tests/tools/test_run_ablation.py',
     'python tools/compare_warm_start.py': 'tests/tools/test_compare_warm_start.py',
     '.venv-det/bin/python tools/train.py configs/detection': 'tests/tools/test_frameworks.py',
+    '.venv-det/bin/python tools/train.py configs/rotated': 'tests/configs/test_rotated.py',
+    '.venv-det/bin/python -m pip': 'docs/own_boxes_and_masks.md',
+    'DATA=': 'tests/configs/test_finetune.py',
 }
 # Hours of training, which `make test-scenes` shortens.
 SCENES_PAGE, SCENES_TEST = 'results/scenes/README.md', 'tests/tools/test_scenes_accuracy.py'

@@ -26,6 +26,8 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r'unrecognized arguments: .*?(--[\w-]+)', message)
         if unknown:
             options = re.findall(r'--[\w-]+', self.format_usage())
-            message += self.hints.get(unknown[1]) or nearest(unknown[1], dict.fromkeys(options))
+            message += self.hints.get(unknown[1]) or nearest(unknown[1], dict.fromkeys([*options, *self.hints]))
+            meant = next((name for name in self.hints if message.endswith(f'near it is {name}')), None)
+            message += f' ({self.hints[meant].lstrip(":; ")})' if meant else ''
         self.print_usage(sys.stderr)
         self.exit(2, f'{self.prog}: error: {message}\n')

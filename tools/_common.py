@@ -4,10 +4,11 @@ import argparse
 import importlib
 import importlib.util
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import _errors
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from mmengine.utils import import_modules_from_strings
 
 from sk_plugins._resources import find_config, how_to_install
 from sk_plugins.openmmlab.runtime.configs import (
+    ConfigError,
     check_sections,
     explain_parsing,
 )
@@ -25,6 +27,7 @@ from sk_plugins.weights import CheckpointError, HubError
 # What a config of another scope than mmpretrain's needs, and what installs it.
 FRAMEWORKS = {
     'mmdet': "make det, or the extra det beside mmcv's compiled ops",
+    'mmrotate': '`pip install onedl-mmrotate faster-coco-eval` beside make det',
     'mmseg': how_to_install('seg'),
 }
 
@@ -80,13 +83,12 @@ def read_config(path: Path, options: dict | None = None) -> Config:
         ModuleNotFoundError: mmdet or mmseg, which the file needs, is not installed; the message says how to.
         ConfigError: a file that cannot be run, or a section or an option that is misspelt.
     """
+    if path.suffix not in ('.py', '.json', '.yml', '.yaml'):
+        raise ConfigError(f'{path}: is no config, which ends in .py, .json, .yml or .yaml')
     try:
         with explain_parsing(path):
             cfg = Config.fromfile(path, import_custom_modules=False)
-        check_sections(cfg, options or {})
-        if options is not None:
-            with explain_parsing('--cfg-options'):
-                cfg.merge_from_dict(options)
+        merge_options(cfg, options or {})
         if cfg.get('custom_imports'):
             try:
                 import_modules_from_strings(**cfg.custom_imports)
@@ -101,6 +103,22 @@ def read_config(path: Path, options: dict | None = None) -> Config:
         message = f'{path} needs {missing[0]}, which is not installed: {FRAMEWORKS[missing[0]]}'
         raise ModuleNotFoundError(message, name=missing[0]) from error
     return cfg
+
+
+def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Set them; those of validation in the test's loader and evaluator too, where these are the same in the config.
+
+    Raises:
+        ConfigError: a section or an option that is misspelt, or what cannot be set.
+    """
+    check_sections(cfg, options)
+    follows = {}
+    for part in ('dataloader', 'evaluator'):
+        if cfg.get(f'val_{part}') is not None and cfg.get(f'test_{part}') == cfg[f'val_{part}']:
+            own = {key: value for key, value in options.items() if re.match(rf'val_{part}\b', key)}
+            follows.update({key.replace('val', 'test', 1): value for key, value in own.items()})
+    with explain_parsing('--cfg-options'):
+        cfg.merge_from_dict({**follows, **options})
 
 
 def fail_once(error: BaseException) -> NoReturn:

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import timm
+from _quiet import quiet_imports
 from torch import Tensor, nn
 
 from sk_plugins._resources import find_config, how_to_install
@@ -61,7 +62,10 @@ def _from_config(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     except FileNotFoundError as error:
         raise ValueError(f'model {name!r} is neither a name of timm nor a config') from error
     try:
-        from mmengine.config import Config
+        with quiet_imports():
+            from mmengine.config import Config
+
+            import sk_plugins.mmpretrain_models  # noqa: F401 - the project's configs import it
     except ModuleNotFoundError as error:
         raise ValueError(f'{path}: to read a config takes mmengine: {how_to_install("mm")}') from error
     return timm_arguments(Config.fromfile(path))

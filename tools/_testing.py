@@ -45,7 +45,7 @@ def set_show_dir(cfg: Config, folder: Path, tta: bool) -> None:
     if hook is None:
         raise ValueError(f'--show-dir {folder}: the config has no default_hooks.visualization')
     where = str(folder.resolve())  # mmdet takes another path as one below the work dir, again for every batch
-    if cfg.get('default_scope') == 'mmdet':
+    if cfg.get('default_scope') in ('mmdet', 'mmrotate'):
         hook.update(draw=True, test_out_dir=where)
     elif cfg.get('default_scope') == 'mmseg':
         hook.draw = True

@@ -73,6 +73,9 @@ def main(argv: list[str] | None = None) -> list[Path]:
         raise ValueError('matplotlib, which draws the figures, is not installed: ' + how_to_install('analysis'))
     from sk_plugins.analysis.figures import write
 
+    ImageStream(args.images, args.scales, limit=args.limit)  # before the Hub is asked for weights
+    if args.model.startswith('local-dir:') and not (Path(args.model.partition(':')[2]) / 'config.json').is_file():
+        raise FileNotFoundError(f'{args.model}: no folder with a config.json')
     published = args.checkpoint is None and not args.model.startswith(('local-dir:', 'hf-hub:', 'hf_hub:'))
     if published and not timm.is_model(timm.models.split_model_name_tag(args.model)[0]):
         raise ValueError(f'{args.model} is no name of timm, and a config needs its --checkpoint')

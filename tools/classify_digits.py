@@ -3,7 +3,7 @@
 python tools/classify_digits.py work_dirs/sknet_digits/epoch_20.pth
 
 Turns the checkpoint into a Hub folder, loads that with timm.create_model('local-dir:...'), prints each image's label
-and the network's answer, and draws them in digits.png beside the checkpoint.
+and the network's answer, and draws them in digits.png beside the checkpoint; wrong answers to others follow.
 """
 
 import tempfile
@@ -21,6 +21,8 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 from sk_plugins.openmmlab.datasets import Digits
+
+MOST_WRONG = 8  # answers that are printed and drawn besides those of the first images
 
 
 def classify(folder: Path, images: list) -> Tensor:
@@ -63,9 +65,13 @@ def main(argv: list[str] | None = None) -> None:
     accuracy = (scores.argmax(1) == torch.tensor(labels)).float().mean().item()
     for i in range(min(args.count, len(images))):
         print(f'held-out image {i:3d}: label {labels[i]}, answer {int(scores[i].argmax())} ({scores[i].max():.1%})')
+    wrong = [i for i in range(args.count, len(images)) if int(scores[i].argmax()) != labels[i]]
+    for i in wrong[:MOST_WRONG]:
+        print(f'wrong, image {i:3d}: label {labels[i]}, answer {int(scores[i].argmax())} ({scores[i].max():.1%})')
     print(f'top-1 through timm, {len(images)} held-out images: {accuracy:.2%}')
     picture = args.checkpoint.parent / 'digits.png'
-    draw(images[: args.count], labels, scores).savefig(picture, dpi=120)
+    chosen = [*range(min(args.count, len(images))), *wrong[:MOST_WRONG]]
+    draw([images[i] for i in chosen], [labels[i] for i in chosen], scores[chosen]).savefig(picture, dpi=120)
     print(f'drawn: {picture}')
 
 

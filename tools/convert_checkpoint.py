@@ -15,15 +15,16 @@ names, and what it was recognised as is printed with the network that it belongs
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from _arguments import Parser
-from _common import run
-from mmengine.config import Config
+from _errors import run
 
-from sk_plugins._resources import find_config
+from sk_plugins._resources import find_config, how_to_install
 from sk_plugins.networks import SKResNet
 from sk_plugins.weights import (
     CheckpointError,
+    HubError,
     load_checkpoint,
     recognise_third_party,
     save_hub_folder,
@@ -56,6 +57,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def read_config(name: str) -> Any:
+    """mmengine's ``Config`` of a file, or of one of the project's own by its name."""
+    try:
+        from mmengine.config import Config
+    except ModuleNotFoundError as error:
+        raise ValueError(f'--config {name}: to read a config takes mmengine: {how_to_install("mm")}') from error
+    return Config.fromfile(find_config(name))
+
+
 def convert(checkpoint: Path, out: Path, to: str, config: str | None = None, use_ema: bool = True) -> None:
     """Convert ``checkpoint`` to ``out``; ``to`` is 'hub', 'timm' or 'mmengine'. Errors as in ``checkpoints``."""
     state_dict, meta = load_checkpoint(checkpoint, use_ema=use_ema)
@@ -71,7 +81,7 @@ def convert(checkpoint: Path, out: Path, to: str, config: str | None = None, use
         elif to == 'mmengine':
             save_mmengine_checkpoint(state_dict, out, meta)
         else:
-            architecture, model_args, data_config = timm_arguments(Config.fromfile(find_config(config)))
+            architecture, model_args, data_config = timm_arguments(read_config(config))
             save_hub_folder(
                 state_dict,
                 out,
@@ -121,4 +131,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, CheckpointError, HubError, ImportError, OSError, ValueError)

@@ -8,6 +8,7 @@ timm loads it by local-dir:FOLDER; tools/push.py uploads it. Other checkpoints: 
 from pathlib import Path
 
 from _arguments import Parser
+from _quiet import quiet_imports
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -16,7 +17,8 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument('out', type=Path, metavar='OUT', nargs='?', help='a new folder (default: WORK_DIR/hub)')
     parser.add_argument('--license', help='of the weights (default: that of the weights that the run started from)')
     args = parser.parse_args(argv)
-    from _finetune.exporting import export
+    with quiet_imports():
+        from _finetune.exporting import export
 
     out = export(args.work_dir, args.out or args.work_dir / 'hub', args.license)
     print(f"{out}: timm.create_model('local-dir:{out}', pretrained=True) loads it")
@@ -24,6 +26,7 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == '__main__':
-    from _common import run
+    with quiet_imports():
+        from _common import run
 
     run(main)

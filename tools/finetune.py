@@ -14,17 +14,18 @@ mmengine's in the work dir, which tools/train.py and tools/test.py take.
 
 import argparse
 import contextlib
-import io
 import os
 import re
 import shlex
 import sys
 import time
-import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from _arguments import Parser
+from _finetune.lock import lock
+from _quiet import quiet_imports
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -134,10 +135,10 @@ def default_work_dir(folder: Path) -> Path:
 
 def prepare(args: argparse.Namespace, work_dir: Path, device: str) -> dict[str, Any]:
     """Check all, choose, and write the run's config; returns what the report and the card say of the run."""
+    from _common import merge_options
     from _finetune import checking, configs, data, exporting, settings
 
     from sk_plugins._files import write_atomically
-    from sk_plugins.openmmlab.runtime.configs import check_sections, explain_parsing
 
     # What a run that failed at its start leaves behind, a config without a checkpoint, is written over.
     failed = (work_dir / exporting.RUN).is_file() and not any(work_dir.glob('*.pth'))
@@ -151,17 +152,17 @@ def prepare(args: argparse.Namespace, work_dir: Path, device: str) -> dict[str, 
     split = not images.val
     if split:
         images = data.split(images, args.val_share, args.seed)
+    images = replace(images, notes=(*images.notes, *checking.find_leaks(images, facts)))
     checking.check_disk(work_dir, network.parameters, copies=3)
     loaded = settings.load_weights(network)
+    network = settings.with_preprocessing(network)
     given = {key: getattr(args, key) for key in settings.Recipe.__dataclass_fields__ if hasattr(args, key)}
     recipe = settings.choose_recipe(images, facts, network, device, {**given, 'batch_size': args.batch_size})
     options = read_options(args.cfg_options)
     while True:
         lists = tuple(work_dir / f'{name}.{"json" if images.multi_label else "txt"}' for name in ('train', 'val'))
         cfg = configs.build_config(images, network, recipe, lists, work_dir, args.seed)
-        check_sections(cfg, options)
-        with explain_parsing('--cfg-options'):
-            cfg.merge_from_dict(options)
+        merge_options(cfg, options)
         try:
             seconds = checking.try_step(cfg, recipe.batch, recipe.size, device, recipe.amp)
             break
@@ -205,8 +206,11 @@ def prepare(args: argparse.Namespace, work_dir: Path, device: str) -> dict[str, 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     work_dir = args.work_dir or default_work_dir(args.folder)
+    # A run that there is not is the error of --resume, not its folder.
+    alone = contextlib.nullcontext() if args.resume and not work_dir.is_dir() else lock(work_dir)
     try:
-        return run_all(args, work_dir)
+        with alone:
+            return run_all(args, work_dir)
     except KeyboardInterrupt:
         if any(work_dir.glob('epoch_*.pth')):
             said = f'the epochs so far are kept: {command(args, work_dir)} --resume goes on'
@@ -245,9 +249,8 @@ def run_all(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     """Check, train and report; returns the metrics."""
     started = time.perf_counter()
     device = set_device(args.device, args.amp)
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # what mmpretrain says of packages that it does without
-        import mmpretrain  # noqa: F401
+    with quiet_imports():
+        import sk_plugins.mmpretrain_models  # noqa: F401
     if args.resume:
         from _finetune import exporting
 
@@ -295,6 +298,7 @@ def run_all(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-    from _common import run
+    with quiet_imports():
+        from _common import run
 
     run(main)

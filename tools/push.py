@@ -8,10 +8,12 @@ is exported into its hub/ first. The token is that of `hf auth login`, or HF_TOK
 """
 
 import re
+import sys
 from pathlib import Path
 
 from _arguments import Parser
 from _errors import run
+from _quiet import quiet_imports
 from huggingface_hub import HfApi, errors, get_token
 
 from sk_plugins._text import first_lines, nearest
@@ -37,7 +39,8 @@ def find_folder(folder: Path) -> Path:
             f'{folder}: is neither a folder for the Hub (config.json, model.safetensors) nor a work dir of finetune '
             '(config.py)'
         )
-    from _finetune.exporting import refresh
+    with quiet_imports():
+        from _finetune.exporting import refresh
 
     return refresh(folder)
 
@@ -64,6 +67,7 @@ def upload(folder: Path, repo: str, card: bytes | None, private: bool, update: b
         raise HubError(f'{repo}: no token: `hf auth login`, or set HF_TOKEN (huggingface.co/settings/tokens, "write")')
     api = HfApi(token=token)
     try:
+        made = not update or not api.repo_exists(repo)
         try:
             api.create_repo(repo, private=private, exist_ok=update)
         except errors.HfHubHTTPError as error:
@@ -79,7 +83,12 @@ def upload(folder: Path, repo: str, card: bytes | None, private: bool, update: b
             CommitOperationAdd(path.relative_to(folder).as_posix(), card if card and path.name == 'README.md' else path)
             for path in list_files(folder)
         ]
-        done = api.create_commit(repo, operations, commit_message='Upload a model of sk-plugins')
+        try:
+            done = api.create_commit(repo, operations, commit_message='Upload a model of sk-plugins')
+        except BaseException:  # Ctrl-C too
+            if made:
+                remove_empty(api, repo)
+            raise
     except HubError:
         raise
     except errors.RepositoryNotFoundError as error:
@@ -92,6 +101,14 @@ def upload(folder: Path, repo: str, card: bytes | None, private: bool, update: b
     except (OSError, errors.HTTPError) as error:
         raise HubError(f'{repo}: the Hub cannot be reached: {say_cause(error)}') from error
     return str(done.repo_url)
+
+
+def remove_empty(api: HfApi, repo: str) -> None:
+    """Remove a repository that was made for what could not be uploaded, or say that it is there."""
+    try:
+        api.delete_repo(repo)
+    except (OSError, errors.HTTPError) as error:
+        print(f'{repo}: was made, is empty, and could not be removed: {say_cause(error)}', file=sys.stderr)
 
 
 def list_files(folder: Path) -> list[Path]:

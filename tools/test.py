@@ -53,7 +53,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     """
     cfg.load_from, cfg.resume = None, False
     if args.amp:
-        if cfg.get('default_scope') == 'mmdet' and get_device() == 'cpu':
+        if cfg.get('default_scope') in ('mmdet', 'mmrotate') and get_device() == 'cpu':
             raise ValueError("--amp: mmdetection's detectors run in mixed precision on GPUs and the like, not on CPUs")
         cfg.test_cfg.fp16 = True
     if args.crop is not None:
@@ -87,7 +87,7 @@ def load_weights(runner: Runner, checkpoint: str) -> None:
 
 def dump_metric(cfg: Config) -> type[DumpResults]:
     """What writes predictions: mmdet's own has masks run-length encoded."""
-    if cfg.get('default_scope') == 'mmdet':
+    if cfg.get('default_scope') in ('mmdet', 'mmrotate'):
         from mmdet.evaluation import DumpDetResults
 
         return DumpDetResults

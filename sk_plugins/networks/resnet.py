@@ -292,7 +292,7 @@ class SKResNet(Fusable, ResNet):
             'channels', channels, (num_stages,), f'{num_stages} integers of at least 1, one for each stage of {layers=}'
         )
         check_choice('unit', unit, UNITS)
-        check_sk_kwargs(sk_kwargs, unit)
+        check_sk_kwargs(sk_kwargs, unit, SelectiveKernel)
         if not isinstance(block, str) and not is_module_class(block):
             raise ValueError(f"block={block!r} must be 'bottleneck', 'basic' or a class of units")
         if isinstance(block, str):

@@ -153,7 +153,7 @@ class SKShuffleNetV2(nn.Module):
         for name, value in (('stem_channels', stem_channels), ('head_channels', head_channels)):
             check_integer(name, value)
         check_choice('unit', unit, UNITS)
-        check_sk_kwargs(sk_kwargs, unit)
+        check_sk_kwargs(sk_kwargs, unit, SelectiveKernel)
         if type(output_stride) is not int or output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride={output_stride!r} must be 8, 16 or 32')
         dd = {'device': device, 'dtype': dtype}

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import networks, zoo
 from .._arguments import check_flags, is_integer
 from .._text import nearest
+from ..layers import SelectiveKernel
 from ..networks.resnet import count_stages
 from ..ops.private import BATCH_NORMS
 from ..weights.files import CheckpointError, HubError, pick_state_dict
@@ -39,6 +40,7 @@ _RESNETS = inspect.signature(ResNet).parameters.keys() | {
     'stage_with_dcn',
     'zero_init_residual',
 }
+_SK_ARGUMENTS = inspect.signature(SelectiveKernel).parameters.keys()
 _OF_THE_UNIT = re.compile(r'stage\d\.\d+\.branch2\.[348]\.')
 
 
@@ -106,10 +108,11 @@ class Backbone(TimmNames):
         said = f'{type(self).__name__} has no argument {", ".join(f"{k}={v!r}" for k, v in unknown.items())}'
         own = {name for cls in (Backbone, type(self)) for name in inspect.signature(cls).parameters}
         taken = sorted((known | own) - {'arguments', 'in_chans', 'kwargs', 'num_classes', 'num_stages'})
+        units = {name: f'sk_kwargs.{name}' for name in _SK_ARGUMENTS if 'sk_kwargs' in taken and name not in taken}
         inherited = [name for name in unknown if name in _RESNETS]
         for name in unknown:
             if name not in inherited:
-                said += nearest(name, taken, 'it' if len(unknown) == 1 else name)
+                said += nearest(name, [*taken, *units], 'it' if len(unknown) == 1 else name, units)
         if inherited:
             it = 'it' if len(inherited) == len(unknown) else ', '.join(inherited)
             said += f': if a _base_ config left {it} in the backbone, put _delete_=True beside type'

@@ -138,7 +138,7 @@ def read_pickle(
                 raise CheckpointError(f'{path}: refused: it asks for {asked[1]}, which could run code') from error
             said, _, detail = str(error).strip().partition('WeightsUnpickler error:')
             reason = (detail or said.partition('. ')[0]).strip().partition('\n')[0]
-            if len(reason) < 6:  # the number of a byte, or nothing
+            if len(reason) < 6 or reason.startswith('Unsupported operand'):  # the number of a byte, or nothing
                 reason = f'not a file of torch.save, or a damaged one ({type(error).__name__})'
             raise CheckpointError(f'{path}: cannot be read as weights: {reason}') from error
 

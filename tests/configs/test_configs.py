@@ -36,7 +36,7 @@ from sk_plugins._resources import ROOT
 from sk_plugins.weights.simclr import to_lightly
 
 # Each has its own test file.
-FRAMEWORKS = {'detection', 'scenes', 'segmentation'}
+FRAMEWORKS = {'detection', 'finetune', 'rotated', 'scenes', 'segmentation'}
 ALL_CONFIGS = [path for path in sorted((ROOT / 'configs').rglob('*.py')) if '_base_' not in path.parts]
 CONFIGS = {str(path.relative_to(ROOT / 'configs')): path for path in ALL_CONFIGS if path.parent.name not in FRAMEWORKS}
 PATHS = {path.stem: path for path in CONFIGS.values()}

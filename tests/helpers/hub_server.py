@@ -100,6 +100,10 @@ class HubServer:
             self.private.add(repo)
         return True
 
+    def remove(self, repo: str) -> None:
+        del self._revisions[repo]
+        self.private.discard(repo)
+
     def has(self, repo: str) -> bool:
         return repo in self._revisions
 
@@ -195,6 +199,10 @@ class _Handler(BaseHTTPRequestHandler):
             files = [dict(path=f['path'], uploadMode='regular', shouldIgnore=False) for f in json.loads(body)['files']]
             self._answer_json(200, {'files': files})
         else:
+            fault = hub.faults.get(f'{match["repo"]}/commit')
+            if fault is not None:
+                self._refuse(fault)
+                return
             lines = [json.loads(line) for line in body.splitlines() if line]
             added = {line['value']['path']: line['value']['content'] for line in lines if line['key'] == 'file'}
             repo = match['repo']
@@ -202,6 +210,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer_json(
                 200, {'commitOid': commit, 'commitUrl': f'{hub.url}/{repo}/commit/{commit}', 'hookOutput': ''}
             )
+
+    def do_DELETE(self) -> None:
+        hub: HubServer = self.server.hub
+        hub.requests.append(Request(self.command, self.path, None))
+        asked = json.loads(self._body())
+        hub.remove(f'{asked["organization"]}/{asked["name"]}')
+        self._answer_json(200, {})
 
     def _body(self) -> bytes:
         if 'chunked' not in self.headers.get('Transfer-Encoding', ''):

@@ -223,6 +223,13 @@ class TestEveryBackbone:
         said = "SKNet has no argument dept=3, style='pytorch'; near dept is depth: if a _base_ config left style in the"
         assert said in str(caught.value)
 
+    def test_argument_of_the_sk_convolution(self):
+        with pytest.raises(TypeError, match=r'kernel_size=3; near it are sk_kwargs\.kernel_sizes, down_kernel_size'):
+            SKNet(26, kernel_size=3)
+        said = r"sk_kwargs=\{'kernel_size': 3\}: SelectiveKernel has no argument kernel_size; near it is kernel_sizes"
+        with pytest.raises(TypeError, match=said):
+            SKNet(26, sk_kwargs=dict(kernel_size=3))
+
     def test_norms_are_mmpretrains_to_check(self):
         with torch.device('meta'), pytest.raises(KeyError, match='BatchNorn'):
             SKNet(26, norm_cfg=dict(type='BatchNorn'), **NARROW)

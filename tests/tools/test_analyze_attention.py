@@ -163,6 +163,16 @@ def test_bad_input(tool, small, images, tmp_path, hub):
     assert not (tmp_path / 'out').exists()
 
 
+def test_folders_before_the_hub(tool, images, tmp_path, monkeypatch):
+    """What is wrong with a folder is said before weights are asked for."""
+    monkeypatch.setattr(tool, 'build', lambda *args, **kwargs: pytest.fail('built'))
+    for model in ('sknet50', 'hf-hub:me/tiny'):
+        with pytest.raises(FileNotFoundError, match=r'nowhere: no such folder$'):
+            tool.main([model, str(tmp_path / 'nowhere')])
+    with pytest.raises(FileNotFoundError, match=r'^local-dir:nowhere: no folder with a config\.json$'):
+        tool.main(['local-dir:nowhere', str(images)])
+
+
 def test_command(python_tool, small, tmp_path):
     done = python_tool('analyze_attention', small[0], tmp_path, status=1)
     assert done.stderr.startswith(f'analyze_attention.py: error: {tmp_path}: no images there')

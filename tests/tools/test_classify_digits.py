@@ -33,7 +33,14 @@ def test_prints_and_draws(tool, load_tool, checkpoint, tmp_path, capsys):
     labels = [Digits('test').get_data_info(i)['gt_label'] for i in range(10)]
     for i, (line, label) in enumerate(zip(lines, labels)):
         assert re.fullmatch(rf'held-out image +{i}: label {label}, answer \d \(\d+\.\d%\)', line)
-    said, drawn = lines[10:]
+    *wrong, said, drawn = lines[10:]
+    assert 0 < len(wrong) <= tool.MOST_WRONG  # after a few steps
+    for line in wrong:
+        number, label, answer = re.fullmatch(
+            r'wrong, image +(\d+): label (\d), answer (\d) \(\d+\.\d%\)', line
+        ).groups()
+        assert int(number) >= 10
+        assert int(label) == Digits('test').get_data_info(int(number))['gt_label'] != int(answer)
     assert drawn == f'drawn: {tmp_path / "digits.png"}'
     with Image.open(tmp_path / 'digits.png') as picture:
         picture.load()

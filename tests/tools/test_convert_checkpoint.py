@@ -13,7 +13,7 @@ from helpers.third_party_networks import SKConv, SKNet, insight_net, lucid_net
 from helpers.tolerances import assert_close
 from mmpretrain.registry import MODELS
 
-from sk_plugins._resources import find_config
+from sk_plugins._resources import ROOT, find_config
 from sk_plugins.weights import CheckpointError, load_checkpoint, save_state_dict, to_mmpretrain, to_timm
 
 
@@ -239,6 +239,31 @@ def test_refused(tool, tmp_path, content, error, said, words):
     with pytest.raises(error, match=said):
         tool.main([str(path), str(tmp_path / out), *words])
     assert [p.name for p in tmp_path.iterdir()] == ([] if content is None else ['epoch.pth'])
+
+
+TOOLS = ROOT / 'tools'
+
+
+def test_without_mmengine(checkpoint, weights, tmp_path, run_python):
+    """timm's side alone takes timm alone."""
+    code = (
+        'import importlib.util, runpy, sys\n'
+        'def find(name, path=None, target=None):\n'
+        '    if name.partition(".")[0] in ("mmengine", "mmcv", "mmpretrain"): raise ModuleNotFoundError(name)\n'
+        'finder = type("Finder", (), {"find_spec": staticmethod(find)})\n'
+        'for name in list(sys.modules):\n'
+        '    if name.partition(".")[0] in ("mmengine", "mmcv", "mmpretrain"): del sys.modules[name]\n'
+        'sys.meta_path.insert(0, finder)\n'
+        f'sys.path.insert(0, {str(TOOLS)!r})\n'
+        'sys.argv = ["convert_checkpoint.py", *sys.argv[1:]]\n'
+        f'runpy.run_path({str(TOOLS / "convert_checkpoint.py")!r}, run_name="__main__")\n'
+    )
+    done = run_python('-c', code, checkpoint, tmp_path / 'out.safetensors')
+    assert done.returncode == 0, done.stderr
+    assert load_checkpoint(tmp_path / 'out.safetensors')[0].keys() == to_timm(weights).keys()
+    done = run_python('-c', code, checkpoint, tmp_path / 'hub', '--config', 'sknet_digits')
+    assert done.returncode == 1
+    assert '--config sknet_digits: to read a config takes mmengine: ' in done.stderr
 
 
 def test_hub_folder_without_a_config(tool, checkpoint, tmp_path):

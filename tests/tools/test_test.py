@@ -245,6 +245,14 @@ def test_damaged_checkpoint_is_named(evaluate, tmp_path):
         evaluate('sknet_digits', tmp_path / 'bad.pth')
 
 
+@pytest.mark.parametrize('content', [b'\x89PNG\r\n\x1a\nxxxxxxxxxxx', b'hello\n', b'xx'])
+def test_file_that_is_no_checkpoint(content, tmp_path):
+    path = tmp_path / 'picture.png'
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r'picture\.png: .*not a file of torch\.save, or a damaged one'):
+        load_checkpoint(path)
+
+
 def test_pickle_runs_no_code(evaluate, digits_run, short_digits, tmp_path):
     class Evil:
         def __reduce__(self):

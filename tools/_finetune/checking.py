@@ -24,7 +24,7 @@ from sk_plugins.openmmlab.runtime.images import LoadSoundImage, UnreadableImageE
 
 from .data import ImageSet, Item
 
-__all__ = ['Facts', 'TooLargeError', 'check_disk', 'check_images', 'try_step']
+__all__ = ['Facts', 'TooLargeError', 'check_disk', 'check_images', 'find_leaks', 'try_step']
 
 MOST_UNREADABLE = 0.1  # of all images
 LONG_STEP = 3  # seconds, of which there is no second one for the sake of a better estimate
@@ -38,12 +38,14 @@ class Facts:
         side: median of the short sides, in pixels.
         grey: whether none has colours.
         mean, std: of the pixels of the training images, 0 to 255, for R, G and B.
+        twins: pairs of images of the same pixels, the first of them and another.
     """
 
     side: int
     grey: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    twins: tuple[tuple[Item, Item], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,12 @@ def check_images(images: ImageSet, progress: bool = True) -> tuple[ImageSet, Fac
                 if not left[name] and any(name in item.labels for item in gone):
                     raise ValueError(f'{images.source}: the class {name!r} has no image in {kind} that can be read')
     good = [one for one in seen if not one.fault]
-    notes += _duplicates(images, good)
-    of_train = [one for one in good if one.item in set(images.train)]
+    twins = _find_twins(good)
+    different = [f'{one.path} and {other.path}' for one, other in twins if one.labels != other.labels]
+    if different:
+        notes.append(f'{len(different)} images are there twice with different labels: {several(different)}')
+    training = set(images.train)
+    of_train = [one for one in good if one.item in training]
     mean = np.mean([one.mean for one in of_train], axis=0)
     std = np.sqrt(np.maximum(np.mean([one.square for one in of_train], axis=0) - mean**2, 1))
     facts = Facts(
@@ -113,31 +119,24 @@ def check_images(images: ImageSet, progress: bool = True) -> tuple[ImageSet, Fac
         grey=all(one.grey for one in good),
         mean=tuple(round(float(value), 2) for value in mean[::-1]),  # OpenCV has B, G, R
         std=tuple(round(float(value), 2) for value in std[::-1]),
+        twins=twins,
     )
     return replace(images, notes=tuple(notes)), facts
 
 
-def _duplicates(images: ImageSet, seen: Sequence[_Seen]) -> list[str]:
-    """Notes on images that are in training and in validation, or in two classes."""
+def _find_twins(seen: Sequence[_Seen]) -> tuple[tuple[Item, Item], ...]:
     first: dict[bytes, Item] = {}
+    pairs = ((first.setdefault(one.digest, one.item), one.item) for one in seen)
+    return tuple((one, other) for one, other in pairs if one is not other)
+
+
+def find_leaks(images: ImageSet, facts: Facts) -> list[str]:
+    """A note on images that are in training and in validation, in a split of one's own or of this tool."""
     held_out = set(images.val)
-    leaked, contradictory = [], []
-    for one in seen:
-        other = first.setdefault(one.digest, one.item)
-        if other is one.item:
-            continue
-        if (other in held_out) != (one.item in held_out):
-            leaked.append(f'{other.path} and {one.item.path}')
-        if other.labels != one.item.labels:
-            contradictory.append(f'{other.path} and {one.item.path}')
-    notes = []
-    if leaked:
-        notes.append(
-            f'{len(leaked)} images are in training and in validation, which flatters the score: {several(leaked)}'
-        )
-    if contradictory:
-        notes.append(f'{len(contradictory)} images are there twice with different labels: {several(contradictory)}')
-    return notes
+    leaks = [f'{a.path} and {b.path}' for a, b in facts.twins if (a in held_out) != (b in held_out)]
+    if not leaks:
+        return []
+    return [f'{len(leaks)} images are in training and in validation, which flatters the score: {several(leaks)}']
 
 
 def check_disk(folder: Path, parameters: int, copies: int) -> None:

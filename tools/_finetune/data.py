@@ -410,23 +410,28 @@ def split(images: ImageSet, share: float = 0.2, seed: int = 0) -> ImageSet:
     rng = random.Random(seed)
     left = sorted(images.train)
     rng.shuffle(left)
-    counts = images.counts(left)
-    remaining = images.counts(left)
+    of_class: dict[str, list[Item]] = {name: [] for name in images.classes}
+    for item in left:
+        for label in item.labels:
+            of_class[label].append(item)
+    remaining = Counter({name: len(items) for name, items in of_class.items()})
+    has: Counter[str] = Counter()
     held_out: set[Item] = set()
     train: set[Item] = set()
-    for name in sorted(images.classes, key=lambda name: (counts[name], name)):
-        of_class = [item for item in left if name in item.labels]
-        has = sum(name in item.labels for item in held_out)
-        wanted = max(1, round(share * counts[name])) - has
-        free = [item for item in of_class if item not in held_out and item not in train]
-        chosen: list[Item] = []
-        for item in free:
+    for name in sorted(images.classes, key=lambda name: (len(of_class[name]), name)):
+        wanted = max(1, round(share * len(of_class[name]))) - has[name]
+        chosen = 0
+        for item in of_class[name]:
+            if item in held_out or item in train:
+                continue
             # Each of its labels keeps an image to train on.
-            if len(chosen) < wanted and all(remaining[label] > 1 for label in item.labels):
-                chosen.append(item)
+            if chosen < wanted and all(remaining[label] > 1 for label in item.labels):
+                chosen += 1
                 remaining.subtract(item.labels)
-        held_out.update(chosen)
-        train.update(item for item in free if item not in chosen)
+                has.update(item.labels)
+                held_out.add(item)
+            else:
+                train.add(item)
     rest = [item for item in left if item not in held_out and item not in train]  # without any label
     held_out.update(rest[: round(share * len(rest))])
     return replace(

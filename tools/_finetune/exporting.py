@@ -1,6 +1,7 @@
 """A run's best model as a folder for the Hub, with a card that says what it is and how good."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,14 @@ def read_run(work_dir: Path) -> dict[str, Any]:
     return json.loads((work_dir / RUN).read_text(encoding='utf-8'))
 
 
-def export(work_dir: Path, out: Path, license_: str | None = None) -> Path:
+def export(work_dir: Path, out: Path, license_: str | None = None, name: str | None = None) -> Path:
     """Write the folder ``out``: ``config.json``, ``model.safetensors``, the card and its pictures.
 
     Args:
         work_dir: of a run of ``finetune``.
         out: must not exist yet, or be empty.
         license_: of the weights; that of the weights that the run started from where None.
+        name: the card's title; that of ``out`` where None, or of the data where that is ``hub``.
 
     Raises:
         FileNotFoundError: there is no such run, or no epoch of it is over.
@@ -64,11 +66,12 @@ def export(work_dir: Path, out: Path, license_: str | None = None) -> Path:
             problem_type='multi_label_classification' if run['multi_label'] else None,
         )
         pictures = []
-        for name in ('confusion_matrix.png', 'mistakes.png'):
-            if (work_dir / 'report' / name).is_file():
-                shutil.copy(work_dir / 'report' / name, partial / name)
-                pictures.append(name)
-        card = _card(architecture, out.name, run, data_config, pictures, license_ or run.get('license'))
+        for picture in ('confusion_matrix.png', 'mistakes.png'):
+            if (work_dir / 'report' / picture).is_file():
+                shutil.copy(work_dir / 'report' / picture, partial / picture)
+                pictures.append(picture)
+        title = name or (name_of(work_dir) if out.name == 'hub' else out.name)
+        card = _card(architecture, title, run, data_config, pictures, license_ or run.get('license'))
         (partial / 'README.md').write_text(str(card), encoding='utf-8')
     return out
 
@@ -78,9 +81,25 @@ def refresh(work_dir: Path) -> Path:
     out = work_dir / 'hub'
     weights = out / 'model.safetensors'
     if not weights.is_file() or weights.stat().st_mtime < find_best(work_dir).stat().st_mtime:
-        shutil.rmtree(out, ignore_errors=True)
-        export(work_dir, out)
+        fresh, old = work_dir / '.hub.new', work_dir / '.hub.old'  # what was there stays until the new one is whole
+        for folder in (fresh, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            export(work_dir, fresh, name=name_of(work_dir))
+            if out.exists():
+                out.rename(old)
+            fresh.rename(out)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if not out.exists() and old.exists():
+                old.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
     return out
+
+
+def name_of(work_dir: Path) -> str:
+    """What a model of this run is called where its folder does not say: after its data."""
+    return re.sub(r'[^\w.-]+', '-', Path(read_run(work_dir)['data']).stem).strip('-.') or 'model'
 
 
 def _card(

@@ -1,13 +1,16 @@
 """What is chosen for a run: the network and its weights, sizes, the recipe; and the lines that say so."""
 
+import ast
+import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import errors, hf_hub_download
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader
@@ -17,18 +20,27 @@ from sk_plugins import zoo
 from sk_plugins._resources import find_config
 from sk_plugins._text import nearest
 from sk_plugins.openmmlab.runtime import loading  # noqa: F401
-from sk_plugins.weights import CheckpointError, HubError
+from sk_plugins.weights import CheckpointError, HubError, load_checkpoint, timm_arguments
 from sk_plugins.weights.fit import COUNTER
-from sk_plugins.weights.hub import PartialLoad
+from sk_plugins.weights.hub import PartialLoad, split_revision
 from sk_plugins.weights.names import BACKBONE, is_timm_format
 
 from .checking import Facts
 from .data import ImageSet
 
-__all__ = ['Network', 'Recipe', 'choose_network', 'choose_recipe', 'describe', 'load_weights']
+__all__ = [
+    'Network',
+    'Recipe',
+    'choose_network',
+    'choose_recipe',
+    'describe',
+    'load_weights',
+    'with_preprocessing',
+]
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet
 BASE_BATCH = 32
+PREPROCESSING = ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')
 
 
 @dataclass(frozen=True)
@@ -96,8 +108,7 @@ def choose_network(
         raise ValueError(f'--freeze {freeze}: stages without weights would stay as they were initialised')
     preprocessing = {}
     if published is not None and weights is None:
-        names = ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')
-        preprocessing = {key: getattr(published, key) for key in names}
+        preprocessing = {key: getattr(published, key) for key in PREPROCESSING}
     parameters = sum(p.numel() for p in built.parameters())
     return Network(name, backbone, built.num_features, parameters, source, license_, preprocessing)
 
@@ -167,6 +178,61 @@ def load_weights(network: Network) -> PartialLoad | None:
     )
 
 
+def with_preprocessing(network: Network) -> Network:
+    """The network with the preprocessing that its weights say of themselves: the size, mean and deviation they know.
+
+    A folder for the Hub, or a repository, says it in ``config.json``, a checkpoint of mmengine's in its config's text,
+    of which nothing is run.
+    """
+    if network.source is None or network.preprocessing:
+        return network
+    found = _read_preprocessing(network.source)
+    found = {key: found[key] for key in PREPROCESSING if found.get(key) is not None}
+    if len(found.get('mean', ())) != 3 or len(found.get('std', ())) != 3:
+        return network
+    return replace(network, preprocessing=found)
+
+
+def _read_preprocessing(source: str) -> Mapping[str, Any]:
+    beside = Path(source).parent / 'config.json'
+    if source.startswith('hf-hub:'):
+        repo, revision = split_revision(source.removeprefix('hf-hub:'))
+        try:
+            beside = Path(hf_hub_download(repo, 'config.json', revision=revision))
+        except (errors.HTTPError, OSError, ValueError):  # it has none
+            return {}
+    elif not Path(source).is_file():
+        return {}
+    try:
+        if beside.is_file():
+            config = json.loads(beside.read_text(encoding='utf-8'))
+            return {**config, **(config.get('pretrained_cfg') or {})}
+        config = _parse(str(load_checkpoint(source)[1].get('cfg') or ''))
+        data = config['model'].get('data_preprocessor') or config['data_preprocessor']
+        return timm_arguments(config)[2] if data.get('to_rgb') else {}
+    except (AttributeError, KeyError, SyntaxError, TypeError, ValueError):
+        return {}
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """The variables of a config as mmengine writes it: literals and ``dict(...)`` alone."""
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
+            return {word.arg: value(word.value) for word in node.keywords}
+        if isinstance(node, ast.Dict):
+            return {ast.literal_eval(key): value(item) for key, item in zip(node.keys, node.values)}
+        if isinstance(node, ast.List | ast.Tuple):
+            return [value(item) for item in node.elts]
+        return ast.literal_eval(node)
+
+    return {
+        node.targets[0].id: value(node.value)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How it is trained.
@@ -223,8 +289,12 @@ def choose_recipe(images: ImageSet, facts: Facts, network: Network, device: str,
         layer_decay=given.get('layer_decay', 1.0),
         epochs=epochs,
         patience=given.get('patience', max(5, epochs // 3)),
-        mean=tuple(round(255 * value, 3) for value in own['mean']) if own else MEAN if pretrained else facts.mean,
-        std=tuple(round(255 * value, 3) for value in own['std']) if own else STD if pretrained else facts.std,
+        mean=tuple(round(255 * value, 3) for value in own['mean'])
+        if 'mean' in own
+        else MEAN
+        if pretrained
+        else facts.mean,
+        std=tuple(round(255 * value, 3) for value in own['std']) if 'std' in own else STD if pretrained else facts.std,
         flip=given.get('flip', not facts.grey),
         amp=given.get('amp', device != 'cpu'),
         device=device,
@@ -260,7 +330,7 @@ def describe(
         tensors = f'{len(loaded.loaded)} of {total} tensors from {network.source}{licence}, the classifier new'
     decay = f', {recipe.layer_decay:g} times that a layer down' if recipe.layer_decay < 1 else ''
     steps = math.ceil(len(images.train) / recipe.batch)
-    time = '' if step_s is None else f', at most {say_time(1.3 * step_s * steps * recipe.epochs)}'
+    time = '' if step_s is None else f', about {say_time(1.3 * step_s * steps * recipe.epochs)} for all of them'
     mirrored = 'mirrored at random' if recipe.flip else 'not mirrored'
     score = 'mAP' if images.multi_label else f'top-1 (top-{" and top-".join(map(str, recipe.topk))} reported)'
     on = {'cpu': f'CPU, {torch.get_num_threads()} threads'}.get(recipe.device) or torch.cuda.get_device_name()

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 from _networks import build
+from _quiet import quiet_imports
 from huggingface_hub import hf_hub_download
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
@@ -85,7 +86,10 @@ def _of_folder(folder: Path, checkpoint: str | None) -> tuple[str, str | None]:
     if (folder / 'config.json').is_file():
         return f'local-dir:{folder}', checkpoint
     if (folder / 'config.py').is_file():
-        from _finetune.training import find_best
+        with quiet_imports():
+            from _finetune.training import find_best
+
+            import sk_plugins.mmpretrain_models  # noqa: F401 - the config imports it
 
         return str(folder / 'config.py'), checkpoint or str(find_best(folder))
     raise ValueError(f'{folder}: is neither a folder for the Hub (config.json) nor a work dir of finetune (config.py)')

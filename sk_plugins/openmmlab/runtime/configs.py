@@ -3,9 +3,9 @@
 import contextlib
 import difflib
 import inspect
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,8 +69,8 @@ class ConfigError(ValueError):
 def check_sections(cfg: Config, options: Iterable[str] = ()) -> None:
     """Raise where a section's name is misspelt, for mmengine passes over what it does not know.
 
-    A file may have variables of its own: one named nearly as a section is refused only where there is no such section
-    and it holds what a section would; where it might be one that is misspelt, that is logged.
+    A file may have variables of its own: one named nearly as a section is refused where there is no such section, or
+    where it is of the section's type. A name that begins with ``_`` is never refused.
 
     Args:
         cfg: a config as its file has it.
@@ -82,13 +82,13 @@ def check_sections(cfg: Config, options: Iterable[str] = ()) -> None:
     for name, value in cfg.items():
         for near in difflib.get_close_matches(name, _SECTIONS, n=1, cutoff=0.85):
             part_of_it = name.startswith(f'{near}_') or name.endswith(f'_{near}')
-            if name in _SECTIONS | _COMMON_NAMES or part_of_it:
+            if name in _SECTIONS | _COMMON_NAMES or name.startswith('_') or part_of_it:
                 continue
-            said = f'{cfg.filename}: {name} is no section of a config; near it is {near}'
-            if near not in cfg and isinstance(value, (Mapping, list, tuple)):
-                raise ConfigError(said)
             if near not in cfg or isinstance(value, type(cfg[near])):
-                logging.getLogger(__name__).warning(said)
+                raise ConfigError(
+                    f'{cfg.filename}: {name} is no section of a config; near it is {near} (_{name} would be a variable '
+                    "of the file's own)"
+                )
     for option in options:
         name = option.partition('.')[0]
         if name not in _SECTIONS and name not in cfg:
@@ -188,11 +188,39 @@ def _explain(cfg: Config, error: Exception, builder: str | None, variables: Mapp
         read = [place for place in places if place.partition('.')[0] in _SECTIONS]  # others are the file's own
         where = (beside or read or places or [None])[0]
         near = nearest(unexpected[1], _arguments(cls)) if beside else ''
+        near = '' if near.strip('; ') in str(error) else near
         return f'{where}: {_say(error)}{near}' if where else _say(error)
     where = next((place for place, value in _items(cfg) if _same(value, part)), None)
     if where is None and builder is not None and registry is None:
         where = _READERS.get(builder) or _loader(cfg, variables.get('dataloader')) or builder.removeprefix('build_')
-    return f'{where}: {_say(error)}' if where else _say(error)
+    said = _say(error)
+    if where and where.endswith('dataset') and isinstance(error, OSError):
+        said += _say_layout(_at(cfg, where))
+    return f'{where}: {said}' if where else said
+
+
+def _say_layout(dataset: Any) -> str:
+    """What a data set reads, and the tool that prepares it, where there is one."""
+    if not isinstance(dataset, Mapping) or 'type' not in dataset:
+        return ''
+    kind, root = str(dataset['type']).rpartition('.')[2], Path(str(dataset.get('data_root') or ''))
+    prefix = dataset.get('data_prefix') or {}
+    prefix = {'img_path': prefix} if isinstance(prefix, str) else prefix
+    expected = [root / str(path) for path in (dataset.get('ann_file'), *prefix.values()) if path]
+    if kind in ('ImageNet', 'CustomDataset') and not dataset.get('ann_file'):
+        folder = next(iter(expected), root / str(dataset.get('split') or ''))
+        said = f'{folder}/CLASS/*.jpg, a folder for each class (`sk-plugins finetune FOLDER` takes it as it is)'
+    elif kind in ('FashionMNIST', 'ScaledFashionMNIST'):
+        said = f'{root}/train-images-idx3-ubyte.gz and three more, which `sk-plugins prepare_fashion_mnist` writes'
+    elif kind in ('CIFAR10', 'CIFAR100', 'MNIST'):
+        said = f'in {root} the files that mmpretrain downloads'
+    elif expected:
+        said = ' and '.join(map(str, expected))
+    else:
+        return ''
+    if 'scenes' in root.parts:
+        said += ', which `sk-plugins prepare_scenes` writes'
+    return f'; expected: {said}'
 
 
 def _loader(cfg: Config, part: Any) -> str | None:

@@ -44,7 +44,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @HOOKS.register_module()
 class TotalBatchHook(Hook):
-    """Writes into every checkpoint how many images a step took, and warns where a resumed run's takes another number.
+    """Writes into every checkpoint how many images a step took, and warns where that is another number than it was for.
+
+    A run that starts is compared with ``auto_scale_lr.base_batch_size``, where the learning rate is not scaled by it; a
+    difference of less than half is passed over.
 
     The optimizer, and schedules and counts by iteration, go on from where they were: that fits where the number of
     processes times ``train_dataloader.batch_size`` stays what it was.
@@ -61,6 +64,8 @@ class TotalBatchHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         saved, self._saved = self._saved, None
+        if runner.iter == 0:
+            _warn_of_rate(runner)
         if not saved or runner.iter == 0:  # the weights alone were loaded
             return
         old, new = saved['processes'] * saved['size'], _batch(runner)
@@ -74,6 +79,22 @@ class TotalBatchHook(Hook):
             f'rate was for {old}, and what counts iterations goes on from {runner.iter}. For {old} a step again: '
             f'{fitting}.'
         )
+
+
+def _warn_of_rate(runner: Runner) -> None:
+    base = (runner.auto_scale_lr or {}).get('base_batch_size')
+    if not base or runner.auto_scale_lr.get('enable'):
+        return
+    batch, wrapper = _batch(runner), runner.optim_wrapper
+    size = batch['processes'] * batch['size'] * getattr(wrapper, '_accumulative_counts', 1)
+    if 2 / 3 < size / base < 3 / 2 or not isinstance(getattr(wrapper, 'defaults', {}).get('lr'), float):
+        return
+    rate = wrapper.defaults['lr']
+    runner.logger.warning(
+        f'The learning rate, {rate:g}, is for {base} images a step, and this run takes {size}: '
+        f'auto_scale_lr.enable=True (--auto-scale-lr) makes it {rate * size / base:g}, '
+        f'auto_scale_lr.base_batch_size={size} says that it is meant.'
+    )
 
 
 def _batch(runner: Runner) -> dict[str, int]:

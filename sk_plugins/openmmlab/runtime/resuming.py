@@ -362,6 +362,13 @@ class ResumableCheckpointHook(CheckpointSteps):
 
     def before_train(self, runner: Runner) -> None:
         resumed = runner.iter > 0
+        if resumed and runner.iter >= runner.max_iters:
+            epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
+            said = f'{runner.max_epochs} epochs' if epochs else f'{runner.max_iters} iterations'
+            name = 'max_epochs' if epochs else 'max_iters'
+            runner.logger.warning(
+                f'All {said} of this run are over: there is nothing to go on with. train_cfg.{name} makes it longer.'
+            )
         state, self._loaded = self._loaded if resumed else {}, {}
         hub = runner.message_hub
         moved = resumed and state.get('folder') is not None and not self._is_at(runner, state['folder'])

@@ -19,6 +19,7 @@ from torch.optim import SGD
 
 import sk_plugins.mmpretrain_models  # noqa: F401
 from sk_plugins._resources import find_config
+from sk_plugins.openmmlab.runtime import configs
 from sk_plugins.openmmlab.runtime.configs import (
     ConfigError,
     check_keys,
@@ -113,7 +114,29 @@ def test_place_and_cause(option, said):
 def test_missing_data_root():
     option = 'train_dataloader.dataset.data_root=/nowhere'
     message = said_of(option, config='sknet50_in1k')
-    assert message == "train_dataloader.dataset: [Errno 2] No such file or directory: '/nowhere/train'"
+    assert message == (
+        "train_dataloader.dataset: [Errno 2] No such file or directory: '/nowhere/train'; expected: "
+        '/nowhere/train/CLASS/*.jpg, a folder for each class (`sk-plugins finetune FOLDER` takes it as it is)'
+    )
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'said'),
+    [
+        (dict(type='CocoDataset', data_root='data/coco', ann_file='a/train.json', data_prefix=dict(img='train/')), 'c'),
+        (dict(type='CocoDataset', data_root='data/scenes', ann_file='train.json', data_prefix=dict(img='')), 's'),
+        (dict(type='ADE20KDataset', data_root='ade', data_prefix=dict(img_path='images', seg_map_path='maps')), 'a'),
+        (dict(type='ScaledFashionMNIST', data_root='data/fm'), 'f'),
+    ],
+)
+def test_layout_of_missing_data(dataset, said):
+    expected = dict(
+        c='data/coco/a/train.json and data/coco/train',
+        s='data/scenes/train.json, which `sk-plugins prepare_scenes` writes',
+        a='ade/images and ade/maps',
+        f='data/fm/train-images-idx3-ubyte.gz and three more, which `sk-plugins prepare_fashion_mnist` writes',
+    )
+    assert configs._say_layout(dataset) == f'; expected: {expected[said]}'
 
 
 def test_other_errors_stay_what_they_are():
@@ -141,19 +164,25 @@ def test_other_errors_stay_what_they_are():
     ],
 )
 def test_misspelt_section(name, near):
-    with pytest.raises(ConfigError, match=rf': {name} is no section of a config; near it is {near}$'):
+    with pytest.raises(ConfigError, match=rf': {name} is no section of a config; near it is {near} '):
         check_sections(Config({'data_root': '', name: {}}))
 
 
-def test_variables_of_a_files_own(caplog):
-    sections = dict(model=dict(type='x'), resume=False, default_hooks={}, train_cfg={})
-    check_sections(Config(dict(sections, mode='train', near=3, default_hook='timer', train_cfgs=[{}])))
-    assert caplog.messages == []
-    check_sections(Config(dict(sections, model1=dict(a=1), resum=True, launch='pytorch')))
-    assert [message.partition(': ')[2] for message in caplog.messages] == [
-        f'{name} is no section of a config; near it is {near}'
-        for name, near in (('model1', 'model'), ('resum', 'resume'), ('launch', 'launcher'))
-    ]
+SECTIONS = dict(model=dict(type='x'), resume=False, default_hooks={}, train_cfg={})
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'near'),
+    [('model1', dict(a=1), 'model'), ('resum', True, 'resume'), ('launch', 'pytorch', 'launcher')],
+)
+def test_misspelt_beside_the_section(name, value, near):
+    with pytest.raises(ConfigError, match=rf': {name} is no section of a config; near it is {near} \(_{name} would be'):
+        check_sections(Config(dict(SECTIONS, **{name: value})))
+    check_sections(Config(dict(SECTIONS, **{f'_{name}': value})))
+
+
+def test_variables_of_a_files_own():
+    check_sections(Config(dict(SECTIONS, mode='train', near=3, default_hook='timer', train_cfgs=[{}])))
 
 
 def test_misspelt_option():

@@ -264,7 +264,12 @@ def runner():
     logged = []
     loader = SimpleNamespace(batch_size=8)
     return SimpleNamespace(
-        iter=20, train_dataloader=loader, logger=SimpleNamespace(warning=logged.append), logged=logged
+        iter=20,
+        train_dataloader=loader,
+        auto_scale_lr=None,
+        optim_wrapper=SimpleNamespace(defaults=dict(lr=0.1)),
+        logger=SimpleNamespace(warning=logged.append),
+        logged=logged,
     )
 
 
@@ -301,6 +306,29 @@ def test_weights_alone_and_older_checkpoints_are_of_no_batch(runner):
     hook.after_load_checkpoint(runner, dict(meta=dict(batch=dict(processes=2, size=1))))
     runner.iter = 0
     hook.before_train(runner)
+    assert runner.logged == []
+
+
+@pytest.mark.parametrize(
+    ('base', 'size', 'rate'),
+    [(256, 32, '0.0125'), (256, 512, '0.2'), (32, 32, None), (36, 32, None), (None, 32, None)],
+)
+def test_a_rate_for_another_number_of_images_a_step(runner, base, size, rate):
+    runner.iter, runner.train_dataloader.batch_size = 0, size
+    runner.auto_scale_lr = dict(base_batch_size=base)
+    distributed.TotalBatchHook().before_train(runner)
+    assert runner.logged == (
+        []
+        if rate is None
+        else [
+            f'The learning rate, 0.1, is for {base} images a step, and this run takes {size}: '
+            f'auto_scale_lr.enable=True (--auto-scale-lr) makes it {rate}, '
+            f'auto_scale_lr.base_batch_size={size} says that it is meant.'
+        ]
+    )
+    runner.logged.clear()
+    runner.auto_scale_lr['enable'] = True
+    distributed.TotalBatchHook().before_train(runner)
     assert runner.logged == []
 
 

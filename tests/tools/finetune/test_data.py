@@ -1,6 +1,7 @@
 """What is read from folders and lists of images, how it is split, and what is said of it."""
 
 import json
+import time
 
 import pytest
 
@@ -210,9 +211,39 @@ def test_an_image_in_both_splits_is_noted(tmp_path, write_pictures):
     write_pictures(tmp_path / 'train', dict(red=3, blue=3))
     write_pictures(tmp_path / 'val', dict(red=1, blue=3), start=500)
     (tmp_path / 'val' / 'red' / '0.png').write_bytes((tmp_path / 'train' / 'red' / '2.png').read_bytes())
-    found, _ = checking.check_images(data.read(tmp_path), progress=False)
-    (note,) = (note for note in found.notes if 'flatters' in note)
+    found, facts = checking.check_images(data.read(tmp_path), progress=False)
+    (note,) = checking.find_leaks(found, facts)
     assert note.endswith('train/red/2.png and val/red/0.png')
+
+
+def test_an_image_in_both_parts_of_the_tools_split_is_noted(tmp_path, write_pictures):
+    write_pictures(tmp_path, dict(red=6, blue=6))
+    for i in range(6):
+        (tmp_path / 'red' / f'copy{i}.png').write_bytes((tmp_path / 'red' / f'{i}.png').read_bytes())
+    found, facts = checking.check_images(data.read(tmp_path), progress=False)
+    assert checking.find_leaks(found, facts) == []  # there is no split yet
+    found = data.split(found, 0.2)
+    (note,) = checking.find_leaks(found, facts)
+    held_out = {item.path for item in found.val}
+    copies = [(f'red/{i}.png', f'red/copy{i}.png') for i in range(6)]
+    leaked = [f'{a} and {b}' for a, b in copies if (a in held_out) != (b in held_out)]
+    assert note.startswith(f'{len(leaked)} images are in training and in validation, which flatters the score: ')
+    assert note.partition('score: ')[2].partition(', ')[0] in leaked
+
+
+def test_split_of_many_images_and_classes(tmp_path):
+    """Twice as many images and classes take twice as long, not four times."""
+
+    def measure(number):
+        names = tuple(f'{i:04}' for i in range(number // 50))
+        items = tuple(data.Item(f'{i}.png', (names[i % len(names)],)) for i in range(number))
+        images = data.ImageSet(tmp_path, tmp_path, names, items)
+        start = time.process_time()
+        found = data.split(images, 0.2)
+        assert {*found.counts(found.val).values()} == {10}
+        return time.process_time() - start
+
+    assert measure(40_000) < 8 * measure(10_000) + 0.1
 
 
 def test_grey_images(tmp_path):

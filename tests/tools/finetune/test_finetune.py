@@ -4,6 +4,9 @@ import csv
 import json
 import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +40,7 @@ def test_what_is_printed(finetune, colours, small, tmp_path, monkeypatch, capsys
         r'model     \S+narrow\.py, 0\.7M parameters; from nothing: random weights$',
         r'input     32 x 32 pixels \(the images: 24\), mirrored at random, mean \d+/\d+/\d+, std \d+/\d+/\d+$',
         r'recipe    AdamW, learning rate 0\.\d+, batch 8, weight decay 0\.05$',
-        r'length    2 epochs of 4 steps, at most \d+ s; stops after 5 epochs without a better top-1 \(',
+        r'length    2 epochs of 4 steps, about \d+ s for all of them; stops after 5 epochs without a better top-1 \(',
         r'machine   (CPU, \d+ threads, float32|.*), 0 processes read images$',
         r'epoch 1 of 2, loss \d\.\d+, top-1 \d+\.\d % \(best \d+\.\d %\), \d+ s to go$',
         r'epoch 2 of 2, loss \d\.\d+, top-1 \d+\.\d % \(best \d+\.\d %\), 0 s to go$',
@@ -52,6 +55,18 @@ def test_what_is_printed(finetune, colours, small, tmp_path, monkeypatch, capsys
     for line, expected in zip(lines, said):
         assert re.match(expected, line), line
     assert metrics == json.loads((tmp_path / 'work_dirs/colours/report/metrics.json').read_text())
+
+
+def test_nothing_else_is_printed(command, colours, small, tmp_path):
+    """In a process of its own, with all that its imports say."""
+    tools = [sys.executable, '-m', 'sk_plugins']
+    done = command(*tools, 'finetune', colours, *small, '--epochs', '1', '--from-scratch', cwd=tmp_path)
+    assert done.stdout.splitlines()[0].startswith('images    30 to train on')
+    assert done.stderr == ''
+    done = command(*tools, 'predict', 'work_dirs/colours', colours / 'red' / '0.png', cwd=tmp_path)
+    assert done.stdout.startswith(f'{colours}/red/0.png  ')
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ''
 
 
 def test_report(colours_run):
@@ -204,6 +219,70 @@ def test_weights_of_the_hub(hub, finetune, colours, small, tmp_path, before_trai
     own = {name: tensor for name, tensor in own.items() if not name.startswith('fc.')}
     assert all(torch.equal(before_training[f'backbone.{name}'], tensor) for name, tensor in own.items())
     assert before_training['head.fc.weight'].shape == (3, 512)
+
+
+@pytest.mark.parametrize('kind', ['hub folder', 'hub', 'mmengine', 'plain'])
+def test_preprocessing_of_the_weights(hub, colours_run, load_tool, tmp_path, kind):
+    """Weights that say with what mean and deviation they were trained keep them."""
+    (checkpoint,) = colours_run.glob('best_*.pth')
+    cfg = Config.fromfile(colours_run / 'config.py')
+    source = str(checkpoint)
+    if kind == 'plain':
+        source = str(tmp_path / 'x.pth')
+        torch.save(load_checkpoint(checkpoint)[0], source)
+    elif kind != 'mmengine':
+        folder = load_tool('export').main([str(colours_run), str(tmp_path / 'colours')])
+        source = str(folder / 'model.safetensors')
+        if kind == 'hub':
+            hub.add('me/colours', {path.name: path.read_bytes() for path in folder.iterdir()})
+            source = 'hf-hub:me/colours'
+    network = settings.choose_network('sknet26', source)
+    found = settings.with_preprocessing(network).preprocessing
+    if kind == 'plain':
+        assert found == {}
+        return
+    assert [255 * value for value in found['mean']] == pytest.approx(cfg.data_preprocessor['mean'])
+    assert [255 * value for value in found['std']] == pytest.approx(cfg.data_preprocessor['std'])
+    assert found['mean'][0] != pytest.approx(settings.MEAN[0] / 255, abs=1e-3)
+    assert found['input_size'][-1] == 32
+
+
+def test_a_config_in_a_checkpoint_is_not_run(tmp_path):
+    text = f'x = open({str(tmp_path / "marker")!r}, "w")\nmodel = dict()\n'
+    torch.save(dict(state_dict={'a': torch.ones(1)}, meta=dict(cfg=text)), tmp_path / 'x.pth')
+    assert settings._read_preprocessing(str(tmp_path / 'x.pth')) == {}
+    assert not (tmp_path / 'marker').exists()
+
+
+def test_two_starts_at_once(finetune, colours, small, tmp_path, before_training):
+    from _finetune.lock import LOCK, lock
+
+    work_dir = tmp_path / 'a' / 'run'
+    words = [str(colours), *small, '--from-scratch', '--work-dir', str(work_dir)]
+    with lock(work_dir):
+        other = f'{os.getppid()} {socket.gethostname()}'
+        (work_dir / LOCK).write_text(other)
+        with pytest.raises(FileExistsError, match=rf'run: a run is at work there, process {os.getppid()} on .*{LOCK}'):
+            finetune(words)
+        assert (work_dir / LOCK).read_text() == other
+        assert [path.name for path in work_dir.iterdir()] == [LOCK]
+        (work_dir / LOCK).write_text('1 another-machine')
+        with pytest.raises(FileExistsError, match='process 1 on another-machine'):
+            finetune(words)
+    done = subprocess.run([sys.executable, '-c', 'import os; print(os.getpid())'], capture_output=True, text=True)
+    (work_dir / LOCK).write_text(f'{done.stdout.strip()} {socket.gethostname()}')  # of a dead process
+    with pytest.raises(ValueError, match='enough'):
+        finetune(words)
+    assert (work_dir / 'config.py').is_file()
+    assert not (work_dir / LOCK).exists()
+
+
+def test_the_lock_leaves_no_folders(tmp_path):
+    from _finetune.lock import lock
+
+    with lock(tmp_path / 'a' / 'b'):
+        assert (tmp_path / 'a' / 'b').is_dir()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_of_another_network(finetune, colours, small, tmp_path):

@@ -1,6 +1,9 @@
 """tools/push.py to a loopback Hub: what arrives, what is refused, and what timm and transformers make of it."""
 
+import os
 import re
+import shutil
+import time
 
 import pytest
 
@@ -8,7 +11,8 @@ pytest.importorskip('mmpretrain')
 
 import timm
 import torch
-from huggingface_hub import ModelCard
+from helpers.hub_server import Fault
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
 from sk_plugins.weights import HubError
@@ -80,6 +84,9 @@ def test_what_comes_back(push, hub, colours_run, colours, monkeypatch):
     assert torch.equal(remote(pixels), logits)
     assert remote.pretrained_cfg['label_names'] == ['blue', 'green', 'red']
     wrapped = transformers.AutoModelForImageClassification.from_pretrained('me/colours').eval()
+    # transformers leaves weights where they lie in the file, and convolutions round by how memory is aligned.
+    for tensor in (*wrapped.parameters(), *wrapped.buffers()):
+        tensor.data = tensor.data.clone()
     assert torch.equal(wrapped(pixels).logits, logits)
     assert wrapped.config.id2label == {0: 'blue', 1: 'green', 2: 'red'}
     said = transformers.pipeline('image-classification', 'me/colours')(picture)
@@ -105,6 +112,48 @@ def test_no_token(push, hub, colours_run, monkeypatch, tmp_path):
     with pytest.raises(HubError, match=r'^me/colours: no token: `hf auth login`, or set HF_TOKEN'):
         push([str(colours_run), 'me/colours'])
     assert hub.requests == []
+
+
+@pytest.mark.usefixtures('token')
+@pytest.mark.parametrize('words', [[], ['--update']])
+def test_an_upload_that_fails_leaves_no_repository(push, hub, colours_run, words):
+    hub.faults['me/new/commit'] = Fault(413, None, 'Payload too large')
+    with pytest.raises(HubError, match=r'^me/new: the Hub refused it: HTTP 413'):
+        push([str(colours_run), 'me/new', *words])
+    assert not hub.has('me/new')
+    hub.add('me/taken', {'old.txt': b'x'})
+    hub.faults['me/taken/commit'] = Fault(413, None, 'Payload too large')
+    with pytest.raises(HubError, match=r'^me/taken: the Hub refused it: HTTP 413'):
+        push([str(colours_run), 'me/taken', '--update'])
+    assert set(hub.files('me/taken')) == {'old.txt'}
+
+
+@pytest.mark.usefixtures('token')
+def test_a_repository_that_cannot_be_removed(push, hub, colours_run, monkeypatch, capsys):
+    hub.faults['me/new/commit'] = Fault(413, None, 'Payload too large')
+    monkeypatch.setattr(HfApi, 'delete_repo', lambda *args: (_ for _ in ()).throw(OSError('no way')))
+    with pytest.raises(HubError, match=r'^me/new: the Hub refused it: HTTP 413'):
+        push([str(colours_run), 'me/new'])
+    assert 'me/new: was made, is empty, and could not be removed: ' in capsys.readouterr().err
+
+
+def test_a_failed_export_keeps_the_earlier_folder(colours_run, tmp_path, monkeypatch):
+    from _finetune import exporting
+
+    run = shutil.copytree(colours_run, tmp_path / 'run', ignore=shutil.ignore_patterns('hub'))
+    before = {path.name: path.read_bytes() for path in exporting.refresh(run).iterdir()}
+    assert before['README.md'].decode().partition('\n# ')[2].startswith('colours\n')
+    (best,) = run.glob('best_*.pth')
+    os.utime(best, ns=(time.time_ns() + 10**10,) * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, 'save_hub_folder', lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            exporting.refresh(run)
+    assert {path.name: path.read_bytes() for path in (run / 'hub').iterdir()} == before
+    written = (run / 'hub' / 'model.safetensors').stat().st_mtime_ns
+    exporting.refresh(run)
+    assert (run / 'hub' / 'model.safetensors').stat().st_mtime_ns != written
+    assert not [path for path in run.iterdir() if path.name.startswith('.')]
 
 
 @pytest.mark.usefixtures('token')

@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 
 from sk_plugins.__main__ import main as sk_plugins_main
 from sk_plugins._resources import ROOT, find_config
+from sk_plugins.openmmlab.runtime.configs import ConfigError
 from sk_plugins.weights import CheckpointError
 
 
@@ -94,6 +95,43 @@ def test_cfg_options(merged):
     assert cfg.train_dataloader.batch_size == 8
     assert cfg.sync_bn == 'torch'
     assert cfg.train_dataloader.dataset.pipeline[0].scale == 32
+
+
+def test_options_of_validation_reach_the_test(merged, tmp_path):
+    options = ['val_dataloader.dataset.indices=20', 'val_evaluator.topk=(1,2)']
+    cfg = merged('sknet_digits', '--cfg-options', *options)
+    assert [cfg[f'{name}_dataloader'].dataset.indices for name in ('val', 'test')] == [20, 20]
+    assert cfg.val_evaluator.topk == cfg.test_evaluator.topk == (1, 2)
+    cfg = merged('sknet_digits', '--cfg-options', *options, 'test_dataloader.dataset.indices=30')
+    assert [cfg[f'{name}_dataloader'].dataset.indices for name in ('val', 'test')] == [20, 30]
+    path = tmp_path / 'mine.py'
+    base = str(find_config('sknet_digits'))
+    path.write_text(f'_base_ = [{base!r}]\ntest_dataloader = dict(batch_size=7)\n')
+    cfg = merged(str(path), '--cfg-options', *options)
+    assert 'indices' not in cfg.test_dataloader.dataset
+    assert cfg.test_evaluator.topk == (1, 2)
+
+
+@pytest.mark.parametrize('name', ['notes.txt', 'weights.pth', 'picture.png'])
+def test_file_that_is_no_config(merged, tmp_path, name):
+    (tmp_path / name).write_bytes(b'x')
+    with pytest.raises(ConfigError, match=rf'{name}: is no config, which ends in \.py, \.json, \.yml or \.yaml$'):
+        merged(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ('word', 'said'),
+    [
+        ('--epochs', 'the config has them, --cfg-options'),
+        ('--epohcs', 'near it is --epochs (the config has them, --cfg-options train_cfg.max_epochs=N)'),
+        ('--batch_size', 'near it is --batch-size (the config has it, '),
+        ('--work_dir', 'near it is --work-dir\n'),
+    ],
+)
+def test_mistyped_option(merged, capsys, word, said):
+    with pytest.raises(SystemExit):
+        merged('sknet_digits', word, '3')
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

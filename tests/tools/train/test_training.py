@@ -239,6 +239,15 @@ def test_resume(reads_checkpoints, train, short_digits, digits_run, tmp_path, ho
     assert saved.any()
 
 
+def test_resume_of_a_finished_run_says_so(train, short_digits, digits_run, tmp_path):
+    shutil.copytree(digits_run, tmp_path / 'run')
+    train('sknet_digits', tmp_path / 'run', *short_digits, 'train_cfg.max_epochs=2', arguments=['--resume'])
+    log = sorted((tmp_path / 'run').glob('*/*.log'))[-1].read_text()
+    said = 'All 2 epochs of this run are over: there is nothing to go on with. train_cfg.max_epochs makes it longer.'
+    assert log.count(said) == 1
+    assert 'Epoch(train)' not in log
+
+
 def test_resume_where_nothing_was_saved_starts_anew(train, short_digits, tmp_path):
     train('sknet_digits', tmp_path, *short_digits, 'train_cfg.max_epochs=1', arguments=['--resume', '--no-validate'])
     assert_sane(tmp_path, epoch=1, iteration=3)
