@@ -49,6 +49,8 @@ def simplify(model: nn.Module, features: bool = False) -> nn.Module:
             for name, child in list(parent.named_children()):
                 if type(child) in (SelectiveKernel, TimmSelectiveKernel) and not _any_hooks(child):
                     setattr(parent, name, LeanSelectiveKernel(child).eval())
+                elif type(child) is ShuffleUnit and features and not has_hooks(child):
+                    child.__class__ = LeanShuffleUnit
         for module in list(model.modules()):
             if type(module) is SKShuffleNetV2 and not features and not _any_hooks(module):
                 _unshuffle(module)
@@ -120,6 +122,19 @@ def _difference(fc_select: nn.Conv2d) -> nn.Conv2d:
     if bias is not None:
         conv.bias.copy_(bias[:out_channels] - bias[out_channels:])
     return conv
+
+
+class LeanShuffleUnit(ShuffleUnit):
+    """ShuffleNetV2's unit that interleaves along the rows, which are in a place that a reshape can leave open."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.down:
+            x1, x2 = self.branch1(x), self.branch2(x)
+        else:
+            x1, x2 = x.split([x.shape[1] // 2] * 2, dim=1)
+            x2 = self.branch2(x2)
+        both = torch.cat((x1, x2), dim=2)
+        return both.reshape(both.shape[0], 2 * both.shape[1], -1, both.shape[3])
 
 
 class LeanStage(nn.Module):
