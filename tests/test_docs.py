@@ -164,7 +164,7 @@ def shorten(line: str) -> list[str]:
     tool = next(word for word in words if 'tools/' in word or word in ('sk_plugins', 'sk-plugins'))
     if tool.endswith('analyze_attention.py'):
         return [*words, '--size', '64', '--field-images', '2', '--workers', '0']
-    if tool.endswith('export_onnx.py'):
+    if words[:2] == ['sk-plugins', 'export'] and 'hub' not in words:
         return [*words, '--size', '64']
     if tool.endswith('test.py'):
         options = ['test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False']

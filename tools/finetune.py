@@ -292,7 +292,7 @@ def run_all(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
         print(f'exported: {exporting.refresh(work_dir)}')
     quoted = shlex.quote(str(work_dir))
     print(f'next: sk-plugins predict {quoted} IMAGES')
-    print(f'      sk-plugins export {quoted} {shlex.quote(Path(run["data"]).stem + "_hub")}')
+    print(f'      sk-plugins export {quoted} hub {shlex.quote(Path(run["data"]).stem + "_hub")}')
     print(f'      sk-plugins push {quoted} OWNER/NAME')
     return metrics
 

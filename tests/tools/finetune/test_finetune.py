@@ -48,7 +48,7 @@ def test_what_is_printed(finetune, colours, small, tmp_path, monkeypatch, capsys
         r'report: work_dirs/colours/report: classes, confusion_matrix, mistakes \(\.csv, \.png\); log: ',
         r'exported: work_dirs/colours/hub$',
         r'next: sk-plugins predict work_dirs/colours IMAGES$',
-        r'      sk-plugins export work_dirs/colours colours_hub$',
+        r'      sk-plugins export work_dirs/colours hub colours_hub$',
         r'      sk-plugins push work_dirs/colours OWNER/NAME$',
     ]
     assert len(lines) == len(said), lines

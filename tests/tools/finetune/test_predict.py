@@ -31,7 +31,7 @@ def predict(load_tool):
 @pytest.fixture(scope='module')
 def hub_folder(load_tool, colours_run, tmp_path_factory):
     """The run's model as a folder for the Hub."""
-    return load_tool('export').main([str(colours_run), str(tmp_path_factory.mktemp('hub') / 'colours_hub')])
+    return load_tool('export').main([str(colours_run), 'hub', str(tmp_path_factory.mktemp('hub') / 'colours_hub')])
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_several_labels(predict, labels_run, load_tool, tmp_path, photos):
     (one,) = predict([str(labels_run), str(photos / 'red' / '0.png')])
     scores = {label['label']: label['score'] for label in one['labels']}
     assert set(one['said']) == {name for name, score in scores.items() if score >= 0.5}
-    folder = load_tool('export').main([str(labels_run), str(tmp_path / 'hub')])
+    folder = load_tool('export').main([str(labels_run), 'hub', str(tmp_path / 'hub')])
     assert json.loads((folder / 'config.json').read_text())['problem_type'] == 'multi_label_classification'
     assert predict([str(folder), str(photos / 'red' / '0.png')]) == [one]
 

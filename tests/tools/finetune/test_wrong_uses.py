@@ -166,7 +166,7 @@ OTHERS = [
     ('predict', ['started', 'loose'], r'^started: holds no checkpoint: no epoch of the run is over yet'),
     ('predict', ['sknet26', 'loose'], r'^sknet26: sknet26 has no published weights|^sknet26 has no published weights'),
     ('predict', ['me/nothing', 'loose'], r'^me/nothing: .*(not in the local cache|download failed)'),
-    ('export', ['good'], r'^good: is no work dir of a finetune run: it has no finetune\.json and config\.py'),
+    ('export', ['good', 'hub'], r'^good: is no work dir of a finetune run: it has no finetune\.json and config\.py'),
     ('push', ['nowhere', 'me/x'], r'^nowhere: no such folder'),
     (
         'push',

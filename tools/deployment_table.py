@@ -1,0 +1,192 @@
+"""Export networks for every runtime that is installed here, check and time them, and write docs/deployment.md's tables.
+
+python tools/deployment_table.py --run onnx torchscript aoti   # into results/deployment.json
+python tools/deployment_table.py --times onnx                  # beside timm's and the plain networks, in turn
+python tools/deployment_table.py --write                       # what was found, into docs/deployment.md
+
+Runtimes live in environments of their own: each adds to the file what it found.
+"""
+
+import datetime
+import json
+import os
+import platform
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from _arguments import Parser
+from _errors import run
+from _export import TARGET_NAMES
+from _export.deployable import Deployable, prepare
+from _export.running import difference, times
+from _export.targets import TARGETS
+from _tables import insert_table, markdown_table
+
+from sk_plugins import fold_batch_norm
+from sk_plugins._files import write_atomically
+from sk_plugins._text import first_lines
+
+PAGE, RESULTS = Path('docs/deployment.md'), Path('results/deployment.json')
+# (name, its title, whether its features are exported: the backbone of a detector or a segmentor.)
+NETWORKS = (
+    ('sknet50', 'SKNet-50', False),
+    ('sknet29_16x32d', 'SKNet-29', False),
+    ('skresnet18', 'SK-ResNet-18', False),
+    ('skshufflenetv2_x1_0', 'SK-ShuffleNetV2 1.0x', False),
+    ('sknet50', 'SKNet-50, features', True),
+    ('skshufflenetv2_x1_0', 'SK-ShuffleNetV2, features', True),
+)
+# A network, and what it is compared with: as it would be exported without this project.
+PEERS = (
+    ('sknet50', ('skresnext50_32x4d', 'resnext50_32x4d')),
+    ('skshufflenetv2_x1_0', ('shufflenetv2_x1_0',)),
+)
+PACKAGES = {
+    'onnx': 'onnxruntime', 'openvino': 'openvino', 'executorch': 'executorch', 'coreml': 'coremltools', 'ncnn': 'ncnn',
+    'litert': 'litert-torch', 'tensorrt': 'onnx', 'torchscript': 'torch', 'aoti': 'torch',
+}  # fmt: skip
+MARKS = {
+    name: (f'<!-- {name}: tools/deployment_table.py -->', f'<!-- end of {name} -->') for name in ('matrix', 'times')
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument('--run', nargs='+', choices=TARGET_NAMES, default=[], metavar='TARGET')
+    parser.add_argument('--times', nargs='+', choices=['onnx', 'openvino'], default=[], metavar='TARGET')
+    parser.add_argument('--write', action='store_true', help=f'the tables of {PAGE}')
+    parser.add_argument('--repeats', type=int, default=15, help='of --times (default: 15)')
+    parser.add_argument('--results', type=Path, default=RESULTS, help=f'default: {RESULTS}')
+    args = parser.parse_args(argv)
+    for target in (*args.run, *args.times):
+        TARGETS[target].require()
+    for target in args.run:
+        for name, title, features in NETWORKS:
+            _note(args.results, 'matrix', target, title, _try(target, name, features))
+    for target in args.times:
+        for name, peers in PEERS:
+            _note(args.results, 'times', target, name, _time(target, name, peers, args.repeats))
+    if args.write:
+        found = json.loads(args.results.read_text(encoding='utf-8'))
+        text = PAGE.read_text(encoding='utf-8')
+        for name, table in (('matrix', matrix(found['matrix'])), ('times', time_table(found['times']))):
+            text = insert_table(text, table, *MARKS[name])
+        PAGE.write_text(text, encoding='utf-8')
+
+
+def _deployable(name: str, target: str, features: bool = False) -> Deployable:
+    torch.manual_seed(0)
+    net = timm.create_model(name, exportable=True).eval()
+    _spread(net)
+    data = timm.data.resolve_model_data_config(net)
+    return prepare(net, data, name, dynamic=TARGETS[target].dynamic, features=features)
+
+
+@torch.no_grad()
+def _spread(net: torch.nn.Module) -> None:
+    """Statistics and attention that differ between channels, as training leaves them."""
+    for key, tensor in net.state_dict().items():
+        if key.endswith('running_var'):
+            tensor.uniform_(0.75, 1.25)
+        elif key.endswith('running_mean'):
+            tensor.normal_(0, 0.1)
+        elif key.endswith('fc_select.weight'):
+            tensor.normal_(0, 0.3)
+
+
+def _try(target: str, name: str, features: bool) -> dict[str, Any]:
+    """What happened: the difference from eager mode, or that the file was written, or why not."""
+    deployable = _deployable(name, target, features)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f'net{TARGETS[target].suffix}')
+        try:
+            TARGETS[target].write(deployable, path)
+            if TARGETS[target].load is None:
+                return {'written': True}
+            return {'difference': difference(deployable, TARGETS[target].run(path, 2))}
+        except Exception as error:  # each library's own kinds: it is what the table is for
+            return {'error': first_lines(error)[:200] or type(error).__name__}
+
+
+def _time(target: str, name: str, peers: tuple[str, ...], repeats: int) -> dict[str, Any]:
+    """Median milliseconds for batches of 1 and 8."""
+    runners = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for net in (name, *peers):
+            deployable = _deployable(net, target)
+            if net != name:
+                deployable.model = fold_batch_norm(timm.create_model(net, exportable=True).eval())
+            path = Path(folder, f'{net}{TARGETS[target].suffix}')
+            TARGETS[target].write(deployable, path)
+            runners[net] = TARGETS[target].run(path, 2)
+        return {
+            net: {str(b): ms for b, ms in by.items()} for net, by in times(deployable, runners, [1, 8], repeats).items()
+        }
+
+
+def _note(path: Path, table: str, target: str, title: str, found: dict[str, Any]) -> None:
+    results = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {'matrix': {}, 'times': {}}
+    try:
+        of = version(PACKAGES[target])
+    except PackageNotFoundError:
+        of = '?'
+    found = {**found, 'version': of, 'torch': torch.__version__, 'date': datetime.date.today().isoformat()}
+    if table == 'times':
+        found['machine'] = f'{_cpu()}, 2 of {os.cpu_count()} cores'
+    results[table].setdefault(target, {})[title] = found
+    with write_atomically(path) as partial:
+        partial.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
+    print(f'{target:12} {title:28} {found}')
+
+
+def _cpu() -> str:
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(': ')[2] for line in lines if line.startswith('model name')), platform.processor())
+
+
+def matrix(found: dict[str, dict[str, Any]]) -> str:
+    """Runtime by network: the largest difference from eager mode, relative to the largest output."""
+    titles = [title for _, title, _ in NETWORKS]
+    lines = [['target', 'tried with', *titles], ['---', '---', *['---:'] * len(titles)]]
+    for target in TARGET_NAMES:
+        if target not in found:
+            continue
+        rows = found[target]
+        any_ = next(iter(rows.values()))
+        package = PACKAGES[target]
+        tried = f'{package} {any_["version"]}' + ('' if package == 'torch' else f', torch {any_["torch"]}')
+        lines.append([f'`{target}`', f'{tried}, {any_["date"]}', *(_cell(rows.get(title)) for title in titles)])
+    return markdown_table(lines)
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ''
+    if 'error' in found:
+        return f'no: {found["error"]}'.replace('|', '/').replace('\n', ' ')
+    return f'{found["difference"]:.0e}' if 'difference' in found else 'written'
+
+
+def time_table(found: dict[str, dict[str, Any]]) -> str:
+    """Milliseconds, and the ratios to the peers."""
+    lines = [
+        ['target', 'network', 'batch 1', 'batch 8', 'ratio, batch 1', 'ratio, batch 8'],
+        ['---'] * 2 + ['---:'] * 4,
+    ]
+    for target, networks in found.items():
+        for name, row in networks.items():
+            own = row[name]
+            nets = [name, *next(peers for net, peers in PEERS if net == name)]
+            for net in nets:
+                ratios = ['', ''] if net == name else [f'{own[b] / row[net][b]:.2f}' for b in ('1', '8')]
+                lines.append([f'`{target}`', f'`{net}`', *(f'{row[net][b]:.1f} ms' for b in ('1', '8')), *ratios])
+    return markdown_table(lines)
+
+
+if __name__ == '__main__':
+    run(main, ImportError, OSError, ValueError)
