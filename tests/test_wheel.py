@@ -59,6 +59,7 @@ def test_timm_models_from_the_wheel(run_outside, site):
     assert {'sknet50', 'skresnext101_64x4d', 'skshufflenetv2_x1_0', 'sknet29_16x32d'} <= set(names)
 
 
+@pytest.mark.slow
 def test_model_index_from_the_wheel(run_outside):
     pytest.importorskip('mmpretrain')
     code = (
@@ -81,6 +82,7 @@ def test_segmentation_config_from_the_wheel(run_outside, site):
     assert built == ['EncoderDecoder', 'mmpretrain.SKNet', '80000']
 
 
+@pytest.mark.slow
 def test_training_from_the_wheel(run_outside, tmp_path):
     pytest.importorskip('mmpretrain')
     code = (

@@ -133,11 +133,12 @@ def test_a_training_step_is_the_same(backend, checkpointed):
 @pytest.mark.parametrize(
     ('network', 'training', 'backend'),
     [
-        pytest.param('two kernels', True, 'aot_eager', marks=pytest.mark.slow),
+        ('two kernels', True, 'aot_eager'),
         ('two kernels', False, 'eager'),
-        pytest.param("timm's own", False, 'eager', marks=pytest.mark.slow),
+        ("timm's own", False, 'eager'),
     ],
 )
+@pytest.mark.slow
 def test_compiled_before_and_recorded_again(network, training, backend):
     torch.manual_seed(0)
     torch._dynamo.reset()

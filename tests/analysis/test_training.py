@@ -99,6 +99,7 @@ def test_log_of_a_step_that_fails():
     assert written == [2]
 
 
+@pytest.mark.slow
 def test_log_of_a_compiled_model():
     written = []
     torch._dynamo.reset()

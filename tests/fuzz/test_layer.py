@@ -143,7 +143,7 @@ def refuses(args, inputs):
     return False
 
 
-@fuzz(quick=60, share=2)
+@fuzz(quick=30, share=2)
 @given(arguments(), INPUTS)
 def test_layer_is_the_papers(args, inputs):
     layer = build(args, inputs['seed']).train(inputs['training'])
@@ -203,7 +203,7 @@ def test_gradcheck(args, seed):
     assert torch.autograd.gradcheck(run, (x, *values), fast_mode=True)
 
 
-@fuzz(quick=150, share=4)
+@fuzz(quick=60, share=4)
 @given(arguments(), st.data())
 def test_wrong_arguments(args, data):
     args['out_channels'] = args['in_channels'] if args['out_channels'] is None else args['out_channels']

@@ -327,7 +327,7 @@ OF_RESNETS = ('layers', 'channels', 'block', 'unit', 'cardinality', 'base_width'
 OF_SHUFFLENETS = ('channels', 'layers', 'stem_channels', 'head_channels', 'unit', 'output_stride', 'sk_kwargs')
 
 
-@fuzz(quick=100, share=4)
+@fuzz(quick=40, share=4)
 @given(st.one_of(resnets(), shufflenets()), st.data())
 def test_wrong_arguments(args, data):
     resnet = 'stem_channels' not in args
@@ -362,7 +362,7 @@ DOORS = {
 OF_DOORS = ('out_indices', 'frozen_stages', 'norm_eval', 'with_cp', 'channels_last', 'sk_kwargs')
 
 
-@fuzz(quick=60, share=2)
+@fuzz(quick=25, share=2)
 @given(st.sampled_from(sorted(DOORS)), st.data())
 def test_wrong_arguments_at_mmpretrains_door(kind, data):
     args = dict(DOORS[kind])

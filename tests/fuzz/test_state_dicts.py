@@ -108,7 +108,7 @@ def load(path):
         return load_checkpoint(path)[0]
 
 
-@fuzz(quick=150, share=4)
+@fuzz(quick=60, share=4)
 @given(damaged())
 def test_damaged_bytes(folder, sample):
     kind, damage, data = sample
@@ -255,7 +255,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize('loader', LOADERS)
-@fuzz(quick=25)
+@fuzz(quick=12)
 @given(tampered())
 def test_tampered_tensors(loader, folder, sample):
     what, name, tensors, fits = sample.what, sample.name, sample.tensors, sample.fits
@@ -285,7 +285,7 @@ torch.manual_seed(0)
 THIRD_PARTY = SKConv(8, 4, groups=2).eval()
 
 
-@fuzz(quick=40)
+@fuzz(quick=20)
 @given(st.data())
 def test_tampered_third_party_tensors(folder, data):
     tensors = dict(THIRD_PARTY.state_dict())
@@ -324,7 +324,7 @@ def convert():
         yield importlib.import_module('convert_checkpoint').convert
 
 
-@fuzz(quick=25)
+@fuzz(quick=12)
 @given(tampered(), st.sampled_from(['.safetensors', '.pth']))
 def test_converted_tensors(convert, folder, sample, suffix):
     path, out = folder / 'convert.pth', folder / f'converted{suffix}'

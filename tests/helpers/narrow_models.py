@@ -28,7 +28,7 @@ KINDS = [
     'skshufflenetv2_x0_5',
 ]
 
-each_model = pytest.mark.parametrize('name', NAMES)
+each_model = pytest.mark.parametrize('name', one_of_each(NAMES))
 # Narrow, the names of one kind are one network.
 each_narrow_model = pytest.mark.parametrize('name', one_of_each(NAMES))
 

@@ -55,7 +55,7 @@ def as_the_reference(network, monkeypatch):
     return network
 
 
-@pytest.mark.parametrize('backend', ['auto', 'triton'])
+@pytest.mark.parametrize('backend', ['auto', pytest.param('triton', marks=pytest.mark.slow)])
 def test_losses_equal_the_references(backend, batches, monkeypatch):
     network = make_network('sknet26', sk_kwargs=dict(backend=backend))
     got = losses(network, batches)
@@ -65,6 +65,7 @@ def test_losses_equal_the_references(backend, batches, monkeypatch):
     assert got[-5:].mean() < 0.7 * got[:5].mean()
 
 
+@pytest.mark.slow
 def test_losses_equal_timms(batches):
     network = make_network('sknet26', sk_kwargs=dict(min_dim=8))
     # timm rounds d = C / 16 to multiples of 32; with 8 as the floor, to multiples of 8, it is ours.

@@ -81,6 +81,7 @@ def test_step_is_the_plain_ones(name, backend):
         assert_close(network.state_dict()[key], tensor, length=plain, gain=1e3, scale=1.0, msg=key)
 
 
+@pytest.mark.slow
 def test_torch_compile_in_inference():
     """By inductor, as ``torch.compile(model)`` does it."""
     torch.compiler.reset()

@@ -13,6 +13,7 @@ NAMES = ['torch.nn.modules.module._global_forward_hooks', 'torch._C._are_functor
 NAMES += ['torch._C._len_torch_dispatch_stack']
 
 
+@pytest.mark.slow
 def test_where_torch_does_not_tell_what_is_at_work_the_plain_modules_run():
     """In a process of its own, and gone for us alone: torch itself needs some of these names to run at all."""
     code = f"""

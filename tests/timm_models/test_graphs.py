@@ -111,9 +111,8 @@ def test_onnx(tmp_path, exporter, name):
         assert_close(torch.from_numpy(output), model(x), length=model)
 
 
-@pytest.mark.parametrize(
-    'name', quick(['sknet29_16x32d', 'seresnext29_16x32d', 'skshufflenetv2_x0_5'], ['skshufflenetv2_x0_5'])
-)
+@pytest.mark.parametrize('name', ['sknet29_16x32d', 'seresnext29_16x32d', 'skshufflenetv2_x0_5'])
+@pytest.mark.slow
 def test_compile_without_a_graph_break(name):
     torch.compiler.reset()
     model = make_model(name, layers=shallow(name)).double()

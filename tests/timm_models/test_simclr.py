@@ -200,6 +200,7 @@ print((read('VmHWM') - before) * 1024 / sum(tensor.nbytes for tensor in model.st
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the peak is read as Linux tells it')
+@pytest.mark.slow
 def test_weights_are_in_memory_once(tmp_path):
     """The peak of loading 240 MB, in a process of its own."""
     path = tmp_path / 'weights.pth'

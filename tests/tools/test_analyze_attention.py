@@ -96,6 +96,7 @@ def test_model_of_a_folder(tool, small, images, tmp_path, capsys):
     assert abs(got['SK_3_2', 1.0]) > 1e-4
 
 
+@pytest.mark.slow
 def test_checkpoint_of_the_hub_and_of_mmpretrain(tool, small, images, tmp_path, hub):
     name, model = small
     tool.main([name, str(images), '--out', str(tmp_path / 'folder'), *QUICK, '--field-images', '0'])

@@ -66,6 +66,7 @@ print(handed_back, faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other C libraries have no such switch')
+@pytest.mark.slow
 def test_freed_memory_is_kept(tool):
     command = [sys.executable, '-c', FAULTS, str(Path(tool.__file__).parent)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout

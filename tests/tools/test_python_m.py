@@ -31,6 +31,7 @@ def test_a_mistyped_tool():
     assert 'torch' not in imported
 
 
+@pytest.mark.slow
 def test_models_are_there_for_a_tool(tmp_path):
     """And for whoever imports the package, also while `python -m` looks for a module that is not ours."""
     (tmp_path / 'tools').mkdir()

@@ -134,8 +134,10 @@ def test_arguments_and_notes(net, tmp_path):
 
 @pytest.mark.parametrize(
     ('units', 'dims', 'parameters'),
-    [((3, 4, 6, 3), (32, 32, 32, 64), 27_479_784), ((3, 4, 23, 3), (32, 16, 32, 64), 48_736_040)],
-    ids=['sknet50', 'sknet101'],
+    [
+        pytest.param((3, 4, 6, 3), (32, 32, 32, 64), 27_479_784, id='sknet50'),
+        pytest.param((3, 4, 23, 3), (32, 16, 32, 64), 48_736_040, id='sknet101', marks=pytest.mark.slow),
+    ],
 )
 def test_published_sizes(units, dims, parameters):
     """The published definitions, whose parameters PAPER.md counts; 48,686,760 of SKNet-101 before the padding."""

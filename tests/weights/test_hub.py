@@ -440,6 +440,7 @@ class TestProcesses:
         assert same_state(sk_hub.load_state_dict(REPO), tiny)
         assert [blob.read_bytes() for blob in assert_cache_is_whole(hub.cache)] == [*weights(tiny).values()]
 
+    @pytest.mark.slow
     def test_offline_by_the_environment(self, hub, skresnext50, published):
         """HF_HUB_OFFLINE=1, as users set it: timm's and OpenMMLab's door open on a filled cache, or say what to do."""
         pytest.importorskip('mmpretrain')

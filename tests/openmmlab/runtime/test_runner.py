@@ -56,6 +56,7 @@ class Code:
         return exec, ("open('marker', 'w')",)
 
 
+@pytest.mark.slow
 def test_mmpretrains_tool(own_tool, config):
     """It runs nothing that a checkpoint holds, passes a damaged one over, and goes on from the whole one."""
     run = config.parent / 'run'

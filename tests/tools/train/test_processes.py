@@ -114,6 +114,7 @@ def test_slurm_train_calls_srun(command, tmp_path):
     assert rest == ['sknet50_in1k', '--work-dir', 'work', '--launcher', 'slurm', '--amp']
 
 
+@pytest.mark.slow
 def test_mmpretrains_own_script(run_python, short_digits, tmp_path):
     script = Path(mmpretrain.__file__).parent / '.mim' / 'tools' / 'train.py'
     words = [find_config('sknet_digits'), '--work-dir', tmp_path, '--cfg-options', *short_digits]
