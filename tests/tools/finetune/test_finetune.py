@@ -231,7 +231,7 @@ def test_preprocessing_of_the_weights(hub, colours_run, load_tool, tmp_path, kin
         source = str(tmp_path / 'x.pth')
         torch.save(load_checkpoint(checkpoint)[0], source)
     elif kind != 'mmengine':
-        folder = load_tool('export').main([str(colours_run), str(tmp_path / 'colours')])
+        folder = load_tool('export').main([str(colours_run), 'hub', str(tmp_path / 'colours')])
         source = str(folder / 'model.safetensors')
         if kind == 'hub':
             hub.add('me/colours', {path.name: path.read_bytes() for path in folder.iterdir()})
