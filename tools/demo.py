@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> Any:
         from sk_plugins.analysis.demo import make_page
 
     model = models.load(args.model, args.checkpoint)
-    title = Path(args.model).name
+    path = Path(args.model).resolve()
+    title = path.parent.name if path.name == 'hub' and path.is_dir() else Path(args.model).name  # that of a run
     if args.space is not None:
         name = args.model if args.model.startswith(('hf-hub:', 'hf_hub:')) else f'hf-hub:{args.model}'
         name = args.model if '/' not in args.model else name

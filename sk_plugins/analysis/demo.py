@@ -103,7 +103,7 @@ def draw_shares(found: Explained, at_one: Explained | None = None) -> str:
         moved = '' if at_one is None else f'{100 * (values[-1] - at_one.shares[unit][1][-1]):+.1f}'
         rows.append(
             f'<tr data-unit="{html.escape(unit)}"><td>{html.escape(unit)}</td>'
-            f'<td style="width:60%"><div style="display:flex;height:12px">{bars}</div></td>'
+            f'<td style="width:50%"><div style="display:flex;height:12px">{bars}</div></td>'
             f'<td class="share">{100 * values[-1]:.1f}&nbsp;%</td><td class="moved">{moved}</td></tr>'
         )
     head = f'<tr><th>unit</th><th>{legend}</th><th>{html.escape(kernels[-1])}</th><th>moved</th></tr>'
@@ -148,9 +148,11 @@ def make_page(
         gradio.Markdown(f'# {title or "Selective kernels"}\nWhich kernel each unit chooses, as the object grows.')
         with gradio.Row():
             with gradio.Column():
-                picture = gradio.Image(type='pil', label='picture', elem_id='picture')
+                picture = gradio.Image(type='pil', label='picture', height=240, elem_id='picture')
                 scale = gradio.Slider(1, 2, 1, step=0.05, label='the middle, enlarged', elem_id='scale')
-                seen = gradio.Image(type='pil', label='what the network sees', interactive=False, elem_id='seen')
+                seen = gradio.Image(
+                    type='pil', label='what the network sees', height=240, interactive=False, elem_id='seen'
+                )
             with gradio.Column():
                 label = gradio.Label(num_top_classes=5, label='classes', elem_id='classes')
                 attention = gradio.HTML(elem_id='attention')
