@@ -8,6 +8,7 @@ MODEL is what tools/predict.py takes. With --space, a folder is written that is 
 it needs, and this package beside it. `hf upload OWNER/SPACE FOLDER --repo-type space` brings it there.
 """
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from _errors import run
 from _quiet import quiet_imports
 
 from sk_plugins._files import write_atomically
+from sk_plugins._resources import how_to_install
 from sk_plugins.weights import CheckpointError, HubError
 
 APP = '''"""{title}: what the model sees in a picture, and which kernel each of its units chose."""
@@ -75,6 +77,8 @@ def main(argv: list[str] | None = None) -> Any:
     parser.add_argument('--port', type=int, default=7860, help='default: 7860')
     parser.add_argument('--space', type=Path, metavar='FOLDER', help='write a Space of the Hub and serve nothing')
     args = parser.parse_args(argv)
+    if args.space is None and importlib.util.find_spec('gradio') is None:
+        raise ModuleNotFoundError(f'the demo page takes gradio: {how_to_install("demo")}', name='gradio')
     with quiet_imports():
         from _predict import models
 

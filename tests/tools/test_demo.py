@@ -1,6 +1,7 @@
 """tools/demo.py: what the page says, in a browser too where there is one, and the Space that it writes."""
 
 import ast
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -93,10 +94,13 @@ def test_table(network, picture):
     assert any(float(moved) for *_, moved in rows)
 
 
-def test_without_gradio(network, monkeypatch):
+def test_without_gradio(network, load_tool, monkeypatch):
     monkeypatch.setitem(sys.modules, 'gradio', None)
     with pytest.raises(ModuleNotFoundError, match=r"^the demo page takes gradio: pip install '\.\[demo\]'"):
         make_page(network)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda *args: None)
+    with pytest.raises(ModuleNotFoundError, match=r'^the demo page takes gradio'):  # before weights are asked for
+        load_tool('demo').main(['sknet50'])
 
 
 def test_space(load_tool, tmp_path, hub, network, picture, run_python):
