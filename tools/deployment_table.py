@@ -49,6 +49,7 @@ PACKAGES = {
     'onnx': 'onnxruntime', 'openvino': 'openvino', 'executorch': 'executorch', 'coreml': 'coremltools', 'ncnn': 'ncnn',
     'litert': 'litert-torch', 'tensorrt': 'onnx', 'torchscript': 'torch', 'aoti': 'torch',
 }  # fmt: skip
+SIZE = 96  # of the matrix, which is to be seconds a cell
 MARKS = {
     name: (f'<!-- {name}: tools/deployment_table.py -->', f'<!-- end of {name} -->') for name in ('matrix', 'times')
 }
@@ -78,12 +79,12 @@ def main(argv: list[str] | None = None) -> None:
         PAGE.write_text(text, encoding='utf-8')
 
 
-def _deployable(name: str, target: str, features: bool = False) -> Deployable:
+def _deployable(name: str, target: str, features: bool = False, size: int | None = None) -> Deployable:
     torch.manual_seed(0)
     net = timm.create_model(name, exportable=True).eval()
     _spread(net)
     data = timm.data.resolve_model_data_config(net)
-    return prepare(net, data, name, dynamic=TARGETS[target].dynamic, features=features)
+    return prepare(net, data, name, size, dynamic=TARGETS[target].dynamic, features=features)
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ def _spread(net: torch.nn.Module) -> None:
 
 def _try(target: str, name: str, features: bool) -> dict[str, Any]:
     """What happened: the difference from eager mode, or that the file was written, or why not."""
-    deployable = _deployable(name, target, features)
+    deployable = _deployable(name, target, features, SIZE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f'net{TARGETS[target].suffix}')
         try:
