@@ -89,7 +89,9 @@ class LeanSelectiveKernel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inputs = [x] * self.num_branches
         if self.split_input:
-            inputs = x.split([x.shape[1] // self.num_branches] * self.num_branches, dim=1)
+            # Not split: ExecuTorch's XNNPACK takes a split's outputs for tensors of one batch size.
+            channels = x.shape[1] // self.num_branches
+            inputs = [x.narrow(1, m * channels, channels) for m in range(self.num_branches)]
         branches = []
         for i, path in enumerate(self.paths):
             branches.append(path(inputs[i]))

@@ -58,6 +58,8 @@ MARKS = {
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument('--run', nargs='+', choices=TARGET_NAMES, default=[], metavar='TARGET')
+    titles = [title for _, title, _ in NETWORKS]
+    parser.add_argument('--networks', nargs='+', choices=titles, default=titles, metavar='TITLE', help='of --run')
     parser.add_argument('--times', nargs='+', choices=['onnx', 'openvino'], default=[], metavar='TARGET')
     parser.add_argument('--write', action='store_true', help=f'the tables of {PAGE}')
     parser.add_argument('--repeats', type=int, default=15, help='of --times (default: 15)')
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     for target in (*args.run, *args.times):
         TARGETS[target].require()
     for target in args.run:
-        for name, title, features in NETWORKS:
+        for name, title, features in (row for row in NETWORKS if row[1] in args.networks):
             _note(args.results, 'matrix', target, title, _try(target, name, features))
     for target in args.times:
         for name, peers in PEERS:
