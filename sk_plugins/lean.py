@@ -133,7 +133,8 @@ class LeanShuffleUnit(ShuffleUnit):
         if self.down:
             x1, x2 = self.branch1(x), self.branch2(x)
         else:
-            x1, x2 = x.split([x.shape[1] // 2] * 2, dim=1)
+            half = x.shape[1] // 2
+            x1, x2 = x.narrow(1, 0, half), x.narrow(1, half, half)
             x2 = self.branch2(x2)
         both = torch.cat((x1, x2), dim=2)
         return both.reshape(both.shape[0], 2 * both.shape[1], -1, both.shape[3])
