@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +133,8 @@ def _time(target: str, name: str, peers: tuple[str, ...], repeats: int) -> dict[
 
 def _note(path: Path, table: str, target: str, title: str, found: dict[str, Any]) -> None:
     results = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {'matrix': {}, 'times': {}}
-    try:
-        of = version(PACKAGES[target])
-    except PackageNotFoundError:
-        of = '?'
+    package = PACKAGES[target]
+    of = torch.__version__ if package == 'torch' else version(package)
     found = {**found, 'version': of, 'torch': torch.__version__, 'date': datetime.date.today().isoformat()}
     if table == 'times':
         found['machine'] = f'{_cpu()}, 2 of {os.cpu_count()} cores'
