@@ -91,7 +91,7 @@ class LeanSelectiveKernel(nn.Module):
         inputs = [x] * self.num_branches
         if self.split_input:
             # Not split: ExecuTorch's XNNPACK takes a split's outputs for tensors of one batch size.
-            inputs = [x.narrow(1, m * self.channels, self.channels) for m in range(self.num_branches)]
+            inputs = [x[:, m * self.channels : (m + 1) * self.channels] for m in range(self.num_branches)]
         branches = []
         for i, path in enumerate(self.paths):
             branches.append(path(inputs[i]))
@@ -134,7 +134,7 @@ class LeanShuffleUnit(ShuffleUnit):
             x1, x2 = self.branch1(x), self.branch2(x)
         else:
             half = self.branch2[0].in_channels
-            x1, x2 = x.narrow(1, 0, half), x.narrow(1, half, half)
+            x1, x2 = x[:, :half], x[:, half:]
             x2 = self.branch2(x2)
         both = torch.cat((x1, x2), dim=2)
         return both.reshape(both.shape[0], 2 * both.shape[1], -1, both.shape[3])
