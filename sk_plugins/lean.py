@@ -73,6 +73,7 @@ class LeanSelectiveKernel(nn.Module):
         self.paths = sk.paths
         self.split_input = sk.split_input
         self.num_branches = len(sk.paths)
+        self.channels = sk.paths[0].conv.in_channels  # a number: tracers would compute with a shape's
         attn = sk.attn if self.num_branches > 1 else None  # the softmax of one is 1
         self.after = nn.Sequential()
         if getattr(sk, 'bn', None) is not None:  # norm_position='output'
@@ -89,7 +90,8 @@ class LeanSelectiveKernel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inputs = [x] * self.num_branches
         if self.split_input:
-            inputs = x.split([x.shape[1] // self.num_branches] * self.num_branches, dim=1)
+            # Not split: ExecuTorch's XNNPACK takes a split's outputs for tensors of one batch size.
+            inputs = [x[:, m * self.channels : (m + 1) * self.channels] for m in range(self.num_branches)]
         branches = []
         for i, path in enumerate(self.paths):
             branches.append(path(inputs[i]))
@@ -131,7 +133,8 @@ class LeanShuffleUnit(ShuffleUnit):
         if self.down:
             x1, x2 = self.branch1(x), self.branch2(x)
         else:
-            x1, x2 = x.split([x.shape[1] // 2] * 2, dim=1)
+            half = self.branch2[0].in_channels
+            x1, x2 = x[:, :half], x[:, half:]
             x2 = self.branch2(x2)
         both = torch.cat((x1, x2), dim=2)
         return both.reshape(both.shape[0], 2 * both.shape[1], -1, both.shape[3])

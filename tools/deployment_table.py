@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ PACKAGES = {
     'onnx': 'onnxruntime', 'openvino': 'openvino', 'executorch': 'executorch', 'coreml': 'coremltools', 'ncnn': 'ncnn',
     'litert': 'litert-torch', 'tensorrt': 'onnx', 'torchscript': 'torch', 'aoti': 'torch',
 }  # fmt: skip
+SIZE = 96  # of the matrix, which is to be seconds a cell
 MARKS = {
     name: (f'<!-- {name}: tools/deployment_table.py -->', f'<!-- end of {name} -->') for name in ('matrix', 'times')
 }
@@ -57,6 +58,8 @@ MARKS = {
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument('--run', nargs='+', choices=TARGET_NAMES, default=[], metavar='TARGET')
+    titles = [title for _, title, _ in NETWORKS]
+    parser.add_argument('--networks', nargs='+', choices=titles, default=titles, metavar='TITLE', help='of --run')
     parser.add_argument('--times', nargs='+', choices=['onnx', 'openvino'], default=[], metavar='TARGET')
     parser.add_argument('--write', action='store_true', help=f'the tables of {PAGE}')
     parser.add_argument('--repeats', type=int, default=15, help='of --times (default: 15)')
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     for target in (*args.run, *args.times):
         TARGETS[target].require()
     for target in args.run:
-        for name, title, features in NETWORKS:
+        for name, title, features in (row for row in NETWORKS if row[1] in args.networks):
             _note(args.results, 'matrix', target, title, _try(target, name, features))
     for target in args.times:
         for name, peers in PEERS:
@@ -78,12 +81,12 @@ def main(argv: list[str] | None = None) -> None:
         PAGE.write_text(text, encoding='utf-8')
 
 
-def _deployable(name: str, target: str, features: bool = False) -> Deployable:
+def _deployable(name: str, target: str, features: bool = False, size: int | None = None) -> Deployable:
     torch.manual_seed(0)
     net = timm.create_model(name, exportable=True).eval()
     _spread(net)
     data = timm.data.resolve_model_data_config(net)
-    return prepare(net, data, name, dynamic=TARGETS[target].dynamic, features=features)
+    return prepare(net, data, name, size, dynamic=TARGETS[target].dynamic, features=features)
 
 
 @torch.no_grad()
@@ -100,7 +103,7 @@ def _spread(net: torch.nn.Module) -> None:
 
 def _try(target: str, name: str, features: bool) -> dict[str, Any]:
     """What happened: the difference from eager mode, or that the file was written, or why not."""
-    deployable = _deployable(name, target, features)
+    deployable = _deployable(name, target, features, SIZE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f'net{TARGETS[target].suffix}')
         try:
@@ -130,10 +133,8 @@ def _time(target: str, name: str, peers: tuple[str, ...], repeats: int) -> dict[
 
 def _note(path: Path, table: str, target: str, title: str, found: dict[str, Any]) -> None:
     results = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {'matrix': {}, 'times': {}}
-    try:
-        of = version(PACKAGES[target])
-    except PackageNotFoundError:
-        of = '?'
+    package = PACKAGES[target]
+    of = torch.__version__ if package == 'torch' else version(package)
     found = {**found, 'version': of, 'torch': torch.__version__, 'date': datetime.date.today().isoformat()}
     if table == 'times':
         found['machine'] = f'{_cpu()}, 2 of {os.cpu_count()} cores'

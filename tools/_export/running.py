@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,26 +17,32 @@ TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def difference(deployable: Deployable, run: Callable) -> float:
+def difference(deployable: Deployable, run: Callable, images: Sequence[torch.Tensor] | None = None) -> float:
     """The largest difference of a file's outputs from eager mode's, relative to the largest output.
+
+    Args:
+        deployable: the network.
+        run: the file.
+        images: inputs; random ones of every shape in ``deployable.shapes()`` where None.
 
     Raises:
         ValueError: the runtime cannot run the file, or its outputs have another shape.
     """
     largest = 0.0
-    for batch, height, width in deployable.shapes():
-        images = deployable.random(batch, height, width)
-        expected = deployable.reference(images)
+    if images is None:
+        images = [deployable.random(*shape) for shape in deployable.shapes()]
+    for image in images:
+        expected = deployable.reference(image)
         expected = [expected] if isinstance(expected, torch.Tensor) else list(expected)
         try:
-            found = run(images)
+            found = run(image)
         except Exception as error:  # each runtime's own kinds
             raise ValueError(
-                f'--check: cannot run the file for images of {tuple(images.shape)}: {first_lines(error)}'
+                f'--check: cannot run the file for images of {tuple(image.shape)}: {first_lines(error)}'
             ) from error
         if [tuple(f.shape) for f in found] != [tuple(e.shape) for e in expected]:
             raise ValueError(
-                f'--check: for images of {tuple(images.shape)} the file gives {[tuple(f.shape) for f in found]}, and '
+                f'--check: for images of {tuple(image.shape)} the file gives {[tuple(f.shape) for f in found]}, and '
                 f'the network {[tuple(e.shape) for e in expected]}'
             )
         for f, e in zip(found, expected):
