@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -120,17 +119,3 @@ def imagenet_run(train, imagenet, tmp_path_factory):
     options += ['train_dataloader.dataset.pipeline.1.scale=64']
     options += ['val_dataloader.dataset.pipeline.1.scale=73', 'val_dataloader.dataset.pipeline.2.crop_size=64']
     return train('configs/sknet26_in1k.py', tmp_path_factory.mktemp('sknet26_in1k'), *options)
-
-
-@pytest.fixture
-def reads_checkpoints(request):
-    """Marks what reads a training checkpoint through mmengine as failing where mmengine can't."""
-    import mmengine
-    import torch
-
-    version, torch_version = ([int(v) for v in m.__version__.split('+')[0].split('.')[:3]] for m in (mmengine, torch))
-    if version <= [0, 10, 7] and torch_version >= [2, 6]:
-        reason = 'mmengine 0.10.7: torch.load refuses its training checkpoints since torch 2.6 (UnpicklingError)'
-        # A command that fails is an AssertionError here.
-        raises = (pickle.UnpicklingError, AssertionError)
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=raises, strict=True))

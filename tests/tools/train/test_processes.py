@@ -72,7 +72,7 @@ def test_two_processes(distributed_run):
 
 
 @pytest.mark.slow
-def test_two_processes_resume(reads_checkpoints, dist_train, distributed_run, tmp_path):
+def test_two_processes_resume(dist_train, distributed_run, tmp_path):
     path = distributed_run / 'epoch_1.pth'
     dist_train(tmp_path, 2, '--resume', path)
     assert_sane(tmp_path, epoch=2, iteration=6)

@@ -207,7 +207,7 @@ def test_two_epochs(digits_run):
 
 
 @pytest.mark.parametrize('how', ['auto', pytest.param('path', marks=pytest.mark.slow)])
-def test_resume(reads_checkpoints, train, short_digits, digits_run, tmp_path, how):
+def test_resume(train, short_digits, digits_run, tmp_path, how):
     if how == 'auto':
         work_dir = copy_run(digits_run, tmp_path / 'run')
         arguments = ['--resume']
