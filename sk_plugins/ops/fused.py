@@ -24,7 +24,7 @@ def norm_act(
     relu: bool = True,
     shortcut: Tensor | None = None,
 ) -> Tensor:
-    """act(sum_m norm_m(conv_m(x_m)) + shortcut), (B, C, H, W); running statistics as ``nn.BatchNorm2d`` updates them.
+    """act(sum_m norm_m(conv_m(x_m)) + shortcut), (B, C, H, W); the norms are updated as ``nn.BatchNorm2d`` does.
 
     Args:
         engine: ``gpu``.
@@ -81,7 +81,7 @@ def norm_relu_select(
         engine: ``cpu``, ``gpu`` or ``operators``.
         xs: every branch's input, M times (B, C', H', W').
         convs: every branch's convolution.
-        norms: every branch's norm; running statistics are updated as ``nn.BatchNorm2d`` does.
+        norms: every branch's norm; they are updated as ``nn.BatchNorm2d`` does.
         attention: W of Eq. 3, its norm, and A of Eq. 5; None for the branches' plain sum.
     """
     first, num = norms[0], len(norms)
@@ -110,8 +110,6 @@ def norm_relu_select(
     spec = BranchSpec(engine, num, attention is not None, batch, first.momentum, first.eps, updated)
     branches = Branches(ys, weights, biases, means, variances, of_attention)
     if engine is operators:
-        if batch:
-            private.add_one([norm._buffers['num_batches_tracked'] for norm in every])
         return operators.apply(spec, branches)
     if torch.is_grad_enabled():
         return NormReluSelect.apply(spec, *spec.flatten(branches))
@@ -141,5 +139,11 @@ def _folded(ys: list[Tensor], convs: Sequence[nn.Conv2d], attention: tuple | Non
 
 
 def _running(norms: Sequence[nn.BatchNorm2d]) -> list[tuple[Tensor, Tensor]]:
-    """The running statistics to update. The gate counts the batch."""
-    return [(norm._buffers['running_mean'], norm._buffers['running_var']) for norm in norms]
+    """The running statistics to update, after the count of batches, as ``nn.BatchNorm2d`` has it."""
+    counts, running = [], []
+    for norm in norms:
+        buffers = norm._buffers
+        counts.append(buffers['num_batches_tracked'])
+        running.append((buffers['running_mean'], buffers['running_var']))
+    private.add_one(counts)
+    return running

@@ -25,7 +25,6 @@ _HOOKS = itemgetter(*private.HOOKS)
 _CHILDREN, _PARAMETERS, _BUFFERS = itemgetter('_modules'), itemgetter('_parameters'), itemgetter('_buffers')
 _TRAINING, _BACKEND, _PADDING = itemgetter('training'), itemgetter('backend'), itemgetter('padding_mode')
 _NORM = itemgetter('training', 'momentum', 'eps', 'track_running_stats', 'affine')
-_COUNT = itemgetter('num_batches_tracked')
 _CALLS = attrgetter('forward', '__call__')
 _TENSORS = {nn.Parameter, Tensor, type(None)}
 _known = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Softmax, nn.Sequential, nn.AvgPool2d]
@@ -59,8 +58,7 @@ def has_parts(module: nn.Module, **kinds: type | tuple[type, ...]) -> bool:
 class Fusable(nn.Module):
     """A module that an engine may compute in one go, in place of ``forward``.
 
-    A subclass has ``forward(x)``, ``parts(folded)`` and ``fuse_forward(engine, x, parts)``, after which the gate
-    adds one to every norm's count of batches.
+    A subclass has ``forward(x)``, ``parts(folded)`` and ``fuse_forward(engine, x, parts)``.
 
     Attributes:
         backend: one of ``BACKENDS``.
@@ -92,11 +90,7 @@ class Fusable(nn.Module):
             self.__dict__['_way'] = 'plain'
             return super().__call__(x, *args, **kwargs)
         self.__dict__['_way'] = engine.NAME
-        plan = self._plan
-        y = self.fuse_forward(engine, x, plan.parts)
-        if plan.norms and plan.norms[0]['training']:  # as all of them are; one launch counts for the whole unit
-            private.add_one(list(map(_COUNT, map(_BUFFERS, plan.norms))))
-        return y
+        return self.fuse_forward(engine, x, self._plan.parts)
 
     def parts(self, folded: bool) -> tuple | None:
         """The modules that ``fuse_forward`` computes with, looked up once; None where they are not what it computes.
