@@ -34,15 +34,7 @@ from sk_plugins.openmmlab.datasets import Digits
 from sk_plugins.openmmlab.runtime.configs import ConfigError
 from sk_plugins.openmmlab.runtime.images import LoadSoundImage, SkipUnreadable, UnreadableImageError, skip_unreadable
 
-
-@pytest.fixture(scope='module', autouse=True)
-def _no_wait_for_workers():
-    """A loader whose worker has raised waits five seconds for each of them when it is collected, in some later test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.utils.data._utils, 'MP_STATUS_CHECK_INTERVAL', 0.1)
-        yield
-
-
+pytestmark = pytest.mark.usefixtures('no_wait_for_workers')
 HEIGHT, WIDTH = 48, 64
 y, x = np.mgrid[:HEIGHT, :WIDTH]
 COLOURS = np.stack([x * 4, y * 5, 255 - 2 * x - 2 * y], axis=-1).clip(0, 255).astype(np.uint8)  # RGB

@@ -57,6 +57,7 @@ def test_what_is_printed(finetune, colours, small, tmp_path, monkeypatch, capsys
     assert metrics == json.loads((tmp_path / 'work_dirs/colours/report/metrics.json').read_text())
 
 
+@pytest.mark.slow
 def test_nothing_else_is_printed(command, colours, small, tmp_path):
     """In a process of its own, with all that its imports say."""
     tools = [sys.executable, '-m', 'sk_plugins']
