@@ -17,7 +17,6 @@ pytest.importorskip('mmpretrain')
 
 import cv2
 import mmcv
-import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.dataset import Compose, ConcatDataset, RepeatDataset
