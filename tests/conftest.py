@@ -61,6 +61,14 @@ def _no_scope_is_left():
         module.DefaultScope._instance_dict.clear()
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _threads_are_as_before():
+    """A tool that is given ``--threads`` leaves that many to its process, in which the next file would run."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='session', autouse=True)
 def yapf_format():
     """yapf's FormatCode, which no config goes through meanwhile: it is half of the time that a short run takes."""
