@@ -579,8 +579,10 @@ def launch(
             launched.append((kernel, grid, tensors, numbers, constants))
         return
     key = kernel.fn, device, grid, *numbers, *constants.values(), *map(_dtype, tensors)
-    launcher = _launchers.get(key) or _prepare(key, kernel, grid, tensors, numbers, constants)
+    launcher = _launchers.get(key)
     if launcher is None:
+        launcher = _launchers[key] = _prepare(kernel, grid, tensors, numbers, constants)
+    if not launcher:
         kernel[grid](*tensors, *numbers, **constants)
         return
     run, x, y, stream, function, packed, rest, _ = launcher
@@ -612,28 +614,26 @@ def compile_launched(function: Callable[[], object], device: torch.device) -> No
 
 
 def _prepare(
-    key: tuple,
     kernel: Any,
     grid: tuple[int, ...],
     tensors: Sequence[Tensor],
     numbers: Sequence[float],
     constants: dict[str, Any],
-) -> tuple | None:
-    """``_launchers[key]``, made; None where Triton is not as it is known, and its own launch is to be taken."""
-    compiled = kernel.warmup(*tensors, *numbers, grid=grid, **constants)
+) -> tuple:
+    """A launcher; empty where Triton is not as it is known, or the GPU of another kind: its own launch is taken."""
+    if len(_launchers) >= _MOST_LAUNCHERS:
+        _launchers.clear()
     driver = triton.runtime.driver.active
     try:
         if driver.get_current_target().backend != 'cuda':
-            return None
+            return ()
+        compiled = kernel.warmup(*tensors, *numbers, grid=grid, **constants)
         launcher = compiled.run, *grid, *[1] * (2 - len(grid)), driver.get_current_stream
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         launcher += compiled.function, compiled.packed_metadata, (*numbers, *map(constants.__getitem__, names))
     except (AttributeError, KeyError):
-        return None
-    if len(_launchers) >= _MOST_LAUNCHERS:
-        _launchers.clear()
-    _launchers[key] = launcher = *launcher, compiled  # which is unloaded once nobody has it
-    return launcher
+        return ()
+    return *launcher, compiled  # which is unloaded once nobody has it
 
 
 def statistics(

@@ -13,7 +13,7 @@ from torch import nn
 from sk_plugins.ops import ways
 
 # A unit's sums have some thousand terms, and a norm of few values magnifies an error.
-CLOSE = bounds(torch.float64, length=10_000, gain=100)
+CLOSE = bounds(torch.float64, length=10_000, gain=10)
 each_setting = pytest.mark.parametrize('kwargs', SETTINGS.values(), ids=SETTINGS.keys())
 
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -300,6 +301,23 @@ def test_unaligned_maps_are_left_to_triton(started):
     aligned, unaligned = started
     assert [type(call[9]) for call in started] == [int, torch.Tensor]
     assert aligned[4] == unaligned[4]  # one function's name; two binaries
+
+
+def test_gpus_of_other_kinds_are_left_to_triton_and_asked_once(started, monkeypatch):
+    kernel = gpu.kernels._norm_act_kernel
+    constants = dict(RELU=True, HAS_SHORTCUT=False, NORM='running', M=1, BLOCK_HW=16, BLOCK_C=32, WIDE=False)
+    asked = []
+
+    def get_current_target(self):
+        asked.append(1)
+        return SimpleNamespace(backend='hip')
+
+    kernel.warmup(*aligned_maps(12), 1e-5, 32, 16, 32, 1, 1, grid=(2,), **constants, num_warps=8)
+    monkeypatch.setattr(H100, 'get_current_target', get_current_target)
+    for _ in range(3):
+        gpu.kernels.launch(kernel, (2,), aligned_maps(12), [1e-5, 32, 16, 32, 1, 1], **constants, num_warps=8)
+    assert [type(call[9]) for call in started] == [torch.Tensor] * 3
+    assert len(asked) == 1
 
 
 def test_the_launchers_kept_are_not_endless(started, monkeypatch):

@@ -173,7 +173,8 @@ def test_verify_takes_the_rows_device_and_threads(tool, tmp_path, monkeypatch):
 def test_verify_finds_a_difference(tool, finished, garments, tmp_path):
     found = read_rows(finished / 'out' / 'runs.jsonl')[0]
     append_row(tmp_path / 'runs.jsonl', {**found, 'loss': found['loss'] + 1e-6})
-    with pytest.raises(ValueError, match=r'--verify k3 0: loss differ; the row was made on .* with \d+ threads'):
+    made = rf'the row was made on .* with {found["threads"]} threads and torch .*, this on .* with 1 and torch'
+    with pytest.raises(ValueError, match=f'--verify k3 0: loss differ; {made}'):
         tool.main(['--out', str(tmp_path), '--data', garments, '--threads', '1', '--verify', 'k3', '0'])
     with pytest.raises(ValueError, match=r'--verify k5 0: .*runs\.jsonl has no such run'):
         tool.main(['--out', str(tmp_path), '--data', garments, '--verify', 'k5', '0'])
