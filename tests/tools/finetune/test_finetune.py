@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -260,18 +259,23 @@ def test_two_starts_at_once(finetune, colours, small, tmp_path, before_training)
 
     work_dir = tmp_path / 'a' / 'run'
     words = [str(colours), *small, '--from-scratch', '--work-dir', str(work_dir)]
-    with lock(work_dir):
-        other = f'{os.getppid()} {socket.gethostname()}'
-        (work_dir / LOCK).write_text(other)
-        with pytest.raises(FileExistsError, match=rf'run: a run is at work there, process {os.getppid()} on .*{LOCK}'):
+    held = 'import os, sys; from pathlib import Path; from _finetune.lock import lock; lock = lock(Path(sys.argv[1])); '
+    held += 'lock.__enter__(); print(os.getpid(), flush=True); sys.stdin.read()'
+    tools = {**os.environ, 'PYTHONPATH': str(Path(settings.__file__).parents[1])}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, '-c', held, str(work_dir)], env=tools, **pipes) as other:
+        pid = other.stdout.readline().strip()
+        with pytest.raises(FileExistsError, match=rf'run: a run is at work there, process {pid} on .*{LOCK}'):
             finetune(words)
-        assert (work_dir / LOCK).read_text() == other
         assert [path.name for path in work_dir.iterdir()] == [LOCK]
-        (work_dir / LOCK).write_text('1 another-machine')
-        with pytest.raises(FileExistsError, match='process 1 on another-machine'):
-            finetune(words)
-    done = subprocess.run([sys.executable, '-c', 'import os; print(os.getpid())'], capture_output=True, text=True)
-    (work_dir / LOCK).write_text(f'{done.stdout.strip()} {socket.gethostname()}')  # of a dead process
+        other.kill()  # which leaves its lock behind
+    assert (work_dir / LOCK).is_file()
+    with lock(work_dir), pytest.raises(FileExistsError, match=f'process {os.getpid()} '):
+        finetune(words)
+    (work_dir / LOCK).write_text('1\nanother-machine\n')
+    with pytest.raises(FileExistsError, match='process 1 on another-machine'):
+        finetune(words)
+    (work_dir / LOCK).unlink()
     with pytest.raises(ValueError, match='enough'):
         finetune(words)
     assert (work_dir / 'config.py').is_file()
