@@ -10,7 +10,6 @@ import re
 import subprocess
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -304,20 +303,24 @@ def test_unaligned_maps_are_left_to_triton(started):
 
 
 def test_gpus_of_other_kinds_are_left_to_triton_and_asked_once(started, monkeypatch):
+    from triton.backends.compiler import GPUTarget
+
     kernel = gpu.kernels._norm_act_kernel
     constants = dict(RELU=True, HAS_SHORTCUT=False, NORM='running', M=1, BLOCK_HW=16, BLOCK_C=32, WIDE=False)
-    asked = []
+    asked, counts = [], []
 
     def get_current_target(self):
         asked.append(1)
-        return SimpleNamespace(backend='hip')
+        return GPUTarget('hip', 'gfx942', 64)
 
     kernel.warmup(*aligned_maps(12), 1e-5, 32, 16, 32, 1, 1, grid=(2,), **constants, num_warps=8)
     monkeypatch.setattr(H100, 'get_current_target', get_current_target)
     for _ in range(3):
         gpu.kernels.launch(kernel, (2,), aligned_maps(12), [1e-5, 32, 16, 32, 1, 1], **constants, num_warps=8)
+        counts.append(len(asked))
     assert [type(call[9]) for call in started] == [torch.Tensor] * 3
-    assert len(asked) == 1
+    assert counts[0] >= 1  # Triton 3.6 asks for itself when it loads a kernel
+    assert counts == counts[:1] * 3
 
 
 def test_the_launchers_kept_are_not_endless(started, monkeypatch):
