@@ -1,4 +1,7 @@
-"""Every snippet and command of README.md and docs/ is run as it stands, but for what ``shorten`` says it shortens."""
+"""Every snippet and command of README.md and docs/ is run as it stands, but for what ``shorten`` says it shortens.
+
+Those of the pages that are read first run by default, the others among the slow tests.
+"""
 
 import io
 import logging
@@ -16,6 +19,7 @@ import pytest
 import timm
 import torch
 from helpers.hub_server import HubServer
+from helpers.kinds import quick
 from helpers.simclr import as_file
 from helpers.snippets import Interpreter
 from helpers.third_party_networks import SKNet
@@ -70,6 +74,7 @@ SHELL = [line for line in LINES if not line.startswith(tuple(ELSEWHERE)) and lin
 LOADING = [code for code in PYTHON if 'local-dir:' in code]
 FLOWERS = [code for code in PYTHON if code.startswith('# sknet50_flowers.py')]
 FINE_TUNING = [code for code in PYTHON if code.startswith('# fine_tune.py')]
+FIRST_READ = PAGES['README.md'] + PAGES['docs/getting_started.md']
 STANDALONE = [code for code in PYTHON if code.startswith(('import', 'from')) and code not in LOADING]
 CONFIGS = [code for code in PYTHON if code.startswith('custom_imports')]
 HOOKS = [code for code in PYTHON if code.startswith('custom_hooks')]
@@ -236,7 +241,7 @@ def test_scenes_commands():
         assert name in test
 
 
-@pytest.mark.parametrize('code', STANDALONE)
+@pytest.mark.parametrize('code', quick(STANDALONE, [code for code in STANDALONE if code in FIRST_READ]))
 def test_python_snippet_runs(code, run_python, tmp_path):
     for name in ('mmpretrain', 'segmentation_models_pytorch', 'transformers', 'tensorboard'):
         if name in code:

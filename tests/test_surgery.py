@@ -108,8 +108,14 @@ def test_outputs_are_equal(make, changes, added):
     assert report.parameters == added == count(model) - before
 
 
-# The others of these shapes are ResNeXts too.
-LONG = ('timm resnet50', 'torchvision resnext50_32x4d', 'mmpretrain ResNeXt')
+# One of every shape by default: others of these are ResNets, ResNeXts and deep ones too.
+LONG = (
+    'timm resnet50',
+    'torchvision resnext50_32x4d',
+    'torchvision densenet121',
+    'mmpretrain ResNeXt',
+    'mmpretrain RepVGG',
+)
 
 
 @pytest.mark.parametrize(

@@ -28,15 +28,14 @@ KINDS = [
     'skshufflenetv2_x0_5',
 ]
 
-each_model = pytest.mark.parametrize('name', one_of_each(NAMES))
-# Narrow, the names of one kind are one network.
-each_narrow_model = pytest.mark.parametrize('name', one_of_each(NAMES))
-
-each_kind = pytest.mark.parametrize('name', KINDS)
+# Each branch of the networks' code once; the other kinds put the same parts together anew.
+BRANCHES_OF_CODE = ['sknet26', 'seresnext29_16x32d', 'skresnet50x1_simclr', 'shufflenetv2_x0_5', 'skshufflenetv2_x0_5']
+each_kind = pytest.mark.parametrize('name', quick(KINDS, BRANCHES_OF_CODE))
 # Where a kind takes seconds: one of either class by default.
 each_slow_kind = pytest.mark.parametrize('name', quick(KINDS, ['sknet26', 'skshufflenetv2_x0_5']))
-# For tools whose time goes by the size of the graph: each branch of the networks' code once.
-BRANCHES_OF_CODE = ['sknet26', 'seresnext29_16x32d', 'skresnet50x1_simclr', 'shufflenetv2_x0_5', 'skshufflenetv2_x0_5']
+each_model = pytest.mark.parametrize('name', one_of_each(NAMES))
+# Narrow, the names of one kind are one network.
+each_narrow_model = pytest.mark.parametrize('name', quick(NAMES, BRANCHES_OF_CODE))
 
 # A network in which what is tested does not depend on the width takes a tenth of the time.
 NARROW = dict(channels=(16, 32, 64, 128), cardinality=8, base_width=16, num_classes=10)
