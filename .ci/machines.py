@@ -21,6 +21,7 @@ TESTS = ('tests/ops', 'tests/layers', 'tests/networks', 'tests/timm_models', 'te
 CHOSEN = (
     'not compile and not export and not onnx and not meta and not save_for_hf and not published and not shufflenet_file'
 )
+HEAD = ('ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'threads', 'passed', 'failed', 'skipped', 'time')
 CAPABILITY = 'import torch; print(torch.backends.cpu.get_cpu_capability())'
 
 
@@ -51,11 +52,9 @@ def main() -> int:
         counts = run(aten, onednn, threads)
         ok = ok and counts.ok
         lines.append((aten or 'unset', onednn or 'unset', str(threads), *counts.cells()))
-    head = ('ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'threads', 'passed', 'failed', 'skipped', 'time')
-    text = table(head, lines)
-    print(f'\n{text}')
-    if args.write:
-        write('machines', text)
+        if args.write:  # what there is, lest an hour be lost
+            write('machines', table(HEAD, lines))
+    print(f'\n{table(HEAD, lines)}')
     return 0 if ok else 1
 
 
