@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from helpers.kinds import quick
-from helpers.narrow_models import LARGE
+from helpers.narrow_models import BRANCHES_OF_CODE, LARGE
 from helpers.randomised import randomise
 from timm.models import FeatureGraphNet, get_notrace_functions, get_notrace_modules
 
@@ -83,7 +83,10 @@ def test_at_224(name):
 @pytest.mark.parametrize(
     ('name', 'batch', 'size', 'memory_format'),
     [
-        *((name, 3, 65, torch.channels_last) for name in NARROW),
+        *(
+            pytest.param(name, 3, 65, torch.channels_last, marks=[pytest.mark.slow] * (name not in BRANCHES_OF_CODE))
+            for name in NARROW
+        ),
         *((name, 4, 64, torch.contiguous_format) for name in ('sknet26', 'skshufflenetv2_x0_5')),
         ('sknet26', 1, 96, torch.channels_last),
     ],

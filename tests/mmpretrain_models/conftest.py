@@ -8,13 +8,22 @@ import torch
 from helpers.backbone_cases import ALL_CASES, CASES, make_timm, weights
 from helpers.randomised import randomise
 
+# One of each branch of the code by default: the others put the same parts together.
+OTHERS = {'SKResNeXt', 'SKNet-29', 'SKNet-29-plain', 'SKResNet-50d', 'SKShuffleNetV2-se'}
 
-@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+
+def each(cases):
+    return [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if name in OTHERS else []) for name, case in cases.items()
+    ]
+
+
+@pytest.fixture(params=each(CASES))
 def case(request):
     return request.param
 
 
-@pytest.fixture(params=ALL_CASES.values(), ids=ALL_CASES.keys())
+@pytest.fixture(params=each(ALL_CASES))
 def any_case(request):
     return request.param
 
