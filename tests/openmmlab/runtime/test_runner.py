@@ -97,6 +97,7 @@ def test_by_the_projects_tools(config, tmp_path):
 
 def test_a_wrong_config(config, tmp_path):
     cfg = Config.fromfile(config)
-    cfg.merge_from_dict({'work_dir': str(tmp_path / 'run'), 'model.backbone.depth': 51})
+    changes = {'work_dir': str(tmp_path / 'run'), 'experiment_name': tmp_path.name, 'model.backbone.depth': 51}
+    cfg.merge_from_dict(changes)
     with pytest.raises(ConfigError, match=r'^model\.backbone: depth=51 is unknown: choose one of 26, 29, 50, 101$'):
         RUNNERS.build(cfg)
