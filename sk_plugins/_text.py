@@ -4,7 +4,12 @@ import difflib
 import textwrap
 from collections.abc import Iterable, Mapping
 
-__all__ = ['first_lines', 'nearest', 'several']
+__all__ = ['counted', 'first_lines', 'nearest', 'several']
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 image', '2 images', '0 processes'."""
+    return f'{number} {noun}{"" if number == 1 else "es" if noun.endswith("s") else "s"}'
 
 
 def first_lines(error: Exception, lines: int = 2, width: int = 200) -> str:

@@ -35,6 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--img-size': '; it is called --size',
         '--batch': '; it is called --batch-size',
         '--pretrained': ': the published weights are the default; --weights names others',
+        '--engine': ': the engine is mmengine; docs/own_images.md has a loop with timm alone',
     }
     parser = Parser(description=__doc__, hints=hints)
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='of images, or a list of images and labels')

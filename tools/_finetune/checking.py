@@ -19,7 +19,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.structures import DataSample
 from tqdm import tqdm
 
-from sk_plugins._text import first_lines, several
+from sk_plugins._text import counted, first_lines, several
 from sk_plugins.openmmlab.runtime.images import LoadSoundImage, UnreadableImageError
 
 from .data import ImageSet, Item
@@ -93,7 +93,7 @@ def check_images(images: ImageSet, progress: bool = True) -> tuple[ImageSet, Fac
         said = several((f'{one.item.path} ({one.fault})' for one in broken), between='; ')
         if len(broken) > MOST_UNREADABLE * len(every):
             raise ValueError(f'{images.source}: {len(broken)} of {len(every)} images cannot be read: {said}')
-        notes.append(f'{len(broken)} images cannot be read and are left out: {said}')
+        notes.append(f'left out, since unreadable: {counted(len(broken), "image")}: {said}')
         gone = {one.item for one in broken}
         images = replace(
             images,
@@ -109,7 +109,7 @@ def check_images(images: ImageSet, progress: bool = True) -> tuple[ImageSet, Fac
     twins = _find_twins(good)
     different = [f'{one.path} and {other.path}' for one, other in twins if one.labels != other.labels]
     if different:
-        notes.append(f'{len(different)} images are there twice with different labels: {several(different)}')
+        notes.append(f'twice there with different labels: {counted(len(different), "image")}: {several(different)}')
     training = set(images.train)
     of_train = [one for one in good if one.item in training]
     mean = np.mean([one.mean for one in of_train], axis=0)
@@ -136,7 +136,9 @@ def find_leaks(images: ImageSet, facts: Facts) -> list[str]:
     leaks = [f'{a.path} and {b.path}' for a, b in facts.twins if (a in held_out) != (b in held_out)]
     if not leaks:
         return []
-    return [f'{len(leaks)} images are in training and in validation, which flatters the score: {several(leaks)}']
+    return [
+        f'in training and in validation, which flatters the score: {counted(len(leaks), "image")}: {several(leaks)}'
+    ]
 
 
 def check_disk(folder: Path, parameters: int, copies: int) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sk_plugins._text import nearest, several
+from sk_plugins._text import counted, nearest, several
 
 __all__ = ['SUFFIXES', 'ImageSet', 'Item', 'read', 'split']
 
@@ -123,6 +123,8 @@ def _read_folder(root: Path) -> ImageSet:
                 f'{root}: has {", ".join(path.name for path in found)} {said}: expected train/ and val/, each with a '
                 'folder for each class, or class folders alone'
             )
+        if len(folders) == 1 and any(path.name.lower() in SPLITS['train'] for path in _folders(folders[0])):
+            raise ValueError(f'{root}: has the folder {folders[0].name} alone, which has the splits: name {folders[0]}')
         classes, items, notes = _read_classes(root, root)
         return ImageSet(root, root, classes, items, notes=notes)
     ((train, *_), vals) = splits['train'], splits['val']
@@ -158,7 +160,7 @@ def _read_classes(root: Path, folder: Path) -> tuple[tuple[str, ...], tuple[Item
         raise ValueError(f'{folder / empty[0]}: no images in this class folder; fill it or remove it')
     notes = []
     if loose:
-        notes.append(f'{len(loose)} images of {folder} are in no class folder and are not used')
+        notes.append(f'not used, since in no class folder: {counted(len(loose), "image")} of {folder}')
     if others := _other_files(*folders):
         notes.append(f'other files are not used: {others}')
     items = tuple(Item(path.relative_to(root).as_posix(), (name,)) for name, paths in images.items() for path in paths)
@@ -213,7 +215,7 @@ def _read_list(path: Path) -> ImageSet:
         known = 'train' if kind is None else next((k for k, names in SPLITS.items() if kind.lower() in names), None)
         if known is None:
             raise ValueError(f'{path}: row {number}: the split {kind!r} is neither train nor val')
-        items[known].append((number, image, labels))
+        items[known].append((number, _with_slashes(path.parent, image), labels))
     every = [*items['train'], *items['val']]
     if not every:
         raise ValueError(f'{path}: lists no images')
@@ -247,6 +249,11 @@ def _read_list(path: Path) -> ImageSet:
         *(tuple(Item(image, labels) for _, image, labels in items[kind]) for kind in ('train', 'val')),
         multi_label,
     )
+
+
+def _with_slashes(folder: Path, image: str) -> str:
+    """The path of an image in a list that Windows may have written."""
+    return image if '\\' not in image or (folder / image).is_file() else image.replace('\\', '/')
 
 
 _Row = tuple[int, str, tuple[str, ...], str | None]
@@ -367,7 +374,7 @@ def _check(found: ImageSet) -> ImageSet:
             where = ' to train on' if found.val else ''
             raise ValueError(
                 f'{found.source}: the class {name!r} has {counts[name] or "no"} image{"" if counts[name] == 1 else "s"}'
-                f'{where}: at least {least}'
+                f'{where}{"" if counts[name] else nearest(name, counts)}: at least {least}'
                 + (' are needed, one to train on and one to measure by' if least == 2 else ' is needed')
             )
     notes = list(found.notes)

@@ -18,7 +18,7 @@ from mmengine.runner import CheckpointLoader
 import sk_plugins.mmpretrain_models  # noqa: F401
 from sk_plugins import zoo
 from sk_plugins._resources import find_config
-from sk_plugins._text import nearest
+from sk_plugins._text import counted, nearest
 from sk_plugins.openmmlab.runtime import loading  # noqa: F401
 from sk_plugins.weights import CheckpointError, HubError, load_checkpoint, timm_arguments
 from sk_plugins.weights.fit import COUNTER
@@ -135,8 +135,9 @@ def _of_config(name: str, known: Mapping[str, Any], weights: str | None) -> tupl
     try:
         path = find_config(name)
     except FileNotFoundError as error:
+        hub = '; weights of the Hub go with --weights' if name.startswith(('hf-hub:', 'hf_hub:')) else ''
         raise ValueError(
-            f'--model {name}: neither a network of this project nor a config{nearest(name, known)}'
+            f'--model {name}: neither a network of this project nor a config{hub or nearest(name, known)}'
         ) from error
     if path.suffix not in ('.py', '.json', '.yml', '.yaml'):
         raise ValueError(f'--model {name}: is no config; a checkpoint to start from goes with --weights')
@@ -270,8 +271,10 @@ def choose_recipe(images: ImageSet, facts: Facts, network: Network, device: str,
     given = {key: value for key, value in given.items() if value is not None}
     own = network.preprocessing
     published_size = own.get('input_size', (3, 224, 224))[-1]
-    # Small images gain nothing from being blown up further, and cost as much.
-    size = given.get('size') or max(64, min(published_size, 32 * math.ceil(2 * facts.side / 32)))
+    # Small images gain nothing from being blown up further, and cost as much. A stem for small images takes them as
+    # they are.
+    larger = 1 if network.backbone.get('small_stem') else 2
+    size = given.get('size') or max(32 * larger, min(published_size, 32 * math.ceil(larger * facts.side / 32)))
     batch = given.get('batch_size') or _batch(len(images.train))
     pretrained = network.source is not None
     steps = math.ceil(len(images.train) / batch)
@@ -333,18 +336,19 @@ def describe(
     time = '' if step_s is None else f', about {say_time(1.3 * step_s * steps * recipe.epochs)} for all of them'
     mirrored = 'mirrored at random' if recipe.flip else 'not mirrored'
     score = 'mAP' if images.multi_label else f'top-1 (top-{" and top-".join(map(str, recipe.topk))} reported)'
-    on = {'cpu': f'CPU, {torch.get_num_threads()} threads'}.get(recipe.device) or torch.cuda.get_device_name()
+    on = {'cpu': f'CPU, {counted(torch.get_num_threads(), "thread")}'}.get(recipe.device) or torch.cuda.get_device_name()
     return [
         f'images    {len(images.train)} to train on, {len(images.val)} held out; {len(images.classes)} {kind}, '
-        f'{counts[0] if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"} images each',
+        f'{"" if counts[0] == counts[-1] else f"{counts[0]} to "}{counted(counts[-1], "image")} each',
         f'model     {network.name}, {network.parameters / 1e6:.1f}M parameters; {tensors}',
         f'input     {recipe.size} x {recipe.size} pixels (the images: {facts.side}), '
         f'{mirrored}, mean {_numbers(recipe.mean)}, std {_numbers(recipe.std)}',
         f'recipe    AdamW, learning rate {recipe.lr:g}{decay}, batch {recipe.batch}, '
         f'weight decay {recipe.weight_decay:g}',
-        f'length    {recipe.epochs} epochs of {steps} steps{time}; stops after {recipe.patience} epochs without a '
-        f'better {score}',
-        f'machine   {on}, {"mixed precision" if recipe.amp else "float32"}, {recipe.workers} processes read images',
+        f'length    {counted(recipe.epochs, "epoch")} of {counted(steps, "step")}{time}; stops after '
+        f'{counted(recipe.patience, "epoch")} without a better {score}',
+        f'machine   {on}, {"mixed precision" if recipe.amp else "float32"}, '
+        f'{counted(recipe.workers, "process") if recipe.workers else "no other process"} to read images',
     ]
 
 

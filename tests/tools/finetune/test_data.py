@@ -44,7 +44,7 @@ def test_class_folders(tmp_path, write_pictures):
     assert found.classes == ('blue', 'red')
     assert ('red/more/0.PNG', ('red',)) in pairs(found.train)
     assert [len(found.train), len(found.val), found.multi_label] == [5, 0, False]
-    assert f'1 images of {tmp_path} are in no class folder and are not used' in found.notes
+    assert f'not used, since in no class folder: 1 image of {tmp_path}' in found.notes
     assert 'other files are not used: 1 .txt' in found.notes
     assert 'few images to learn from: blue (2), red (3)' in found.notes
 
@@ -110,6 +110,7 @@ def test_image_folder_of_the_hub(tmp_path, write_pictures, where, ending):
         ('x.csv', 'image,label\na.png,cat\nb/c d.png,dog\ne.png,cat\nf.png,dog\n', CATS_AND_DOGS),
         ('x.csv', '\ufefflabel;path\ncat;a.png\ndog;b/c d.png\ncat;e.png\ndog;f.png\n', CATS_AND_DOGS),
         ('x.csv', 'a.png,cat\nb/c d.png,dog\ne.png,cat\nf.png,dog\n', CATS_AND_DOGS),
+        ('x.csv', 'path,label\na.png,cat\nb\\c d.png,dog\ne.png,cat\nf.png,dog\n', CATS_AND_DOGS),
         ('x.tsv', 'filename\tcategory\na.png\tcat\nb/c d.png\tdog\n\ne.png\tcat\nf.png\tdog\n', CATS_AND_DOGS),
         ('x.csv', 'image,cat,dog\na.png,1,0\nb/c d.png,0,1\ne.png,1,0\nf.png,0,1\n', CATS_AND_DOGS),
         ('x.json', json.dumps({path: labels[0] for path, labels in sorted(CATS_AND_DOGS)}), CATS_AND_DOGS),
@@ -198,9 +199,9 @@ def test_images_are_looked_at(tmp_path, write_pictures):
     (tmp_path / 'blue' / 'copy.png').write_bytes((tmp_path / 'red' / '1.png').read_bytes())
     found, facts = checking.check_images(data.read(tmp_path), progress=False)
     assert [len(found.train), facts.side, facts.grey] == [25, 24, False]
-    assert any(note.startswith('1 images cannot be read and are left out: red/broken.png (') for note in found.notes)
+    assert any(note.startswith('left out, since unreadable: 1 image: red/broken.png (') for note in found.notes)
     (twice,) = (note for note in found.notes if 'different labels' in note)
-    assert twice == '1 images are there twice with different labels: blue/copy.png and red/1.png'
+    assert twice == 'twice there with different labels: 1 image: blue/copy.png and red/1.png'
     mean_red, mean_green, mean_blue = facts.mean
     assert mean_red == pytest.approx((12 * 200 + 12 * 40 + 200) / 25, abs=3)
     assert mean_green == pytest.approx((12 * 40 + 12 * 60 + 40) / 25, abs=3)
@@ -227,8 +228,9 @@ def test_an_image_in_both_parts_of_the_tools_split_is_noted(tmp_path, write_pict
     held_out = {item.path for item in found.val}
     copies = [(f'red/{i}.png', f'red/copy{i}.png') for i in range(6)]
     leaked = [f'{a} and {b}' for a, b in copies if (a in held_out) != (b in held_out)]
-    assert note.startswith(f'{len(leaked)} images are in training and in validation, which flatters the score: ')
-    assert note.partition('score: ')[2].partition(', ')[0] in leaked
+    images = '1 image' if len(leaked) == 1 else f'{len(leaked)} images'
+    assert note.startswith(f'in training and in validation, which flatters the score: {images}: ')
+    assert note.partition(f'{images}: ')[2].partition(', ')[0] in leaked
 
 
 def test_split_of_many_images_and_classes(tmp_path):

@@ -28,6 +28,7 @@ def place(write_pictures, tmp_path_factory, narrow):
     write_pictures(root / 'odd' / 'train', dict(red=2))
     write_pictures(root / 'odd' / 'rest', dict(red=2))
     write_pictures(root / 'only_val' / 'val', dict(red=2, blue=2))
+    write_pictures(root / 'nested' / 'data' / 'train', dict(red=2, blue=2))
     (root / 'loose').mkdir()
     Image.new('RGB', (8, 8)).save(root / 'loose' / '1.png')
     (root / 'texts' / 'red').mkdir(parents=True)
@@ -43,6 +44,7 @@ def place(write_pictures, tmp_path_factory, narrow):
     (root / 'cells.csv').write_text('image,label\ngood/red/0.png,red,blue\n')
     (root / 'blank.csv').write_text('image,label\ngood/red/0.png,red\ngood/red/1.png,\n')
     (root / 'split.csv').write_text('image,label,split\ngood/red/0.png,red,holdout\n')
+    (root / 'typo.csv').write_text('image,label,split\ngood/red/0.png,red,train\ngood/red/1.png,rde,val\n')
     (root / 'nothing.csv').write_text('')
     (root / 'bad.json').write_text('{')
     (root / 'word.json').write_text('"red"')
@@ -73,6 +75,7 @@ FINETUNE = [
     ),
     (['odd'], r'^odd: has train and beside it rest, which is no split: expected train/ and val/'),
     (['only_val'], r'^only_val: has val and no folder train: expected train/ and val/'),
+    (['nested'], r'^nested: has the folder data alone, which has the splits: name nested/data$'),
     (
         ['loose'],
         r'^loose: holds 1 images and no class folders: expected a folder for each class, such as loose/daisy/1',
@@ -90,6 +93,7 @@ FINETUNE = [
     (['cells.csv'], r'^cells\.csv: row 2 has 3 cells and not 2'),
     (['blank.csv'], r'^blank\.csv: row 3: good/red/1\.png has no label'),
     (['split.csv'], r"^split\.csv: row 2: the split 'holdout' is neither train nor val"),
+    (['typo.csv'], r"^typo\.csv: the class 'rde' has no images to train on; near it is red: at least 1 is needed$"),
     (['nothing.csv'], r'^nothing\.csv: lists no images'),
     (['bad.json'], r'^bad\.json: is not JSON: '),
     (['word.json'], r'^word\.json: must map images to labels, or be a list of records with image and label'),
@@ -97,6 +101,10 @@ FINETUNE = [
     (
         ['good', '--model', 'sknet5'],
         r'^--model sknet5: neither a network of this project nor a config; near it are sknet50',
+    ),
+    (
+        ['good', '--model', 'hf-hub:me/x'],
+        r'^--model hf-hub:me/x: neither a network of this project nor a config; weights of the Hub go with --weights',
     ),
     (['good', '--model', 'sknet50.foo'], r'^--model sknet50\.foo: sknet50 has the tags sknet50\.\w+'),
     (['good', '--model', 'sknet50.foo', '--from-scratch'], r'^--model sknet50\.foo: sknet50 has the tags sknet50\.\w+'),
@@ -131,6 +139,7 @@ FINETUNE = [
 OPTIONS = [
     (['finetune', 'good', '--epohcs', '3'], r'unrecognized arguments: --epohcs 3; near it are --epochs, --export'),
     (['finetune', 'good', '--learning-rate', '3'], r'unrecognized arguments: --learning-rate 3; it is called --lr'),
+    (['finetune', 'good', '--engine', 'timm'], r'unrecognized arguments: --engine timm: the engine is mmengine; docs/'),
     (['finetune', 'good', '--epochs', '0'], r'argument --epochs: 0 must be at least 1'),
     (
         ['finetune', 'good', '--batch-size', '1'],
