@@ -24,9 +24,9 @@ def main() -> None:
     sys.argv = [str(path), *sys.argv[2:]]
     sys.path.insert(0, str(path.parent))
     package = sys.modules[__package__]
-    if not hasattr(package, 'SKResNet'):
-        importlib.reload(package)
     try:
+        if not hasattr(package, 'SKResNet'):
+            importlib.reload(package)
         runpy.run_path(str(path), run_name='__main__')
     except ModuleNotFoundError as error:
         raise SystemExit(f'{error}: the tools need the extra mm: {how_to_install("mm")}') from error

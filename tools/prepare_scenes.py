@@ -20,12 +20,15 @@ from pathlib import Path
 import numpy as np
 from _arguments import Parser
 from _common import run
+from _quiet import quiet_imports
 from _scenes import PHOTOGRAPHS, SIZES, annotate, close_up, compose, load_photographs
-from mmpretrain.datasets import FashionMNIST
 from PIL import Image
 
 from sk_plugins._files import write_atomically
 from sk_plugins._resources import how_to_install
+
+with quiet_imports():
+    from mmpretrain.datasets import FashionMNIST
 
 # Coarser than Fashion-MNIST's classes, in whose order the second is: at this size a shirt passes for a pullover.
 KINDS = ('top', 'trousers', 'dress', 'shoe', 'bag')

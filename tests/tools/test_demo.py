@@ -4,7 +4,6 @@ import ast
 import importlib.util
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -121,11 +120,15 @@ def test_space(load_tool, tmp_path, hub, network, picture, run_python):
     assert not list(space.rglob('__pycache__'))
     assert 'sdk: gradio' in (space / 'README.md').read_text()
     code = (
-        'import sys, types; from unittest.mock import MagicMock; sys.modules["gradio"] = MagicMock(); '
+        'import sys; from unittest.mock import MagicMock; sys.modules["gradio"] = MagicMock(); '
+        'from huggingface_hub import constants, file_download; '  # which have read the environment by now
+        f'constants.ENDPOINT, constants.HF_HUB_CACHE = {hub.url!r}, {str(hub.cache)!r}; '
+        'template = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"; '
+        'constants.HUGGINGFACE_CO_URL_TEMPLATE = file_download.HUGGINGFACE_CO_URL_TEMPLATE = template; '
         f'sys.path.insert(0, {str(space)!r}); import app, sk_plugins; '
         f'assert sk_plugins.__file__.startswith({str(space)!r}); print(type(app.network).__name__)'
     )
-    done = subprocess.run([sys.executable, '-c', code], cwd=space, capture_output=True, text=True)
+    done = run_python('-c', code, cwd=space)
     assert done.stdout == 'SKResNet\n', done.stderr[-2000:]
     with pytest.raises(FileExistsError, match='exists and is not empty'):
         tool.main(['me/tiny', '--space', str(space)])

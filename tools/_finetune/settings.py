@@ -336,7 +336,8 @@ def describe(
     time = '' if step_s is None else f', about {say_time(1.3 * step_s * steps * recipe.epochs)} for all of them'
     mirrored = 'mirrored at random' if recipe.flip else 'not mirrored'
     score = 'mAP' if images.multi_label else f'top-1 (top-{" and top-".join(map(str, recipe.topk))} reported)'
-    on = {'cpu': f'CPU, {counted(torch.get_num_threads(), "thread")}'}.get(recipe.device) or torch.cuda.get_device_name()
+    cpu = f'CPU, {counted(torch.get_num_threads(), "thread")}'
+    on = cpu if recipe.device == 'cpu' else torch.cuda.get_device_name()
     return [
         f'images    {len(images.train)} to train on, {len(images.val)} held out; {len(images.classes)} {kind}, '
         f'{"" if counts[0] == counts[-1] else f"{counts[0]} to "}{counted(counts[-1], "image")} each',

@@ -121,10 +121,12 @@ def _of_name(name: str, checkpoint: str | None) -> str:
             f'model {name!r} is no name of timm, no Hub repository (OWNER/NAME), no folder, checkpoint or config'
             f'{nearest(name, timm.list_models("*sk*") + timm.list_models("*shufflenet*"))}'
         ) from error
+    if config.suffix not in ('.py', '.json', '.yml', '.yaml'):
+        raise ValueError(
+            f'{name}: is neither a config nor a checkpoint ({", ".join(WEIGHTS)}); MODEL goes before IMAGES'
+        )
     if checkpoint is None:
         raise ValueError(f'{name}: a config needs its --checkpoint')
-    if config.suffix not in ('.py', '.json', '.yml', '.yaml'):
-        raise ValueError(f'{name}: is neither a config nor a checkpoint ({", ".join(WEIGHTS)})')
     return name
 
 

@@ -187,8 +187,7 @@ def _explain(cfg: Config, error: Exception, builder: str | None, variables: Mapp
         beside = [place for place in places if _same(_at(cfg, place.rpartition('.')[0]), part)]
         read = [place for place in places if place.partition('.')[0] in _SECTIONS]  # others are the file's own
         where = (beside or read or places or [None])[0]
-        near = nearest(unexpected[1], _arguments(cls)) if beside else ''
-        near = '' if near.strip('; ') in str(error) else near
+        near = nearest(unexpected[1], _arguments(cls)) if beside and 'near it' not in str(error) else ''
         return f'{where}: {_say(error)}{near}' if where else _say(error)
     where = next((place for place, value in _items(cfg) if _same(value, part)), None)
     if where is None and builder is not None and registry is None:

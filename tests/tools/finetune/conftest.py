@@ -78,9 +78,9 @@ def colours(write_pictures, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def colours_run(finetune, colours, small, tmp_path_factory):
-    """The work dir of four epochs on them. Not to be written into, but for ``hub``."""
+    """The work dir of two epochs on them. Not to be written into, but for ``hub``."""
     work_dir = tmp_path_factory.mktemp('runs') / 'colours'
-    words = [str(colours), *small, '--epochs', '4', '--from-scratch', '--work-dir', str(work_dir), '--lr', '0.01']
+    words = [str(colours), *small, '--from-scratch', '--work-dir', str(work_dir), '--lr', '0.01']
     finetune(words)
     return work_dir
 

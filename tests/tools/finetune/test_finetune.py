@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_the_config_is_an_ordinary_one(colours_run, colours, load_tool, tmp_path
     config = str(colours_run / 'config.py')
     load_tool('train').main([config, '--work-dir', str(tmp_path), '--cfg-options', f'experiment_name={tmp_path}'])
     (own,), (again,) = (list(folder.glob('epoch_*.pth')) for folder in (colours_run, tmp_path))
-    assert own.name == again.name == 'epoch_4.pth'
+    assert own.name == again.name == 'epoch_2.pth'
     weights, same = load_checkpoint(own)[0], load_checkpoint(again)[0]
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     (best,) = colours_run.glob('best_*.pth')
@@ -116,12 +117,12 @@ def test_the_config_is_an_ordinary_one(colours_run, colours, load_tool, tmp_path
 
 
 def test_stopped_and_resumed(colours_run, finetune, colours, small, tmp_path, monkeypatch, capsys):
-    """Ctrl-C after the second epoch: one line says how to go on, and the end is that of a run that was not stopped."""
+    """Ctrl-C after the first epoch: one line says how to go on, and the end is that of a run that was not stopped."""
     run = ['--work-dir', str(tmp_path / 'run')]
-    words = [str(colours), *small, *run, '--epochs', '4', '--from-scratch', '--lr', '0.01']
+    words = [str(colours), *small, *run, '--from-scratch', '--lr', '0.01']
 
     def stop(hook, runner):
-        if runner.epoch == 2:
+        if runner.epoch == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -131,17 +132,15 @@ def test_stopped_and_resumed(colours_run, finetune, colours, small, tmp_path, mo
     assert caught.value.code == 130
     last = capsys.readouterr().out.splitlines()[-1]
     again = ' '.join(['sk-plugins finetune', str(colours), *run, '--resume'])
-    assert last == f'stopped after 2 of 4 epochs: {again} goes on'
+    assert last == f'stopped after 1 of 2 epochs: {again} goes on'
     finetune([str(colours), *run, '--resume'])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(',')[0] for line in lines if line.startswith('epoch')] == ['epoch 3 of 4', 'epoch 4 of 4']
-    weights, same = (load_checkpoint(folder / 'epoch_4.pth')[0] for folder in (colours_run, tmp_path / 'run'))
+    assert [line.split(',')[0] for line in lines if line.startswith('epoch')] == ['epoch 2 of 2']
+    weights, same = (load_checkpoint(folder / 'epoch_2.pth')[0] for folder in (colours_run, tmp_path / 'run'))
     assert all(torch.equal(weights[name], same[name]) for name in weights)
-    # A run that is over says so.
-    finetune([str(colours), *run, '--resume'])
-    assert 'all 4 epochs are over' in capsys.readouterr().out
-    # It goes on with what it was begun with, and with nothing else.
+    # A run that is over says so, and takes the options that it was begun with, and no others.
     finetune([*words, '--resume'])
+    assert 'all 2 epochs are over' in capsys.readouterr().out
     with pytest.raises(ValueError, match=r'^--epochs 9: --resume goes on with the run as it was begun'):
         finetune([str(colours), *run, '--epochs', '9', '--resume'])
     with pytest.raises(ValueError, match=r'holds a run on .*, not on other: --work-dir names another$'):
@@ -172,22 +171,23 @@ def test_stopped_before_training(finetune, colours, small, tmp_path, monkeypatch
     assert capsys.readouterr().out == 'stopped: no epoch is over, so the same command begins again\n'
 
 
-def test_stopped_in_the_report(finetune, colours, small, tmp_path, monkeypatch, capsys):
+def test_stopped_in_the_report(colours_run, finetune, colours, tmp_path, monkeypatch, capsys):
     from _finetune import reporting
 
     def stop(*args):
         raise KeyboardInterrupt
 
-    words = [str(colours), '--work-dir', str(tmp_path)]
+    ignore = shutil.ignore_patterns('report', 'hub')
+    words = [str(colours), '--work-dir', str(shutil.copytree(colours_run, tmp_path / 'run', ignore=ignore))]
     with monkeypatch.context() as patch:
         patch.setattr(reporting, 'write', stop)
         with pytest.raises(SystemExit) as caught:
-            finetune([*words, *small, '--epochs', '1', '--from-scratch'])
+            finetune([*words, '--resume'])
     assert caught.value.code == 130
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f'stopped: the epochs so far are kept: sk-plugins finetune {" ".join(words)} --resume goes on'
     finetune([*words, '--resume'])
-    assert (tmp_path / 'report' / 'metrics.json').is_file()
+    assert (tmp_path / 'run' / 'report' / 'metrics.json').is_file()
 
 
 @pytest.fixture

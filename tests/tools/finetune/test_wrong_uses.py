@@ -169,6 +169,7 @@ OTHERS = [
         ['sknet5o', 'loose'],
         r"^model 'sknet5o' is no name of timm, no Hub repository .*; near it are sknet50",
     ),
+    ('predict', ['loose/1.png', 'narrow.py'], r'^loose/1\.png: is neither a config nor a checkpoint .*; MODEL goes be'),
     ('predict', ['narrow.py', 'loose'], r'^narrow\.py: a config needs its --checkpoint'),
     ('predict', ['weights.pth', 'loose'], r'^weights\.pth: 2 configs lie beside this checkpoint: name its config'),
     ('predict', ['good', 'loose'], r'^good: is neither a folder for the Hub \(config\.json\) nor a work dir'),
