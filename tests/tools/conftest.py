@@ -51,8 +51,8 @@ def command():
 
     def run(*words, status=0, **kwargs):
         env = {k: v for k, v in os.environ.items() if k not in ('LOCAL_RANK', 'SK_PLUGINS_TRACEBACK')}
-        env.update(kwargs.pop('env', {}))
         env['OMP_NUM_THREADS'] = '1'
+        env.update(kwargs.pop('env', {}))
         env['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{env.get("PATH", "")}'
         env['PYTHONPATH'] = f'{Path(sk_plugins.__file__).parents[1]}{os.pathsep}{env.get("PYTHONPATH", "")}'
         done = subprocess.run([str(word) for word in words], env=env, capture_output=True, text=True, **kwargs)

@@ -271,12 +271,9 @@ def choose_recipe(images: ImageSet, facts: Facts, network: Network, device: str,
     given = {key: value for key, value in given.items() if value is not None}
     own = network.preprocessing
     published_size = own.get('input_size', (3, 224, 224))[-1]
-    # Small images gain nothing from being blown up further, and cost as much. A stem for small images takes them as
-    # they are.
-    larger = 1 if network.backbone.get('small_stem') else 2
-    size = given.get('size') or max(32 * larger, min(published_size, 32 * math.ceil(larger * facts.side / 32)))
-    batch = given.get('batch_size') or _batch(len(images.train))
     pretrained = network.source is not None
+    size = given.get('size') or _size(facts.side, published_size, pretrained, network.backbone.get('small_stem', False))
+    batch = given.get('batch_size') or _batch(len(images.train))
     steps = math.ceil(len(images.train) / batch)
     epochs = given.get('epochs') or _epochs(steps, pretrained)
     lr = given.get('lr') or (LR_PRETRAINED if pretrained else LR_SCRATCH) * math.sqrt(batch / BASE_BATCH)
@@ -307,6 +304,16 @@ def choose_recipe(images: ImageSet, facts: Facts, network: Network, device: str,
 
 
 LR_PRETRAINED, LR_SCRATCH = 1e-3, 2e-3
+
+
+def _size(side: int, most: int, pretrained: bool, small_stem: bool) -> int:
+    """A multiple of 32: small images gain nothing from being blown up further, and cost as much.
+
+    Twice their side, since the stem takes a quarter of it, though above 128 pixels only for the sake of weights that
+    were trained on large images. A stem for small images takes them as they are.
+    """
+    wanted = side if small_stem else 2 * side if pretrained else min(2 * side, max(side, 128))
+    return max(32 if small_stem else 64, min(most, 32 * math.ceil(wanted / 32)))
 
 
 def _batch(images: int) -> int:

@@ -405,8 +405,19 @@ def test_what_is_chosen(tmp_path, images, side, batch, size, epochs):
     assert scratch.mean == (1.0, 2.0, 3.0)
     assert scratch.epochs > recipe.epochs
     assert scratch.lr == 2 * recipe.lr
+    assert scratch.size == max(64, min(224, 128 if side == 100 else 2 * side))
     given = settings.choose_recipe(found, facts, network, 'cpu', dict(size=96, lr=0.5, batch_size=4, flip=False))
     assert (given.size, given.lr, given.batch, given.flip) == (96, 0.5, 4, False)
+
+
+@pytest.mark.parametrize(('side', 'size'), [(8, 32), (28, 32), (100, 128), (600, 224)])
+def test_a_stem_for_small_images_takes_them_as_they_are(tmp_path, side, size):
+    from _finetune import checking, data
+
+    found = data.ImageSet(tmp_path, tmp_path, ('a', 'b'), (data.Item('0.png', ('a',)), data.Item('1.png', ('b',))))
+    facts = checking.Facts(side, True, (1.0, 2.0, 3.0), (1.0, 1.0, 1.0))
+    network = settings.choose_network('sknet_digits', from_scratch=True)
+    assert settings.choose_recipe(found, facts, network, 'cpu', {}).size == size
 
 
 def test_warm_start_of_shufflenet():
