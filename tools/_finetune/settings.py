@@ -288,7 +288,7 @@ def choose_recipe(images: ImageSet, facts: Facts, network: Network, device: str,
         weight_decay=given.get('weight_decay', 0.05),
         layer_decay=given.get('layer_decay', 1.0),
         epochs=epochs,
-        patience=given.get('patience', max(5, epochs // 3)),
+        patience=given.get('patience', _patience(steps, epochs, pretrained)),
         mean=tuple(round(255 * value, 3) for value in own['mean'])
         if 'mean' in own
         else MEAN
@@ -327,6 +327,14 @@ def _epochs(steps: int, pretrained: bool) -> int:
     return max(least, min(most, math.ceil((600 if pretrained else 1500) / steps)))
 
 
+def _patience(steps: int, epochs: int, pretrained: bool) -> int:
+    """A third of the epochs, five at least, and at least 200 steps, or 500 from nothing.
+
+    A dozen held-out images are no reason to stop a run of a minute: their score rises and falls by chance.
+    """
+    return max(5, epochs // 3, math.ceil((200 if pretrained else 500) / steps))
+
+
 def describe(
     images: ImageSet, facts: Facts, network: Network, loaded: PartialLoad | None, recipe: Recipe, step_s: float | None
 ) -> list[str]:
@@ -345,6 +353,9 @@ def describe(
     score = 'mAP' if images.multi_label else f'top-1 (top-{" and top-".join(map(str, recipe.topk))} reported)'
     cpu = f'CPU, {counted(torch.get_num_threads(), "thread")}'
     on = cpu if recipe.device == 'cpu' else torch.cuda.get_device_name()
+    stops = f'stops after {counted(recipe.patience, "epoch")} without a better {score}'
+    if recipe.patience >= recipe.epochs:
+        stops = f'the best {score} is kept'
     return [
         f'images    {len(images.train)} to train on, {len(images.val)} held out; {len(images.classes)} {kind}, '
         f'{"" if counts[0] == counts[-1] else f"{counts[0]} to "}{counted(counts[-1], "image")} each',
@@ -353,8 +364,7 @@ def describe(
         f'{mirrored}, mean {_numbers(recipe.mean)}, std {_numbers(recipe.std)}',
         f'recipe    AdamW, learning rate {recipe.lr:g}{decay}, batch {recipe.batch}, '
         f'weight decay {recipe.weight_decay:g}',
-        f'length    {counted(recipe.epochs, "epoch")} of {counted(steps, "step")}{time}; stops after '
-        f'{counted(recipe.patience, "epoch")} without a better {score}',
+        f'length    {counted(recipe.epochs, "epoch")} of {counted(steps, "step")}{time}; {stops}',
         f'machine   {on}, {"mixed precision" if recipe.amp else "float32"}, '
         f'{counted(recipe.workers, "process") if recipe.workers else "no other process"} to read images',
     ]

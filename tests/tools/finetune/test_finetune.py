@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -40,7 +41,7 @@ def test_what_is_printed(finetune, colours, small, tmp_path, monkeypatch, capsys
         r'model     \S+narrow\.py, 0\.7M parameters; from nothing: random weights$',
         r'input     32 x 32 pixels \(the images: 24\), mirrored at random, mean \d+/\d+/\d+, std \d+/\d+/\d+$',
         r'recipe    AdamW, learning rate 0\.\d+, batch 8, weight decay 0\.05$',
-        r'length    2 epochs of 4 steps, about \d+ s for all of them; stops after 5 epochs without a better top-1 \(',
+        r'length    2 epochs of 4 steps, about \d+ s for all of them; the best top-1 \(top-1 reported\) is kept$',
         r'machine   (CPU, \d+ threads?, float32|.*), no other process to read images$',
         r'epoch 1 of 2, loss \d\.\d+, top-1 \d+\.\d % \(best \d+\.\d %\), \d+ s to go$',
         r'epoch 2 of 2, loss \d\.\d+, top-1 \d+\.\d % \(best \d+\.\d %\), 0 s to go$',
@@ -401,6 +402,7 @@ def test_what_is_chosen(tmp_path, images, side, batch, size, epochs):
     assert (recipe.batch, recipe.size, recipe.epochs, recipe.topk) == (batch, size, epochs, (1,))
     assert recipe.mean == pytest.approx(settings.MEAN)
     assert recipe.resize == round(size / 0.875)
+    assert recipe.patience * math.ceil(images / batch) >= 200  # and so none in 30 epochs of 6 steps
     scratch = settings.choose_recipe(found, facts, settings.choose_network('sknet50', from_scratch=True), 'cpu', {})
     assert scratch.mean == (1.0, 2.0, 3.0)
     assert scratch.epochs > recipe.epochs
