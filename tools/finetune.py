@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name, least in dict(epochs=1, patience=1, size=32, batch_size=2, workers=0, seed=0, freeze=-1).items():
+    for name, least in dict(epochs=1, patience=1, size=16, batch_size=2, workers=0, seed=0, freeze=-1).items():
         value = getattr(args, name)
         if value is not None and value < least:
             why = ': the attention has a BatchNorm, which needs two images' if name == 'batch_size' else ''

@@ -307,13 +307,15 @@ LR_PRETRAINED, LR_SCRATCH = 1e-3, 2e-3
 
 
 def _size(side: int, most: int, pretrained: bool, small_stem: bool) -> int:
-    """A multiple of 32: small images gain nothing from being blown up further, and cost as much.
+    """Small images gain nothing from being blown up further, and cost as much.
 
     Twice their side, since the stem takes a quarter of it, though above 128 pixels only for the sake of weights that
-    were trained on large images. A stem for small images takes them as they are.
+    were trained on large images. A stem for small images takes them nearly as they are.
     """
-    wanted = side if small_stem else 2 * side if pretrained else min(2 * side, max(side, 128))
-    return max(32 if small_stem else 64, min(most, 32 * math.ceil(wanted / 32)))
+    if small_stem:
+        return max(16, min(most, 8 * math.ceil(side / 8)))
+    wanted = 2 * side if pretrained else min(2 * side, max(side, 128))
+    return max(64, min(most, 32 * math.ceil(wanted / 32)))
 
 
 def _batch(images: int) -> int:
