@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     check_device(args.device)
     set_up(args.threads)
     if not args.report:
-        settings = Settings(train_images=args.train_images, test_images=args.test_images)
+        settings = Settings(args.train_images, 1, args.test_images, batch_size=32, ema=0)
         settings.check()
         run_missing(args.seeds, args.out, args.data, settings, args.device)
     for path in report(args.out):

@@ -1,25 +1,28 @@
-"""Train small networks that differ in one thing only, and compare them: the paper's claims on Fashion-MNIST.
+"""Train small networks that differ in one thing only, and decide the paper's claims: the page docs/reproduction.md.
 
 python tools/prepare_fashion_mnist.py
-python tools/run_ablation.py                          # what is missing of the runs, then the table and the plots
-python tools/run_ablation.py --devices cuda:0 cuda:1  # a process for each device
-python tools/run_ablation.py --report                 # the table and the plots from the runs that are there
+pip install '.[study]'
+python tools/run_ablation.py --variance 5 5           # where the variance comes from, and how many seeds it takes
+python tools/run_ablation.py                          # what is missing of the runs, then the page and its figures
+python tools/run_ablation.py --devices cpu cpu --threads 1  # a process for each: two on the CPU, or cuda:0 cuda:1
+python tools/run_ablation.py --time                   # how fast: one by one, many seeds at once, in several processes
+python tools/run_ablation.py --report                 # the page from the rows that are there
 python tools/run_ablation.py --verify k3 0            # train one again, as its row says, and compare
 
-The garments lie at random sizes and places on textured canvases (ScaledFashionMNIST). Every run appends a row to
-OUT/runs.jsonl as it ends; after a kill, the same command goes on with what is missing. All networks of a seed see the
-same images in the same order, so that the comparisons are paired by seed. The weights of the network whose attention is
-measured stay in WORK_DIR.
+Objects lie at random sizes and places on canvases: garments on textures, garments on photographs, digits. Every run
+appends a row to OUT/runs.jsonl as it ends; after a kill, the same command goes on with what is missing. Runs come in
+the order of what they are worth, so that a study that is stopped (--minutes) has decided the first claims.
 """
 
 from pathlib import Path
 
 import torch
-from _ablation.attention import measure_missing
-from _ablation.networks import NETWORKS
+from _ablation.data import DATA
+from _ablation.networks import NETWORKS, SIZES
 from _ablation.reporting import report
-from _ablation.rows import OPTIONS, Settings
-from _ablation.running import run_missing, verify
+from _ablation.rows import OPTIONS, Run, Settings
+from _ablation.running import plan, plan_variance, run_missing, verify
+from _ablation.timing import time_ways
 from _ablation.training import check_device, set_up
 from _arguments import Parser
 from _common import run
@@ -30,19 +33,31 @@ def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     parser = Parser(description=__doc__)
     parser.add_argument('--out', type=Path, default=Path('results/ablation'), help='default: results/ablation')
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/ablation'), help='default: work_dirs/ablation')
+    parser.add_argument('--page', type=Path, default=Path('docs/reproduction.md'), help='default: docs/reproduction.md')
     parser.add_argument('--data', type=Path, default=Path('data/fashion_mnist'), help='default: data/fashion_mnist')
+    parser.add_argument('--sets', nargs='+', choices=DATA, default=list(DATA), metavar='NAME',
+                        help=f'of {", ".join(DATA)} (default: all)')  # fmt: skip
+    parser.add_argument('--sizes', nargs='+', choices=SIZES, default=list(SIZES), metavar='SIZE',
+                        help=f'of {", ".join(SIZES)} (default: both)')  # fmt: skip
     parser.add_argument('--networks', nargs='+', choices=NETWORKS, default=list(NETWORKS), metavar='NAME',
                         help=f'of {", ".join(NETWORKS)} (default: all)')  # fmt: skip
-    parser.add_argument('--seeds', nargs='+', type=int, default=list(range(5 if cuda else 3)), metavar='SEED',
-                        help='default: 0 to 4 with a GPU, 0 to 2 without')  # fmt: skip
+    parser.add_argument('--seeds', nargs='+', type=int, default=list(range(10)), metavar='SEED',
+                        help='default: 0 to 9')  # fmt: skip
     parser.add_argument('--devices', nargs='+', metavar='DEVICE',
                         help='a process for each: cpu, cuda:0, ... (default: cuda where there is one)')  # fmt: skip
     parser.add_argument('--threads', type=int, help="of each process on the CPU (default: torch's choice)")
+    parser.add_argument('--together', type=int,
+                        help='seeds of a network to train at once (default: 10 on a GPU, 1 on a CPU)')  # fmt: skip
     for name in OPTIONS:
         value = getattr(defaults, name)
         parser.add_argument(f'--{name.replace("_", "-")}', type=int, default=value, help=f'default: {value}')
-    parser.add_argument('--report', action='store_true', help='train nothing: the table and the plots alone')
+    parser.add_argument('--amp', action='store_true', help='bfloat16 where autocast takes it')
+    parser.add_argument('--compile', action='store_true', help='torch.compile: half a minute for every network')
+    parser.add_argument('--minutes', type=float, help='after which no run is begun')
+    parser.add_argument('--variance', nargs=2, type=int, metavar=('WEIGHTS', 'ORDERS'),
+                        help='so many seeds of the weights with so many of the order, for claim (a)')  # fmt: skip
+    parser.add_argument('--time', action='store_true', help='train nothing to its end: how fast it would go')
+    parser.add_argument('--report', action='store_true', help='train nothing: the page and its figures alone')
     parser.add_argument(
         '--verify',
         nargs=2,
@@ -52,22 +67,36 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if min(args.seeds) < 0:
         parser.error(f'argument --seeds: {min(args.seeds)} must be at least 0')
-    if args.threads is not None and args.threads < 1:
-        parser.error(f'argument --threads: {args.threads} must be at least 1')
+    for name in ('threads', 'together'):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f'argument --{name}: {value} must be at least 1')
+    if args.variance and min(args.variance) < 2:
+        parser.error(f'argument --variance: {min(args.variance)} must be at least 2')
     devices = args.devices or ['cuda' if cuda else 'cpu']
     for device in devices:
         check_device(device)
+    rows = args.out / ('variance.jsonl' if args.variance else 'runs.jsonl')
     if args.verify:
-        verify(*args.verify, args.out, args.data, args.devices and args.devices[0], args.threads)
+        again = Run(args.verify[0], int(args.verify[1]), args.sets[0], args.sizes[0])
+        verify(again, rows, args.data, args.devices and args.devices[0], args.threads)
         return
     set_up(args.threads)
+    together = args.together or (10 if devices[0].startswith('cuda') else 1)
+    settings = Settings(args.train_images, args.epochs, args.test_images, args.batch_size, amp=args.amp)
+    settings.check()
+    if args.time:
+        time_ways(devices, settings, max(together, 2), args.sizes[0], args.compile)
+        return
     if not args.report:
-        settings = Settings(args.train_images, args.epochs, args.test_images, args.batch_size)
-        settings.check()
-        pairs = [(name, seed) for seed in args.seeds for name in args.networks]
-        run_missing(pairs, args.out, args.work_dir, args.data, settings, devices)
-        measure_missing(args.out, args.work_dir, args.data, settings)
-    for path in report(args.out, args.data):
+        runs = (
+            plan_variance(*args.variance) if args.variance else plan(args.networks, args.sets, args.sizes, args.seeds)
+        )
+        run_missing(
+            runs, rows, args.data, settings, devices, together, args.minutes,
+            compiled=args.compile, probe=bool(args.variance),
+        )  # fmt: skip
+    for path in report(args.out, args.page):
         print(path)
 
 

@@ -139,13 +139,11 @@ class ScaledFashionMNIST(FashionMNIST):
                 noise[i] = generator.standard_normal(noise.shape[1:], np.float32)
         sides = 28 * (scale[0] + (scale[1] - scale[0]) * chances[:, :1])
         corners = (size - sides) * chances[:, 1:3]
-        garments = torch.from_numpy(np.stack([info['img'] for info in infos]))
-        garments = _resize_onto(garments[:, None].float(), torch.from_numpy(corners), torch.from_numpy(sides), size)
-        texture = sum(F.interpolate(torch.from_numpy(n)[:, None], size, mode='bilinear') for n in noises)
+        garments = torch.from_numpy(np.stack([info['img'] for info in infos]))[:, None]
         brightness, contrast = torch.from_numpy(chances[:, 3:, None, None]).unbind(1)
-        texture = 40 + 80 * brightness[:, None] + (10 + 15 * contrast[:, None]) * texture
-        cover = (garments / 32).clamp(max=1)
-        canvases = cover * garments + (1 - cover) * texture.clamp(0, 255)
+        texture = sum_noises([torch.from_numpy(n)[:, None] for n in noises])
+        background = shade(texture, brightness[:, None], contrast[:, None])
+        canvases = paste(garments, torch.from_numpy(corners), torch.from_numpy(sides), background)
         boxes = np.concatenate([corners, corners + sides], axis=1)
         return canvases[:, 0].round().byte().numpy(), boxes
 
@@ -185,14 +183,32 @@ class SimCLRCrop(BaseTransform):
         return f'{type(self).__name__}(size={self.size}, crop={self.crop})'
 
 
-def _resize_onto(images: Tensor, corners: Tensor, sides: Tensor, size: int) -> Tensor:
-    """Images (N, 1, H, W) resized to squares of ``sides`` (N, 1) at ``corners`` (N, 2) of canvases of zeros."""
-    # The canvas, -1 to 1 each way, in coordinates of the image: its centre and its half side.
+def sum_noises(noises: Sequence[Tensor]) -> Tensor:
+    """The texture of normal ``noises`` (N, 1, s, s): their sum (N, 1, S, S), where S is twice the last one's s."""
+    size = 2 * noises[-1].shape[-1]
+    return sum(F.interpolate(noise, size, mode='bilinear') for noise in noises)
+
+
+def shade(texture: Tensor, brightness: Tensor, contrast: Tensor) -> Tensor:
+    """A background for :func:`paste` of :func:`sum_noises`; brightness and contrast are 0 to 1, (N, 1, 1, 1)."""
+    return 40 + 80 * brightness + (10 + 15 * contrast) * texture
+
+
+def paste(objects: Tensor, corners: Tensor, sides: Tensor, background: Tensor) -> Tensor:
+    """Canvases (N, 1, S, S) of 0 to 255: objects (N, 1, H, W) on backgrounds, which they hide where they are not black.
+
+    An object is resized to a square of ``sides`` (N, 1) pixels whose upper left corner is at ``corners`` (N, 2), left
+    and top; what lies outside of the canvas is cut off. All tensors are on one device.
+    """
+    size = background.shape[-1]
+    # The canvas, -1 to 1 each way, in coordinates of the object: its centre and its half side.
     half = size / sides
     centre = (size - 2 * corners - sides) / sides
     theta = torch.cat([torch.diag_embed(half.expand(-1, 2)), centre[:, :, None]], dim=2)
-    grid = F.affine_grid(theta, [len(images), 1, size, size], align_corners=False)
-    return F.grid_sample(images, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
+    grid = F.affine_grid(theta, [len(objects), 1, size, size], align_corners=False)
+    light = F.grid_sample(objects.float(), grid, mode='bilinear', padding_mode='zeros', align_corners=False)
+    cover = (light / 32).clamp(max=1)
+    return cover * light + (1 - cover) * background.clamp(0, 255)
 
 
 def _scale_range(scale: Sequence[float], least: float, greatest: float) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Parts of tools/run_ablation.py and tools/compare_warm_start.py.
 
-Imports run downward: ``networks`` (what is compared), ``data`` and ``rows`` (what goes in and what comes out),
-``training`` (one run), ``attention`` and ``running`` (all of them), ``comparing``, ``drawing`` and ``reporting``;
-``warm`` is the second tool's.
+Imports run downward: ``rows`` and ``networks`` (what is run), ``data``, ``measuring``, ``attention`` and ``together``,
+``training`` (runs of one network), ``claims`` and ``deciding`` (what the rows say), ``running`` (all of them) and
+``timing``, ``drawing`` and ``reporting``; ``warm`` is the second tool's.
 """

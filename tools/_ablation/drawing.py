@@ -1,58 +1,84 @@
-"""The plots: every network's top-1, and the attention of every unit."""
+"""The figures: a forest of all claims, attention against scale, and attention along the training."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
 
-from .comparing import by_network
-from .networks import NETWORKS, SELECTED
+from .claims import UNITS
+from .data import SCALES
+from .deciding import Answer
 from .rows import Row
 
+COLORS = {'holds': 'tab:green', 'contradicted': 'tab:red', 'not decided': 'tab:gray'}
 
-def draw_accuracy(rows: Sequence[Row], path: Path) -> None:
-    """Top-1 of every network: a dot for each seed, a stroke for the mean."""
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 0.35 * len(NETWORKS) + 1), layout='constrained')
-    axes = figure.subplots()
-    networks = by_network(rows)
-    for position, (name, values) in enumerate(networks.items()):
-        color = 'tab:orange' if name == SELECTED else 'tab:blue'
-        axes.plot(list(values.values()), [position] * len(values), 'o', color=color, alpha=0.6, markersize=5)
-        mean = np.mean(list(values.values()))
-        axes.plot([mean] * 2, [position - 0.3, position + 0.3], color=color, linewidth=2.5)
-    if SELECTED in networks:
-        axes.axvline(np.mean(list(networks[SELECTED].values())), color='grey', linewidth=0.8, linestyle=':')
-    axes.set_yticks(range(len(networks)), networks)
-    axes.invert_yaxis()
-    axes.set_xlabel('top-1 on scaled Fashion-MNIST, %')
-    axes.spines[['top', 'right']].set_visible(False)
+def draw_forest(answers: Sequence[Answer], path: Path) -> None:
+    """A line for each claim with rows: its mean, its interval, its seeds, and the margin where it has one."""
+    panels = [[a for a in answers if a.differences and a.claim.unit == unit] for unit in ('points', 'rho')]
+    panels = [panel for panel in panels if panel]
+    heights = [len(panel) + 1.5 for panel in panels]
+    figure = Figure(figsize=(8.5, 0.3 * sum(heights) + 0.6), layout='constrained')
+    grid = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
+    for axes, panel in zip(grid[:, 0], panels):
+        for position, answer in enumerate(panel):
+            color = COLORS[answer.verdict]
+            if answer.claim.margin is not None:
+                axes.barh(position, 2 * answer.claim.margin, left=-answer.claim.margin, height=0.8, color='0.92')
+            axes.plot(answer.values, [position] * len(answer.values), '|', color=color, alpha=0.5, markersize=6)
+            if answer.low is not None:
+                axes.plot([answer.low, answer.high], [position] * 2, color=color, linewidth=1.8)
+            axes.plot(answer.mean, position, 's', color=color, markersize=5)
+        axes.axvline(0, color='0.3', linewidth=0.8)
+        axes.set_yticks(range(len(panel)), [f'({a.claim.key}) {a.claim.text}' for a in panel], fontsize=8)
+        axes.set_ylim(len(panel) - 0.5, -0.5)
+        axes.set_xlabel('points of top-1' if panel[0].claim.unit == 'points' else "Spearman's rho")
+        axes.spines[['top', 'right']].set_visible(False)
     figure.savefig(path, dpi=110)
 
 
-def draw_attention(attention: Sequence[Row], strip: np.ndarray, path: Path) -> None:
-    """Attention against the scale: ``strip`` (S, 64, 64), one garment at every scale, above a panel for each unit."""
-    from matplotlib.figure import Figure
-
-    scales = attention[0]['scales']
-    units = list(attention[0]['units'])
-    figure = Figure(figsize=(1.1 * len(scales), 6.2), layout='constrained')
-    above, below = figure.subfigures(2, 1, height_ratios=[1, 3.4])
-    for axes, image, scale in zip(above.subplots(1, len(scales)), strip, scales):
-        axes.imshow(image, cmap='gray', vmin=0, vmax=255)
-        axes.set_title(f'{scale:g}x', fontsize=9)
-        axes.axis('off')
-    panels = below.subplots(2, -(-len(units) // 2), sharex=True, sharey=True, squeeze=False)
+def draw_attention(rows: Sequence[Row], path: Path) -> None:
+    """A panel for each unit: attention against scale, a thin line for a seed, a band for the mean's 95 % interval."""
+    figure = Figure(figsize=(8.8, 4.6), layout='constrained')
+    panels = figure.subplots(2, len(UNITS) // 2, sharex=True, sharey=True)
+    scales = rows[0]['attention']['scales']
     # Units go down the columns, so that each column is a stage of two units.
-    for axes, unit in zip(panels.T.flat, units):
-        curves = np.array([row['units'][unit]['curve'] for row in attention])
-        axes.plot(scales, curves.T, color='tab:blue', alpha=0.35, linewidth=1)
-        axes.plot(scales, curves.mean(0), color='tab:blue', linewidth=2)
-        rho = np.mean([row['units'][unit]['rho'] for row in attention])
-        axes.set_title(f'{unit}   mean rho {rho:+.2f}', fontsize=9)
+    for axes, unit in zip(panels.T.flat, UNITS):
+        curves = np.array([row['attention']['units'][unit]['curve'] for row in rows])
+        axes.axvspan(SCALES[0], SCALES[-1], color='0.95')
+        axes.plot(scales, curves.T, color='tab:blue', alpha=0.3, linewidth=0.8)
+        _draw_band(axes, scales, curves, 'tab:blue')
+        axes.set_title(unit, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.spines[['top', 'right']].set_visible(False)
-    below.supxlabel("the garment's scale", fontsize=9)
-    below.supylabel('attention, 5x5 minus 3x3', fontsize=9)
+    figure.supxlabel("the object's scale; grey where networks were trained", fontsize=9)
+    figure.supylabel('attention, 5x5 minus 3x3', fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def draw_learning(rows: Sequence[Row], path: Path) -> None:
+    """Entropy and correlation with scale of every unit's attention along the training."""
+    figure = Figure(figsize=(8.8, 3.4), layout='constrained')
+    panels = figure.subplots(1, 2, sharex=True)
+    steps = np.array(rows[0]['learning']['steps'])
+    for axes, key, label in zip(panels, ('entropy', 'rho'), ('entropy, nats', 'rho of attention and scale')):
+        for i, unit in enumerate(UNITS):
+            values = np.array([row['learning'][unit][key] for row in rows])
+            _draw_band(axes, 100 * steps / steps[-1], values, f'C{i}', label=unit)
+        axes.set_xlabel('training, % of the steps')
+        axes.set_ylabel(label)
+        axes.spines[['top', 'right']].set_visible(False)
+    panels[0].axhline(np.log(2), color='0.5', linewidth=0.8, linestyle=':')
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right center', frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_band(axes, x: Sequence[float], values: np.ndarray, color: str, **kwargs) -> None:
+    """The mean over seeds (S, N) and its 95 % interval, where there are two seeds."""
+    mean = values.mean(0)
+    axes.plot(x, mean, color=color, linewidth=1.8, **kwargs)
+    if len(values) > 1:
+        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+        axes.fill_between(x, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)

@@ -1,7 +1,7 @@
-"""The table and the plots, from the rows."""
+"""The page and its figures, from the rows that there are."""
 
 import json
-import sys
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,143 +9,399 @@ from pathlib import Path
 import numpy as np
 from _tables import markdown_table
 
-from .attention import unmeasured
-from .comparing import Comparison, by_network, compare
-from .data import Data
-from .drawing import draw_accuracy, draw_attention
-from .networks import CLAIMS, SELECTED
-from .rows import OPTIONS, SIZES, Row, Settings, read_rows
+from .attention import CURVE_IMAGES, IMAGES
+from .claims import CLAIMS, UNITS
+from .data import DATA, NEW_SCALES, SCALES
+from .deciding import ALPHA, POWER, Answer, bound, components, crossed, decide, seeds_needed
+from .drawing import draw_attention, draw_forest, draw_learning
+from .networks import NETWORKS, SELECTED, SIZES, SUMMED
+from .rows import OPTIONS, Row, Settings, read_rows
+from .running import MAIN
+
+WANTED_SEEDS = 10
+WANTED_HALF_WIDTH = 0.5
+FIGURES = ('forest.png', 'attention.png', 'learning.png')
 
 
-def markdown(rows: Sequence[Row], attention: Sequence[Row]) -> str:
-    """The tables: every network, every claim, and the attention of every unit."""
-    if not rows:
-        raise ValueError('there are no runs yet, so there is no table')
+def report(out: Path, page: Path) -> list[Path]:
+    """Write ``page`` and OUT/*.png from OUT/runs.jsonl and OUT/variance.jsonl; a figure without rows goes.
+
+    Raises:
+        ValueError: there are no rows.
+        ModuleNotFoundError: statsmodels is not installed.
+    """
+    rows, variance = read_rows(out / 'runs.jsonl'), read_rows(out / 'variance.jsonl')
+    if not rows and not variance:
+        raise ValueError(f'{out}: there are no runs yet, so there is no page')
+    text = markdown(rows, variance, os.path.relpath(out, page.parent))
+    main = _of(rows, *MAIN)
+    attending = [row for row in main if row['network'] == SELECTED]
+    answers = decide(CLAIMS, main)
+    written = [page]
+    for name, draw, has in (
+        ('forest.png', lambda path: draw_forest(answers, path), any(a.differences for a in answers)),
+        ('attention.png', lambda path: draw_attention(attending, path), attending),
+        ('learning.png', lambda path: draw_learning(attending, path), attending),
+    ):
+        if has:
+            draw(out / name)
+            written.append(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    page.write_text(text, encoding='utf-8')
+    return written
+
+
+def markdown(rows: Sequence[Row], variance: Sequence[Row], folder: str) -> str:
+    """The page; ``folder`` is where its figures are, seen from it."""
+    main = _of(rows, *MAIN)
+    answers = decide(CLAIMS, main)
     parts = [
-        '# Networks that differ in one thing only, on scaled Fashion-MNIST',
-        _how(rows),
-        _networks_table(rows),
-        '## Claims',
-        _claims_table(rows),
+        "# The paper's claims, decided",
+        'Written by `tools/run_ablation.py` from the rows in `results/ablation`, not by hand. A claim without rows says '
+        "so. The networks are small and the images are not ImageNet's: what holds here holds for such networks.",
+        '## In short',
+        _summary(answers, main),
+        '## Method',
+        *_method(rows or variance),
+        '## Power',
+        *_power(answers, variance),
+        '## The claims',
+        _claims(answers),
     ]
-    if attention:
+    if any(answer.differences for answer in answers):
         parts += [
-            '## Attention for the 5x5 kernel against the scale',
-            f'`{SELECTED}`: the mean over channels of the 5x5 minus the 3x3 attention, and its Spearman correlation '
-            f"with the garment's scale over {attention[0]['images']:,} test images at random scales, with the 95 % "
-            'bootstrap interval (999 resamples of the images); in brackets the same correlation before training, and '
-            f'how far the mean rises from scale {attention[0]["scales"][0]:g} to {attention[0]["scales"][-1]:g}.',
-            _attention_table(attention),
+            f'![All claims: mean, seeds and corrected interval]({folder}/forest.png)',
+            '*A square is the mean, a tick a seed, a line the corrected interval, a grey bar the margin of a claim of '
+            'equivalence. Green claims hold, red ones are contradicted, grey ones are not decided.*',
         ]
-    return '\n\n'.join(parts) + '\n'
-
-
-def _how(rows: Sequence[Row]) -> str:
-    settings = rows[0]['settings']
-    (first, last), defaults = settings['scale'], json.loads(json.dumps(asdict(Settings())))
-    options = {name: settings[name] for name in OPTIONS if settings[name] != defaults[name]}
-    options['seeds'] = ' '.join(str(seed) for seed in sorted({row['seed'] for row in rows}))
-    options['threads'] = rows[0]['threads']
-    command = ' '.join(f'--{name.replace("_", "-")} {value}' for name, value in options.items())
-    machines = sorted({f'{row["hardware"]} ({row["device"]}, threads: {row["threads"]})' for row in rows})
-    return (
-        'Written by `tools/run_ablation.py` from `runs.jsonl` and `attention.jsonl`:\n\n'
-        f'```bash\npython tools/prepare_fashion_mnist.py\npython tools/run_ablation.py {command}\n```\n\n'
-        f'Each run: {settings["epochs"]} x {settings["train_images"]:,} garments at scales of {first} to {last}, '
-        f'AdamW, batch {settings["batch_size"]}, learning rate {settings["learning_rate"]}; tested on '
-        f'{settings["test_images"]:,}. Top-1 in per cent, mean and standard deviation over the seeds; small, medium '
-        'and large are the thirds of the scales. Differences are paired by seed, in points, with the 95 % interval '
-        'and p of the two-sided paired t-test (`scipy.stats.ttest_rel`), not corrected for the number of tests. '
-        f'{len(rows)} runs, {sum(row["seconds"] for row in rows) / 3600:.1f} hours, on {"; ".join(machines)}, torch '
-        f'{", ".join(sorted({row["torch"] for row in rows}))}.'
-    )
-
-
-def _networks_table(rows: Sequence[Row]) -> str:
-    lines = [
-        ['network', 'parameters', 'MFLOPs', 'seeds', 'top-1', *SIZES, f'difference from `{SELECTED}`', 'p'],
-        ['---', *['---:'] * (4 + len(SIZES)), '---:', '---:'],
+    parts += _elsewhere(rows)
+    parts += ['## Attention against scale', *_attention(main, folder)]
+    parts += ['## How the selection learns', *_learning(main, folder)]
+    parts += ['## The networks', _networks(main)]
+    parts += ['## Limits', _limits(answers, rows)]
+    parts += ['## The command and its cost', *_cost(rows, variance)]
+    parts += [
+        '## The study before this one',
+        '[Its page](first_study.md) and [its table](ablation_results.md) stay as what they are: three seeds, networks '
+        'after one epoch, one random scale for each test image, no correction. It decided three of ten comparisons. No '
+        'row of it is on this page.',
     ]
-    for name, values in by_network(rows).items():
-        row = next(row for row in rows if row['network'] == name)
-        thirds = [list(by_network(rows, f'top1_{size}').get(name, {}).values()) for size in SIZES]
-        found = None if name == SELECTED else compare(rows, name, SELECTED)
+    return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def _of(rows: Sequence[Row], data: str, size: str, longer: bool = False) -> list[Row]:
+    found = [row for row in rows if (row['data'], row['size'], row['longer']) == (data, size, longer)]
+    return sorted(found, key=lambda row: row['seed'])
+
+
+def _summary(answers: Sequence[Answer], main: Sequence[Row]) -> str:
+    lines = []
+    for verdict in ('holds', 'contradicted', 'not decided', 'not run'):
+        found = [f'({a.claim.key}) {a.claim.text}' for a in answers if a.verdict == verdict]
+        if found:
+            lines.append(f'- **{verdict.capitalize()}** ({len(found)} of {len(answers)}): {"; ".join(found)}.')
+    selection = answers[0]
+    if selection.low is None:
+        lines.append('- Claim (a) for M = 2 has no interval yet, which takes two seeds.')
+    else:
+        half = (selection.high - selection.low) / 2
+        few = len(selection.differences) < WANTED_SEEDS
+        met = 'is met' if half <= WANTED_HALF_WIDTH and not few else 'is missed'
+        lines.append(
+            f'- The aim for claim (a), M = 2, is {WANTED_SEEDS} seeds and a half-width of {WANTED_HALF_WIDTH} points. '
+            f'There are {len(selection.differences)} seeds and {half:.2f} points: it {met}.'
+        )
+    return '\n'.join(lines)
+
+
+def _method(rows: Sequence[Row]) -> list[str]:
+    settings = Settings.of(rows[0])
+    scales = ', '.join(f'{scale:g}' for scale in SCALES)
+    new = ' and '.join(f'{scale:g}' for scale in NEW_SCALES)
+    return [
+        '**Data.** '
+        + '; '.join(f'`{name}`: {text}' for name, text in DATA.items())
+        + f'. An object has a random size, {settings.scale[0]:g} to {settings.scale[1]:g} times 28 pixels, and lies at '
+        'a random place on a canvas of 64 x 64 grey pixels, elsewhere in every epoch. Kuzushiji and EMNIST are not '
+        'here: we found no package that ships them.',
+        '**Networks.** An SKResNet of three stages with two units each, SK_2_1 to SK_4_2, in two sizes. `wider`, '
+        '`deeper` and `se` have as many parameters and as many multiply-adds as `k3_k5_selected`, each to 2 %, and to '
+        '5 % for `deeper`.',
+        f'**Training.** {settings.epochs} x {settings.train_images:,} images, AdamW, batch {settings.batch_size}, a '
+        f'learning rate that rises to {settings.learning_rate} over a tenth of the steps and falls along a cosine to 0'
+        + (', mixed precision' if settings.amp else '')
+        + f'. What is tested is a moving average of the weights over the last {100 * settings.ema:g} % of the steps.',
+        '**Pairs.** All networks of a seed see the same images at the same places in the same order. Tensors that two '
+        'networks share begin with the same values.',
+        f'**Test.** {settings.test_images:,} objects of the test set, each at the scales {scales}; top-1 is the mean '
+        f"over these. The scales {new} were never trained on, and are claim (g)'s. At 2.5 an object is larger than the "
+        'canvas, and loses 3 pixels on each side.',
+        f'**Statistics.** Differences are paired by seed, in points of top-1. A claim that one network is better is '
+        'tested by the two-sided paired t-test, and a claim that says "little", "as well" or "does not" by two '
+        'one-sided tests (TOST) against a margin: 0.5 points, and 0.1 for a correlation, '
+        "which is tested by Fisher's transformation. All claims of a data set and "
+        f"size that have rows share a level of {ALPHA:g} by Holm's procedure. An interval is at the level at which the "
+        'procedure tested its claim, so that it lies beyond 0 (or within the margin) where the '
+        "claim is decided, and only there. Tests and power are statsmodels' and scipy's.",
+    ]
+
+
+def _power(answers: Sequence[Answer], variance: Sequence[Row]) -> list[str]:
+    parts, tests = [], len(CLAIMS)
+    found = {name: crossed(variance, name) for name in (SELECTED, SUMMED)}
+    deviation = None
+    if all(pair is not None for pair in found.values()):
+        settings = Settings.of(variance[0])
+        weights, orders = found[SELECTED][0].shape
+        (one, one_right), (other, other_right) = found[SELECTED], found[SUMMED]
+        cases = {
+            f'`{SELECTED}`': (one, one_right),
+            f'`{SUMMED}`': (other, other_right),
+            'their difference': (one - other, one_right - other_right),
+        }
+        lines = [['deviation, points', 'weights', 'order', 'rest', 'test images'], ['---', *['---:'] * 4]]
+        for name, case in cases.items():
+            lines.append([name, *[f'{value:.2f}' for value in components(*case).deviations.values()]])
+        of_difference = components(*cases['their difference'])
+        deviation = float(
+            np.sqrt(sum(max(v, 0) for v in (of_difference.weights, of_difference.order, of_difference.rest)))
+        )
+        noise = {name: np.mean([np.std(row['steps'][name], ddof=1) for row in variance]) for name in ('middle', 'end')}
+        averaged = np.mean([row['mixed'] - row['last'] for row in variance])
+        parts += [
+            f"Where the variance comes from: {weights} seeds of the weights crossed with {orders} of the images' "
+            f'order, for both networks of claim (a), after {settings.epochs} x {settings.train_images:,} images and on '
+            f'{settings.test_images:,} at five scales. The table has standard deviations from an analysis of variance '
+            f'with two random factors; with {weights - 1}, {orders - 1} and {(weights - 1) * (orders - 1)} degrees of '
+            'freedom they are rough, and 0 stands for an estimate below 0. The rest is what weights and order do '
+            'together. Another sample of test images would move all runs by what the last column says.',
+            markdown_table(lines),
+            f'From one step to the next, top-1 of the weights changes by {noise["middle"]:.2f} points in the middle of '
+            f'the training, and by {noise["end"]:.2f} at its end, where the learning rate is 0. The average of the '
+            f'weights is {averaged:+.2f} points better than the last.',
+            'In a pair, weights and order are the same for both networks, and their difference varies by what the last '
+            f'line says: {deviation:.2f} points in all from seed to seed.',
+        ]
+    else:
+        parts.append('The study of the variance (`--variance`) has not been run.')
+    lines = [
+        ['differences of', 'seeds', 'deviation', 'seeds needed, one claim', f'seeds needed, {tests} claims'],
+        ['---', *['---:'] * 4],
+    ]
+    known = [(answer.claim.pair + f' ({answer.claim.key})', len(answer.differences), answer.deviation)
+             for answer in answers if answer.low is not None and answer.claim.figure == 'top1']  # fmt: skip
+    if deviation is not None:
+        known.insert(0, ('claim (a), M = 2, in the study of the variance', found[SELECTED][0].size, deviation))
+    for name, count, value in known:
+        needed = [str(seeds_needed(value, tests=number)) for number in (1, tests)]
+        lines.append([name, str(count), f'{value:.2f}', *needed])
+    if known:
+        parts += [
+            f"How many seeds show a difference of 0.5 points with a power of {100 * POWER:.0f} % (statsmodels' "
+            f"`TTestPower`, level {ALPHA:g}), for a claim alone and for the first of all {tests} in Holm's procedure:",
+            markdown_table(lines),
+        ]
+    return parts
+
+
+def _claims(answers: Sequence[Answer]) -> str:
+    lines = [
+        ['claim', 'networks', 'the paper', 'seeds', 'difference', 'corrected p', ''],
+        ['---', '---', *['---:'] * 4, '---'],
+    ]
+    for answer in answers:
+        claim = answer.claim
+        margin = '' if claim.margin is None else f', within ± {claim.margin:g}'
         lines.append(
             [
-                f'`{name}`',
-                f'{row["parameters"]:,}',
-                f'{row["mflops"]:.2f}',
-                str(len(values)),
-                mean_and_sd(values.values()),
-                *[f'{np.mean(third):.2f}' if third else '' for third in thirds],
-                *comparison_cells(found),
+                f'({claim.key}) {claim.text}{margin}',
+                claim.pair,
+                '' if claim.paper is None else f'{claim.paper:+.2f}',
+                str(len(answer.differences)),
+                difference(answer),
+                p_value(answer),
+                answer.verdict,
             ]
         )
     return markdown_table(lines)
 
 
-def _claims_table(rows: Sequence[Row]) -> str:
-    lines = [['claim', 'networks', 'seeds', 'difference', 'p'], ['---', '---', '---:', '---:', '---:']]
-    for claim, (name, other) in CLAIMS.items():
-        found = compare(rows, name, other)
-        lines.append(
-            [claim, f'`{name}` - `{other}`', str(found.n if found else 0), *comparison_cells(found)],
-        )
-    return markdown_table(lines)
+def difference(answer: Answer) -> str:
+    """The mean with its interval, as far as there are any."""
+    if not answer.differences:
+        return ''
+    digits = 2 if answer.claim.unit == 'points' else 3
+    interval = '' if answer.low is None else f' ({answer.low:+.{digits}f} to {answer.high:+.{digits}f})'
+    return f'{answer.mean:+.{digits}f}{interval}'
 
 
-def _attention_table(attention: Sequence[Row]) -> str:
-    attention = sorted(attention, key=lambda row: row['seed'])
-    lines = [['unit', *[f'seed {row["seed"]}' for row in attention]], ['---', *['---:'] * len(attention)]]
-    for unit in attention[0]['units']:
-        cells = [row['units'][unit] for row in attention]
-        lines.append(
-            [
-                unit,
-                *[
-                    f'{cell["rho"]:+.2f}, {cell["low"]:+.2f} to {cell["high"]:+.2f} '
-                    f'({cell["untrained"]:+.2f}; {cell["curve"][-1] - cell["curve"][0]:+.3f})'
-                    for cell in cells
-                ],
-            ]
-        )
-    return markdown_table(lines)
+def p_value(answer: Answer) -> str:
+    return '' if answer.p is None else '< 0.001' if answer.p < 0.001 else f'{answer.p:.3f}'
 
 
 def mean_and_sd(values: Sequence[float]) -> str:
-    values = list(values)
     return f'{np.mean(values):.2f}' + (f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else '')
 
 
-def comparison_cells(found: Comparison | None) -> list[str]:
-    if found is None:
-        return ['', '']
-    if found.p is None:
-        return [f'{found.mean:+.2f}', '']
+def _elsewhere(rows: Sequence[Row]) -> list[str]:
+    """The claims on other data and in the other size, and what twice the training adds."""
+    parts, missing = [], []
+    for size in SIZES:
+        for data in DATA:
+            if (data, size) == MAIN or (size == 'wide' and data != MAIN[0]):
+                continue
+            answers = [answer for answer in decide(CLAIMS, _of(rows, data, size)) if answer.differences]
+            if answers:
+                parts += [f'### On {data}, {size}', _claims(answers)]
+            else:
+                missing.append(f'{data}, {size}')
+    if missing:
+        parts.append(f'Not run: {"; ".join(missing)}.')
+    longer = _of(rows, *MAIN, longer=True)
+    gains = {}
+    for row in longer:
+        usual = [r['top1'] for r in _of(rows, *MAIN) if (r['network'], r['seed']) == (row['network'], row['seed'])]
+        if usual:
+            gains.setdefault(row['network'], []).append(row['top1'] - usual[0])
+    parts.append('### Convergence')
+    if gains:
+        told = '; '.join(
+            f'`{name}` {np.mean(values):+.2f} points ({len(values)} seeds)' for name, values in gains.items()
+        )
+        far = max(np.mean(values) for values in gains.values())
+        parts.append(
+            f'What twice the training adds: {told}. The aim is at most 1 point: it is '
+            + ('met.' if far <= 1 else 'missed.')
+        )
+    else:
+        parts.append(
+            'Not run: whether networks are within 1 point of where they go with twice the training is not known.'
+        )
+    return parts
+
+
+def _attention(main: Sequence[Row], folder: str) -> list[str]:
+    rows = [row for row in main if row['network'] == SELECTED]
+    if not rows:
+        return ['Not run.']
+    lines = [['unit', *[f'seed {row["seed"]}' for row in rows], 'mean', 'rise'], ['---', *['---:'] * (len(rows) + 2)]]
+    scales = rows[0]['attention']['scales']
+    first, last = scales.index(SCALES[0]), scales.index(SCALES[-1])
+    for unit in UNITS:
+        units = [row['attention']['units'][unit] for row in rows]
+        rho = [one['rho'] for one in units]
+        rise = [one['curve'][last] - one['curve'][first] for one in units]
+        lines.append([unit, *[f'{value:+.2f}' for value in rho], f'{np.mean(rho):+.2f}', f'{np.mean(rise):+.3f}'])
+    images = min(IMAGES, rows[0]['settings']['test_images'])
     return [
-        f'{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})',
-        '< 0.001' if found.p < 0.001 else f'{found.p:.3f}',
+        f'`{SELECTED}`, unit by unit: the mean over channels of the 5x5 minus the 3x3 attention, and its Spearman '
+        f"correlation with the object's scale over {images:,} test images, each at a scale of its own. The rise is "
+        f'that of the mean attention from scale {SCALES[0]:g} to {SCALES[-1]:g}: a correlation says nothing of size. '
+        "The intervals over seeds are claim (e)'s, above.",
+        markdown_table(lines),
+        f'![Attention for the 5x5 against scale, unit by unit]({folder}/attention.png)',
+        f'*{min(CURVE_IMAGES, rows[0]["settings"]["test_images"])} objects at each scale; a thin line for each seed, a '
+        'band for the 95 % interval of their mean, seeds taken as the sample.*',
     ]
 
 
-def report(out: Path, data_root: Path) -> list[Path]:
-    """Write OUT/table.md, accuracy.png and, where the attention was measured, attention.png, from the rows.
+def _learning(main: Sequence[Row], folder: str) -> list[str]:
+    rows = [row for row in main if row['network'] == SELECTED]
+    if not rows:
+        return ['Not run.']
+    lines = [['unit', 'entropy, start', 'end', 'rho, start', 'end'], ['---', *['---:'] * 4]]
+    for unit in UNITS:
+        values = [
+            np.mean([[r['learning'][unit][key][i] for i in (0, -1)] for r in rows], 0) for key in ('entropy', 'rho')
+        ]
+        lines.append([unit, *[f'{value:.3f}' for value in values[0]], *[f'{value:+.2f}' for value in values[1]]])
+    top1 = {how: np.mean([row['attention']['top1'][how] for row in rows]) for how in ('own', 'mean', 'shuffled')}
+    return [
+        'Entropy of the softmax over the branches, in nats (0 where one takes all, 0.693 where both are alike), and '
+        f'correlation with scale, means over {len(rows)} seeds:',
+        markdown_table(lines),
+        f'![Entropy and correlation along the training]({folder}/learning.png)',
+        'Is it the choice for every image that helps, or the second branch? In the trained networks every unit takes '
+        'the mean of its attention over the test images, or the attention of another image. Top-1 is '
+        f"{top1['own']:.2f} % with each image's own attention, {top1['mean']:.2f} with the mean and "
+        f"{top1['shuffled']:.2f} with another image's; claim (i) has the intervals. These networks learnt with their "
+        "own: one that learns with a fixed attention is claim (a)'s sum.",
+    ]
 
-    Where it was not, an attention.png that is there goes.
-    """
-    rows, attention = read_rows(out / 'runs.jsonl'), read_rows(out / 'attention.jsonl')
-    written = [out / 'table.md', out / 'accuracy.png']
-    text = markdown(rows, attention)
-    written[0].write_text(text, encoding='utf-8')
-    draw_accuracy(rows, written[1])
-    if attention:
-        data = Data(data_root, Settings.of(attention[0]))
-        strip = np.concatenate([data.test_at(scale, 1)[:, 0].numpy() for scale in attention[0]['scales']])
-        written.append(out / 'attention.png')
-        draw_attention(attention, strip, written[-1])
-    else:
-        (out / 'attention.png').unlink(missing_ok=True)
-    missing = unmeasured(rows, attention)
-    if missing:
-        print(f'attention of {SELECTED}, seeds {" ".join(map(str, missing))}: not measured yet', file=sys.stderr)
-    return written
+
+def _networks(main: Sequence[Row]) -> str:
+    if not main:
+        return 'Not run.'
+    scales = list(main[0]['scales'])
+    lines = [
+        ['network', 'parameters', 'MFLOPs', 'seeds', 'top-1', *[f'at {scale}' for scale in scales]],
+        ['---', *['---:'] * (4 + len(scales))],
+    ]
+    for name in NETWORKS:
+        own = [row for row in main if row['network'] == name]
+        if own:
+            at = [f'{np.mean([row["scales"][scale] for row in own]):.1f}' for scale in scales]
+            cells = [f'{own[0]["parameters"]:,}', f'{own[0]["mflops"]:.2f}', str(len(own))]
+            lines.append([f'`{name}`', *cells, mean_and_sd([row['top1'] for row in own]), *at])
+    return 'Mean and standard deviation over the seeds.\n\n' + markdown_table(lines)
+
+
+def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
+    counts = [len(answer.differences) for answer in answers]
+    lines = [
+        "- Networks of some 70,000 parameters on grey images of 64 x 64. The paper's have 27 million, and ImageNet.",
+        f'- The claims have {min(counts)} to {max(counts)} seeds; {WANTED_SEEDS} are the aim.',
+    ]
+    if rows:
+        full, settings = Settings(), Settings.of(rows[0])
+        seen, whole = settings.epochs * settings.train_images, full.epochs * full.train_images
+        if seen < whole:
+            lines.append(
+                f'- Training is {100 * seen / whole:.1f} % of what the full study is to have ({whole:,} images).'
+            )
+        if settings.test_images < full.test_images:
+            lines.append(f'- The test has {settings.test_images:,} of {full.test_images:,} objects.')
+    lines.append('- Where a claim is not decided, its interval says how large an effect may still be, either way.')
+    return '\n'.join(lines)
+
+
+def _cost(rows: Sequence[Row], variance: Sequence[Row]) -> list[str]:
+    parts = []
+    for name, those, option in (('The runs', rows, '--seeds'), ('The study of the variance', variance, '--variance')):
+        if not those:
+            continue
+        machines = sorted({f'{row["hardware"]} ({row["device"]}, threads: {row["threads"]})' for row in those})
+        seconds = sum(row['seconds'] for row in those)
+        given = _options(those, option)
+        parts += [
+            f'{name}: {len(those)} rows, {seconds / 3600:.1f} hours in all, on {"; ".join(machines)}, torch '
+            f'{", ".join(sorted({row["torch"] for row in those}))}.',
+            f'```bash\npython tools/prepare_fashion_mnist.py\npython tools/run_ablation.py {given}\n```',
+        ]
+    allowed = bound(rows)
+    parts.append(
+        'After a kill, the same command goes on with what is missing. `--verify NAME SEED` trains a run again. On the '
+        'same hardware, with as many threads and the same torch, it must give the row to the last digit. On another '
+        "machine the first batch's loss must be the row's to 0.1 %, and top-1 may be "
+        + ('within the spread of the seeds' if allowed is None else f'{allowed:.2f} points away')
+        + ': training makes a difference in the last digit as large as another draw, and two draws of these networks '
+        "differ by less than 3 sqrt(2) of the seeds' deviation in 99.7 % of cases."
+    )
+    return parts
+
+
+def _options(rows: Sequence[Row], option: str) -> str:
+    settings, defaults = rows[0]['settings'], json.loads(json.dumps(asdict(Settings())))
+    words = {name: settings[name] for name in OPTIONS if settings[name] != defaults[name]}
+    words['threads'] = rows[0]['threads']
+    given = ' '.join(f'--{name.replace("_", "-")} {value}' for name, value in words.items())
+    seeds = sorted({row['seed'] for row in rows})
+    if option == '--variance':
+        return f'--variance {len(seeds)} {len({row["order"] for row in rows})} {given}'
+    networks = [name for name in NETWORKS if any(row['network'] == name for row in rows)]
+    chosen = '' if len(networks) == len(NETWORKS) else f'--networks {" ".join(networks)} '
+    for name, every, there in (('sets', DATA, 'data'), ('sizes', SIZES, 'size')):
+        found = [one for one in every if any(row[there] == one for row in rows)]
+        chosen += '' if len(found) == len(every) else f'--{name} {" ".join(found)} '
+    return f'{chosen}--seeds {" ".join(map(str, seeds))} {given}'

@@ -1,4 +1,4 @@
-"""The settings of a run, and the files of rows, one for each run, that a kill can cut but not spoil."""
+"""What is run, with which settings, and the files of rows, one for each run, that a kill can cut but not spoil."""
 
 import json
 import os
@@ -7,27 +7,57 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-SIZES = ('small', 'medium', 'large')
 OPTIONS = ('train_images', 'epochs', 'test_images', 'batch_size')
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Run:
+    """A network and what chance it meets: ``seed`` of its weights, ``order`` of its images (the seed's own where None).
+
+    ``longer`` is training for twice the epochs, which shows how far the others are from where they go.
+    """
+
+    network: str
+    seed: int
+    data: str = 'garments'
+    size: str = 'narrow'
+    order: int | None = None
+    longer: bool = False
+
+    @classmethod
+    def of(cls, row: Row) -> 'Run':
+        return cls(row['network'], row['seed'], row['data'], row['size'], row['order'], row['longer'])
+
+    @property
+    def images(self) -> int:
+        """The seed of the images' order."""
+        return self.seed if self.order is None else self.order
+
+    def __str__(self) -> str:
+        parts = [self.network, self.size, self.data, f'seed {self.seed}']
+        parts += [f'order {self.order}'] * (self.order is not None) + ['twice as long'] * self.longer
+        return ', '.join(parts)
+
+
+@dataclass(frozen=True)
 class Settings:
     """What all runs of a results file share.
 
-    ``epochs`` times ``train_images`` garments, each placed elsewhere every epoch; the test set is the first
-    ``test_images`` of its garments, placed once for all.
+    ``epochs`` times ``train_images`` objects, each placed elsewhere every epoch; the test sets are of the first
+    ``test_images`` objects.
     """
 
-    train_images: int = 24000
-    epochs: int = 1
+    train_images: int = 60000
+    epochs: int = 10
     test_images: int = 10000
-    batch_size: int = 32
+    batch_size: int = 128
     learning_rate: float = 0.004
     weight_decay: float = 0.02
     scale: tuple[float, float] = (0.6, 2.0)
+    ema: float = 0.05  # the share of the steps that the average of the weights looks back on
+    amp: bool = False
 
     @classmethod
     def of(cls, row: Row) -> 'Settings':
@@ -41,6 +71,16 @@ class Settings:
                 raise ValueError(f'--{name.replace("_", "-")} {getattr(self, name)}: must be at least 1')
         if not 2 <= self.batch_size <= self.train_images:
             raise ValueError(f'--batch-size {self.batch_size}: must be from 2 to --train-images {self.train_images}')
+
+
+def find(row: Row, path: str) -> Any:
+    """What a row has at 'scales.0.5', say, where keys may hold dots; None where it has nothing there."""
+    if path in row:
+        return row[path]
+    for key, value in row.items():
+        if isinstance(value, dict) and path.startswith(f'{key}.'):
+            return find(value, path[len(key) + 1 :])
+    return None
 
 
 def read_rows(path: Path) -> list[Row]:

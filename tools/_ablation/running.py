@@ -1,95 +1,177 @@
 """All runs: what is missing of them, on one device or on several, and one of them again."""
 
 import functools
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
 
-from .data import Data
-from .networks import SELECTED
-from .rows import Row, Settings, append_row, check_same_settings, read_rows
+from .data import DATA, Data
+from .deciding import bound
+from .networks import CORE, NETWORKS, SELECTED, SIZES, SUMMED
+from .rows import Row, Run, Settings, append_row, check_same_settings, read_rows
 from .training import check_device, set_up, train
-from .weights import save_weights, weights_path
+
+LONGER_SEEDS = 3
+MAIN = ('garments', 'narrow')
+FIRST_LOSS = 1e-3  # relative: how far rounding may carry the first batch's loss on another machine
+
+
+def plan(networks: Sequence[str], data: Sequence[str], sizes: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """The runs of the study, in the order of what they are worth, so that it may be stopped at any time.
+
+    All ``networks`` where both data and size are MAIN, those of CORE elsewhere, and of claim (a) for twice as long.
+    """
+    places = [(one, size) for size in SIZES for one in DATA if one in data and size in sizes]
+    places = [(one, size) for one, size in places if size == MAIN[1] or one == MAIN[0]]
+    runs = []
+    for one, size in places:
+        main = (one, size) == MAIN
+        names = [name for name in NETWORKS if name in networks and (main or name in CORE)]
+        runs += [Run(name, seed, one, size) for name in names for seed in seeds]
+        if main:
+            longer = [name for name in (SELECTED, SUMMED) if name in names]
+            runs += [Run(name, seed, one, size, longer=True) for name in longer for seed in seeds[:LONGER_SEEDS]]
+    return runs
+
+
+def plan_variance(weights: int, orders: int) -> list[Run]:
+    """Every seed of the weights with every one of the images' order, for both networks of claim (a)."""
+    pairs = [(seed, order) for seed in range(weights) for order in range(orders)]
+    return [Run(name, seed, *MAIN, order=order) for seed, order in pairs for name in (SELECTED, SUMMED)]
 
 
 def run_missing(
-    pairs: Sequence[tuple[str, int]], out: Path, work_dir: Path, data_root: Path, settings: Settings, devices: list[str]
+    runs: Sequence[Run],
+    path: Path,
+    data_root: Path,
+    settings: Settings,
+    devices: Sequence[str],
+    together: int = 1,
+    minutes: float | None = None,
+    **kwargs,
 ) -> None:
-    """Train the (network, seed) pairs that OUT/runs.jsonl lacks, a process for each device where there are several."""
-    path = out / 'runs.jsonl'
+    """Train the runs that the file of rows lacks, a process for each device where there are several.
+
+    Args:
+        runs: in the order in which they are begun.
+        path: of the file; a row is appended as a run ends.
+        data_root: Fashion-MNIST's folder.
+        settings: of all runs.
+        devices: of them; one may be named twice.
+        together: how many seeds of a network are trained at once.
+        minutes: after which none is begun.
+        **kwargs: of :func:`~.training.train`.
+    """
     rows = read_rows(path)
     check_same_settings(path, rows, settings)
-    done = {(row['network'], row['seed']) for row in rows}
-    todo = [pair for pair in pairs if pair not in done]
-    print(f'{len(pairs) - len(todo)} of {len(pairs)} runs are done', flush=True)
-    for number, row in enumerate(_run_all(todo, work_dir, data_root, settings, devices), start=1):
-        append_row(path, row)
-        print(
-            f'{number} of {len(todo)}: {row["network"]}, seed {row["seed"]}: top-1 {row["top1"]:.2f} % '
-            f'({row["seconds"]:.0f} s on {row["device"]})',
-            flush=True,
-        )
+    done = {Run.of(row) for row in rows}
+    todo = [run for run in runs if run not in done]
+    print(f'{len(runs) - len(todo)} of {len(runs)} runs are done', flush=True)
+    end = time.time() + 60 * minutes if minutes is not None else None
+    number = 0
+    for found in _run_all(_groups(todo, together), data_root, settings, devices, end, kwargs):
+        for row in found:
+            append_row(path, row)
+            number += 1
+            print(
+                f'{number} of {len(todo)}: {Run.of(row)}: top-1 {row["top1"]:.2f} % '
+                f'({row["seconds"]:.0f} s on {row["device"]})',
+                flush=True,
+            )
+
+
+def _groups(runs: Sequence[Run], together: int) -> list[list[Run]]:
+    """Neighbours of one network, so many at once."""
+    groups = []
+    for _, alike in groupby(runs, lambda run: (run.network, run.data, run.size, run.longer)):
+        alike = list(alike)
+        groups += [alike[i : i + together] for i in range(0, len(alike), together)]
+    return groups
 
 
 def _run_all(
-    todo: Sequence[tuple[str, int]], work_dir: Path, data_root: Path, settings: Settings, devices: list[str]
-) -> Iterator[Row]:
-    if not todo:
+    groups: Sequence[list[Run]],
+    data_root: Path,
+    settings: Settings,
+    devices: Sequence[str],
+    end: float | None,
+    kwargs: dict,
+) -> Iterator[list[Row]]:
+    if not groups:
         return
     if len(devices) == 1:
-        data = Data(data_root, settings)
-        for name, seed in todo:
-            yield _run_one(name, seed, devices[0], data, work_dir)
+        work = _worker(devices[0], data_root, settings, end, kwargs)
+        yield from map(work, groups)
         return
     context = mp.get_context('spawn')
     queue = context.Queue()
     for device in devices:
         queue.put(device)
-    start = (queue, data_root, settings, work_dir, torch.get_num_threads())
+    start = (queue, torch.get_num_threads(), data_root, settings, end, kwargs)
     with ProcessPoolExecutor(len(devices), context, _start_worker, start) as pool:
-        for future in as_completed([pool.submit(_work, name, seed) for name, seed in todo]):
+        for future in as_completed([pool.submit(_work, group) for group in groups]):
             yield future.result()
 
 
-def _start_worker(queue, data_root: Path, settings: Settings, work_dir: Path, threads: int) -> None:
+def _worker(
+    device: str, data_root: Path, settings: Settings, end: float | None, kwargs: dict
+) -> Callable[[list[Run]], list[Row]]:
+    load = functools.lru_cache(maxsize=1)(lambda name: Data(data_root, settings, device, name))
+    if end is None:
+        return lambda runs: train(runs, device, load(runs[0].data), **kwargs)
+    return lambda runs: train(runs, device, load(runs[0].data), **kwargs) if time.time() < end else []
+
+
+def _start_worker(queue, threads: int, *args) -> None:
     global _work_here
     set_up(threads)
-    _work_here = functools.partial(_run_one, device=queue.get(), data=Data(data_root, settings), work_dir=work_dir)
+    _work_here = _worker(queue.get(), *args)
 
 
-def _work(name: str, seed: int) -> Row:
-    return _work_here(name, seed)
+def _work(runs: list[Run]) -> list[Row]:
+    return _work_here(runs)
 
 
-def _run_one(name: str, seed: int, device: str, data: Data, work_dir: Path) -> Row:
-    model, row = train(name, seed, device, data)
-    if name == SELECTED:
-        save_weights(model, weights_path(work_dir, seed), row)
-    return row
+def verify(run: Run, path: Path, data_root: Path, device: str | None, threads: int | None) -> None:
+    """Train a run again, on its row's device and with its row's threads where None are given, and beside its seeds.
 
-
-def verify(name: str, seed: str, out: Path, data_root: Path, device: str | None, threads: int | None) -> None:
-    """Train a run again, on its row's device and with its row's threads where None are given.
+    On the same hardware, with as many threads and the same torch, all figures must be the row's. Elsewhere the loss of
+    the first batch must be, to FIRST_LOSS, and top-1 within :func:`~.deciding.bound`.
 
     Raises:
-        ValueError: its figures differ from its row's, or there is no such row.
+        ValueError: they are not, or there is no such row.
     """
-    found = [row for row in read_rows(out / 'runs.jsonl') if (row['network'], str(row['seed'])) == (name, seed)]
-    if not found:
-        raise ValueError(f'--verify {name} {seed}: {out / "runs.jsonl"} has no such run')
-    settings, device = Settings.of(found[0]), device or found[0]['device']
+    rows = read_rows(path)
+    found = next((row for row in rows if Run.of(row) == run), None)
+    if found is None:
+        raise ValueError(f'--verify {run.network} {run.seed}: {path} has no such run')
+    device = device or found['device']
     check_device(device)
-    set_up(threads or found[0]['threads'])
-    _, row = train(name, int(seed), device, Data(data_root, settings))
-    figures = [key for key in row if key.startswith('top1') or key == 'loss']
-    print(', '.join(f'{key} {found[0][key]!r} then, {row[key]!r} now' for key in figures))
-    differ = [key for key in figures if row[key] != found[0][key]]
-    if differ:
+    set_up(threads or found['threads'])
+    runs = [Run.of({**found, 'seed': seed}) for seed in found['together']]
+    data = Data(data_root, Settings.of(found), device, run.data)
+    again = next(row for row in train(runs, device, data, found['compiled']) if row['seed'] == run.seed)
+    figures = ('top1', 'loss', 'mixed', 'last', 'first')
+    print(', '.join(f'{key} {found[key]!r} then, {again[key]!r} now' for key in figures))
+    about = ('hardware', 'device', 'threads', 'torch')
+    made, now = (', '.join(f'{key} {row[key]}' for key in about) for row in (found, again))
+    if made == now:
+        differ = [key for key in figures if again[key] != found[key]]
+        if differ:
+            raise ValueError(f'--verify {run.network} {run.seed}: {", ".join(differ)} differ, all on {now}')
+        print('the same to the last digit')
+        return
+    allowed = bound(rows)
+    where = f'the row was made on {made}, this on {now}'
+    if abs(again['first'] - found['first']) > FIRST_LOSS * found['first']:
+        raise ValueError(f'--verify {run.network} {run.seed}: the first loss differs by more than rounding; {where}')
+    if allowed is not None and abs(again['top1'] - found['top1']) > allowed:
         raise ValueError(
-            f'--verify {name} {seed}: {", ".join(differ)} differ; the row was made on {found[0]["hardware"]} with '
-            f'{found[0]["threads"]} threads and torch {found[0]["torch"]}, this on {row["hardware"]} with '
-            f'{row["threads"]} and torch {row["torch"]}'
+            f'--verify {run.network} {run.seed}: top1 differs by more than {allowed:.2f}, as far as seeds go; {where}'
         )
+    print(f'within {"no bound, which takes two seeds" if allowed is None else f"{allowed:.2f} points"}; {where}')

@@ -3,7 +3,7 @@
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from sk_plugins.networks import SKResNet
 from sk_plugins.weights import from_resnet
 
-from .comparing import by_network, compare
+from .claims import Claim
 from .data import Data
-from .networks import BASE
-from .reporting import comparison_cells, mean_and_sd
+from .deciding import decide
+from .measuring import logits_of
+from .networks import BASE, SIZES
+from .reporting import difference, mean_and_sd, p_value
 from .rows import Row, Settings, append_row, check_same_settings, read_rows
-from .training import fit, logits_of
+from .together import Alone
+from .training import fit
 
 # The epochs before those that are compared: added to a seed, they draw garments of their own.
 PRETRAINING = (1000, 2000)
@@ -35,12 +38,13 @@ STARTS = {
     'plain': 'the plain network, trained on',
     'cold_longer': 'SK, true kernels, from random weights, with the epochs before',
 }
-CLAIMS = {
-    'a warm start beats a cold one': ('warm', 'cold'),
-    'true kernels beat dilated ones': ('warm', 'warm_dilated'),
-    'selecting beats training the plain network on': ('warm', 'plain'),
-    'a warm start beats a cold one that had as many images in all': ('warm', 'cold_longer'),
-}
+CLAIMS = (
+    Claim('', 'a warm start beats a cold one', 'warm', 'cold'),
+    Claim('', 'true kernels beat dilated ones', 'warm', 'warm_dilated'),
+    Claim('', 'selecting beats training the plain network on', 'warm', 'plain'),
+    Claim('', 'a warm start beats a cold one that had as many images in all', 'warm', 'cold_longer'),
+)
+NETWORK = {**BASE, **SIZES['narrow']}
 COLORS = dict(warm='tab:orange', warm_dilated='tab:red', cold='tab:blue', plain='tab:grey', cold_longer='tab:cyan')
 
 
@@ -53,12 +57,15 @@ class Runs:
 
     def _pretrain(self, seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
-        model = self._place(SKResNet(**BASE, unit='plain'))
-        fit(model, self._epochs(seed, PRETRAINING), self.data.settings, self.device)
+        model = self._place(SKResNet(**NETWORK, unit='plain'))
+        fit(Alone(model), self._batches(seed, PRETRAINING), self._steps(PRETRAINING), self.data.settings)
         return model.state_dict()
 
-    def _epochs(self, seed: int, numbers: Sequence[int]) -> list[Callable[[], tuple[Tensor, Tensor]]]:
-        return [functools.partial(self.data.train, seed + number, 0) for number in numbers]
+    def _batches(self, seed: int, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        return (batch for number in numbers for batch in self.data.batches([seed + number], 0))
+
+    def _steps(self, numbers: Sequence[int]) -> int:
+        return self.data.settings.train_images // self.data.settings.batch_size * len(numbers)
 
     def _place(self, model: SKResNet) -> SKResNet:
         return model.to(self.device, memory_format=torch.channels_last)
@@ -68,9 +75,9 @@ class Runs:
         weights = None if name.startswith('cold') else self.pretrained(seed)
         torch.manual_seed(seed)
         if weights is None:
-            return self._place(SKResNet(**BASE, sk_kwargs=dict(dilated=False)))
+            return self._place(SKResNet(**NETWORK, sk_kwargs=dict(dilated=False)))
         if name == 'plain':
-            model = SKResNet(**BASE, unit='plain')
+            model = SKResNet(**NETWORK, unit='plain')
             model.load_state_dict(weights)
             return self._place(model)
         return self._place(from_resnet(weights, sk_kwargs=dict(dilated=name == 'warm_dilated')))
@@ -81,7 +88,7 @@ class Runs:
         model, settings = self.start(name, seed), self.data.settings
         images, labels, _ = self.data.test()
         numbers = (*PRETRAINING, 0) if name == 'cold_longer' else (0,)
-        steps = settings.train_images // settings.batch_size * len(numbers)
+        steps = self._steps(numbers)
         marks = {round(steps * i / CURVE_POINTS) for i in range(1, CURVE_POINTS)}
         curve = [(0, self._top1(model, images[:CURVE_IMAGES], labels)[0])]
         moved = self._moved(model, seed, images[:CURVE_IMAGES]) if name.startswith('warm') else None
@@ -92,7 +99,7 @@ class Runs:
                 curve.append((step * settings.batch_size, top1))
                 model.train()
 
-        fit(model, self._epochs(seed, numbers), settings, self.device, watch)
+        fit(Alone(model), self._batches(seed, numbers), steps, settings, watch)
         top1, loss = self._top1(model, images, labels)
         curve.append((steps * settings.batch_size, self._top1(model, images[:CURVE_IMAGES], labels)[0]))
         machine = describe_machine('cuda' if self.device.startswith('cuda') else self.device)
@@ -115,11 +122,11 @@ class Runs:
 
     def _moved(self, model: nn.Module, seed: int, images: Tensor) -> float:
         """How far the logits are from the plain network's, as a share of their standard deviation."""
-        expected = logits_of(self.start('plain', seed).eval(), images, self.device)
-        return ((logits_of(model.eval(), images, self.device) - expected).std() / expected.std()).item()
+        expected = logits_of(self.start('plain', seed).eval(), images)
+        return ((logits_of(model.eval(), images) - expected).std() / expected.std()).item()
 
     def _top1(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        logits, labels = logits_of(model.eval(), images, self.device), labels[: len(images)]
+        logits, labels = logits_of(model.eval(), images), labels[: len(images)]
         return 100 * (logits.argmax(1) == labels).float().mean().item(), F.cross_entropy(logits, labels).item()
 
 
@@ -131,7 +138,7 @@ def run_missing(seeds: Sequence[int], out: Path, data_root: Path, settings: Sett
     done = {(row['network'], row['seed']) for row in rows}
     todo = [(name, seed) for seed in seeds for name in STARTS if (name, seed) not in done]
     print(f'{len(done)} runs are done', flush=True)
-    runs = Runs(Data(data_root, settings), device) if todo else None
+    runs = Runs(Data(data_root, settings, device), device) if todo else None
     for number, (name, seed) in enumerate(todo, start=1):
         row = runs.run(name, seed)
         append_row(path, row)
@@ -175,17 +182,18 @@ def markdown(rows: Sequence[Row]) -> str:
     )
     columns = ['start', '', 'parameters', 'seeds', 'logits moved, %', 'top-1 at the start', 'top-1']
     lines = [columns, ['---', '---', *['---:'] * 5]]
-    for name, values in by_network(rows, networks=STARTS).items():
+    for name in STARTS:
         own = [row for row in rows if row['network'] == name]
+        if not own:
+            continue
         first = mean_and_sd([row['curve'][0][1] for row in own])
         moved = [100 * row['moved'] for row in own if row['moved'] is not None]
-        cells = [f'{own[0]["parameters"]:,}', str(len(values)), mean_and_sd(moved) if moved else '']
-        cells += [first, mean_and_sd(values.values())]
-        lines.append([f'`{name}`', STARTS[name], *cells])
+        cells = [f'{own[0]["parameters"]:,}', str(len(own)), mean_and_sd(moved) if moved else '']
+        lines.append([f'`{name}`', STARTS[name], *cells, first, mean_and_sd([row['top1'] for row in own])])
     claims = [['claim', 'starts', 'seeds', 'difference', 'p'], ['---', '---', '---:', '---:', '---:']]
-    for claim, (name, other) in CLAIMS.items():
-        found = compare(rows, name, other)
-        claims.append([claim, f'`{name}` - `{other}`', str(found.n if found else 0), *comparison_cells(found)])
+    for answer in decide(CLAIMS, rows, corrected=False):
+        claim = answer.claim
+        claims.append([claim.text, claim.pair, str(len(answer.differences)), difference(answer), p_value(answer)])
     title = '# A warm start against a cold one, on scaled Fashion-MNIST'
     return '\n\n'.join([title, how, markdown_table(lines), '## Claims', markdown_table(claims)]) + '\n'
 

@@ -1,0 +1,204 @@
+"""Which claims hold: paired tests, intervals and power, with Holm's correction for their number."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+from scipy import stats
+
+from sk_plugins._resources import how_to_install
+
+from .claims import Claim
+from .data import SCALES
+from .rows import Row
+
+ALPHA = 0.05  # for all claims of a data set and a size together
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the rows say of a claim.
+
+    Attributes:
+        claim: it.
+        differences: by seed.
+        p: Holm's, of the two-sided paired t-test, or of both one-sided ones (TOST) where the claim has a margin; None
+            for fewer than two seeds that differ.
+        low, high: the interval at the level at which Holm's procedure tested this claim: where p is below ALPHA and
+            only there, it lies beyond 0, or within the margin.
+    """
+
+    claim: Claim
+    differences: dict[int, float]
+    p: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def values(self) -> list[float]:
+        return list(self.differences.values())
+
+    @property
+    def mean(self) -> float:
+        return float(_back(self.claim, np.mean(_tested(self.claim, self.values))))
+
+    @property
+    def deviation(self) -> float:
+        """Of the differences, from seed to seed."""
+        return float(np.std(self.values, ddof=1))
+
+    @property
+    def verdict(self) -> str:
+        """'holds', 'contradicted', 'not decided' or 'not run'."""
+        margin = self.claim.margin
+        if not self.differences:
+            return 'not run'
+        if self.p is None:
+            return 'not decided'
+        if self.p < ALPHA:
+            return 'holds' if margin is not None or self.mean > 0 else 'contradicted'
+        if margin is not None and (self.low > margin or self.high < -margin):
+            return 'contradicted'
+        return 'not decided'
+
+
+def decide(claims: Sequence[Claim], rows: Sequence[Row], corrected: bool = True) -> list[Answer]:
+    """An answer to every claim from rows of one data set and one size, corrected for their number."""
+    found = [Answer(claim, claim.differences(rows)) for claim in claims]
+    # Where all seeds give the same, there is nothing to estimate a spread from.
+    tested = [answer for answer in found if len(set(answer.values)) > 1]
+    if not tested:
+        return found
+    raw = [_p(answer) for answer in tested]
+    adjusted, levels = raw, [ALPHA] * len(raw)
+    if corrected:
+        adjusted = _statsmodels('stats.multitest').multipletests(raw, ALPHA, method='holm')[1]
+        levels = holm_levels(raw)
+    done = {
+        id(answer): Answer(answer.claim, answer.differences, float(p), *_interval(answer, level))
+        for answer, p, level in zip(tested, adjusted, levels)
+    }
+    return [done.get(id(answer), answer) for answer in found]
+
+
+def _p(answer: Answer) -> float:
+    values = _tested(answer.claim, answer.values)
+    if answer.claim.margin is None:
+        return float(stats.ttest_1samp(values, 0).pvalue)
+    margin = float(_tested(answer.claim, answer.claim.margin))
+    test = _statsmodels('stats.weightstats').DescrStatsW(values)
+    return float(test.ttost_mean(-margin, margin)[0])
+
+
+def holm_levels(p: Sequence[float]) -> list[float]:
+    """The level at which Holm's procedure tests each: ALPHA / m for the least p, and so on until one is not rejected.
+
+    All after that one have its level.
+    """
+    levels, level, rejected = [0.0] * len(p), 0.0, True
+    for rank, i in enumerate(np.argsort(p, kind='stable')):
+        if rejected:
+            level = ALPHA / (len(p) - rank)
+            rejected = p[i] < level
+        levels[i] = level
+    return levels
+
+
+def _interval(answer: Answer, level: float) -> tuple[float, float]:
+    # Two one-sided tests at a level are an interval that leaves it out on either side.
+    two_sided = level if answer.claim.margin is None else 2 * level
+    values = _tested(answer.claim, answer.values)
+    half = stats.t.ppf(1 - two_sided / 2, len(values) - 1) * stats.sem(values)
+    low, high = (float(_back(answer.claim, values.mean() + sign * half)) for sign in (-1, 1))
+    return low, high
+
+
+def _tested(claim: Claim, values: float | Sequence[float]) -> np.ndarray:
+    """What is tested: of correlations Fisher's transformation, whose spread does not depend on their size."""
+    return np.arctanh(np.clip(values, -0.999, 0.999)) if claim.unit == 'rho' else np.asarray(values, float)
+
+
+def _back(claim: Claim, value: float) -> float:
+    return np.tanh(value) if claim.unit == 'rho' else value
+
+
+def seeds_needed(deviation: float, difference: float = 0.5, tests: int = 1) -> int:
+    """Seeds that show a difference with a power of POWER, where differences have this deviation from seed to seed.
+
+    At the level that Holm's procedure has for the first of so many ``tests``.
+    """
+    if deviation == 0:
+        return 2
+    power = _statsmodels('stats.power').TTestPower()
+    needed = power.solve_power(difference / deviation, power=POWER, alpha=ALPHA / tests)
+    return max(int(np.ceil(np.max(needed))), 2)
+
+
+@dataclass(frozen=True)
+class Components:
+    """Variances, in squared points: of the seed of the weights, of that of the images' order, and of the rest.
+
+    ``images`` is what the choice of the test images adds, and is in none of the others: all runs have the same.
+    """
+
+    weights: float
+    order: float
+    rest: float
+    images: float
+
+    @property
+    def deviations(self) -> dict[str, float]:
+        return {name: max(value, 0.0) ** 0.5 for name, value in vars(self).items()}
+
+
+def components(table: np.ndarray, right: np.ndarray) -> Components:
+    """Of the top-1 of crossed runs, (weights, orders), and of what each told, (weights, orders, images) in per cent.
+
+    The analysis of variance of two random factors without repetition; an estimate may be below zero.
+    """
+    rows, columns = table.shape
+    mean, by_row, by_column = table.mean(), table.mean(1), table.mean(0)
+    rest = ((table - by_row[:, None] - by_column + mean) ** 2).sum() / ((rows - 1) * (columns - 1))
+    weights = by_row.var(ddof=1) - rest / columns
+    order = by_column.var(ddof=1) - rest / rows
+    images = right.mean((0, 1)).var(ddof=1) / right.shape[-1]
+    return Components(float(weights), float(order), float(rest), float(images))
+
+
+def crossed(rows: Sequence[Row], network: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """``table`` and ``right`` of :func:`components` from the rows of a network; None where a pair is missing."""
+    found = {(row['seed'], row['order']): row for row in rows if row['network'] == network}
+    seeds, orders = ({key[i] for key in found} for i in range(2))
+    if len(found) != len(seeds) * len(orders) or min(len(seeds), len(orders)) < 2:
+        return None
+    grid = [[found[seed, order] for order in sorted(orders)] for seed in sorted(seeds)]
+    right = np.array([[[int(digit) for digit in row['right']] for row in line] for line in grid])
+    return np.array([[row['top1'] for row in line] for line in grid]), 100 * right / len(SCALES)
+
+
+def bound(rows: Sequence[Row]) -> float | None:
+    """How far top-1 may be from a row's on another machine, in points; None where no network has two seeds.
+
+    Training makes a difference in the last digit as large as another draw. Two draws differ by less than
+    3 sqrt(2) deviations in 99.7 % of cases; the deviation is that over seeds, pooled over networks.
+    """
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        groups.setdefault((row['network'], row['data'], row['size'], row['longer']), []).append(row['top1'])
+    several = [values for values in groups.values() if len(values) > 1]
+    if not several:
+        return None
+    squares = sum((len(values) - 1) * np.var(values, ddof=1) for values in several)
+    return float(3 * (2 * squares / sum(len(values) - 1 for values in several)) ** 0.5)
+
+
+def _statsmodels(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f'statsmodels.{name}')
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'the tests of the claims take statsmodels: {how_to_install("study")}', name='statsmodels'
+        ) from error
