@@ -109,7 +109,7 @@ $(PIP) install --quiet --upgrade pip
 endef
 PIP = $(@D)/bin/python -m pip
 
-$(VENV)/.installed: EXTRAS := mm,seg,downstream,cam,docs,dev
+$(VENV)/.installed: EXTRAS := mm,seg,downstream,cam,docs,study,dev
 $(OPENMMLAB_VENV)/.installed: EXTRAS := openmmlab,dev
 %/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(@D): torch, timm, OpenMMLab's packages and more, several GB with CUDA's; a few minutes"

@@ -35,7 +35,7 @@ nitpick_ignore_regex = [('py:.*', r'(?!sk_plugins\.).*'), ('py:.*', r'sk_plugins
 PAGES = {
     '../CHANGELOG.md': 'changelog.md',
     '../CONTRIBUTING.md': 'contributing.md',
-    '../results/ablation/table.md': 'ablation_results.md',
+    '../results/ablation/first/table.md': 'ablation_results.md',
     '../results/scenes/README.md': 'scenes.md',
     '../results/warm_start/table.md': 'warm_start_results.md',
 }

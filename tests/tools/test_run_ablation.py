@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,30 +14,30 @@ import pytest
 pytest.importorskip('mmpretrain')
 
 import torch
-from _ablation import networks, running
-from _ablation.attention import correlate, differences, measure_missing
-from _ablation.comparing import compare
+from _ablation import running, timing
+from _ablation.attention import differences, measure_attention, replaced_attention
 from _ablation.data import Data
-from _ablation.networks import SELECTED, build, cost
-from _ablation.reporting import markdown
-from _ablation.rows import Settings, append_row, read_rows
-from _ablation.training import logits_of
-from _ablation.weights import check_weights, weights_path
+from _ablation.measuring import logits_of, measure
+from _ablation.networks import CORE, NETWORKS, SELECTED, cost, initialise
+from _ablation.rows import Run, Settings, append_row, find, read_rows
+from _ablation.running import plan, plan_variance
+from _ablation.together import Alone, Together
+from _ablation.training import fit, rate
 from helpers.small_fashion_mnist import write_blots
 from helpers.tolerances import assert_close
-from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
 from sk_plugins._resources import ROOT
+from sk_plugins.analysis import sk_units
 
 pytestmark = [
     pytest.mark.filterwarnings('ignore::DeprecationWarning:mmpretrain'),
     pytest.mark.filterwarnings('ignore:The given NumPy array is not writable:UserWarning'),
 ]
 
-SHORT = ('--train-images', '32', '--batch-size', '8', '--test-images', '24')
-NETWORKS = ('k3', 'k3_k5_selected')
-SETTINGS = dict(train_images=9, epochs=1, test_images=9, batch_size=2, learning_rate=0.1, weight_decay=0, scale=[1, 2])
+SHORT = ('--train-images', '32', '--batch-size', '8', '--epochs', '1', '--test-images', '24')
+ONE_PLACE = ('--sets', 'garments', '--sizes', 'narrow')
+TINY = Settings(32, 1, 24, 8)
 
 
 @pytest.fixture(scope='module')
@@ -52,186 +51,385 @@ def garments(tmp_path_factory):
     return write_blots(tmp_path_factory.mktemp('garments') / 'fashion_mnist')
 
 
-@pytest.fixture
-def arguments(garments, tmp_path):
-    """Those of a short run of K3 and K5 into ``tmp_path``."""
-    return command_line(garments, tmp_path, ('k3', 'k5'))
+@pytest.fixture(scope='module')
+def data(garments):
+    return Data(Path(garments), TINY)
 
 
-def command_line(garments, folder, networks=NETWORKS, seeds=('0', '1')):
-    places = ['--data', garments, '--out', str(folder / 'out'), '--work-dir', str(folder / 'work')]
-    return [*places, *SHORT, '--networks', *networks, '--seeds', *seeds]
+def command_line(garments, folder, networks, seeds=('0',)):
+    places = ['--data', garments, '--out', str(folder / 'out'), '--page', str(folder / 'page.md')]
+    return [*places, *SHORT, *ONE_PLACE, '--networks', *networks, '--seeds', *seeds]
 
 
 @pytest.fixture(scope='module')
 def finished(tool, garments, tmp_path_factory):
-    """The folder of NETWORKS trained with two seeds. Not to be written into."""
+    """The folder of K3 and of SELECTED, which is trained for twice as long too. Not to be written into."""
     folder = tmp_path_factory.mktemp('finished')
-    tool.main(command_line(garments, folder))
+    tool.main(command_line(garments, folder, ('k3', SELECTED)))
     return folder
 
 
-def pairs(path):
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [(row['network'], row['seed']) for row in rows]
-
-
-def row(network, seed, top1, **more):
-    thirds = dict(top1_small=top1 - 1, top1_medium=top1, top1_large=top1 + 1)
-    about = dict(
-        parameters=1000,
-        mflops=2.5,
-        device='cpu',
-        hardware='a CPU',
-        threads=1,
-        torch='2',
-        seconds=40.0,
-        settings=SETTINGS,
-    )
-    return dict(network=network, seed=seed, top1=top1, **thirds, **about, **more)
+def runs_of(path):
+    return [Run.of(row) for row in read_rows(path)]
 
 
 # The networks
 
 
-def test_networks_cost():
-    costs = {name: cost(name) for name in networks.NETWORKS}
-    assert {name: parameters for name, (parameters, _) in costs.items()} == {
-        'k3': 44_926,
-        'k5': 44_926,
-        'k7': 44_926,
-        'k3_k5_summed': 57_246,
-        'k3_k5_selected': 68_382,
-        'k3_k5_k7_summed': 69_566,
-        'k3_k5_k7_selected': 84_286,
-        'k3_k5_shared': 61_598,
-        'se': 68_920,
-        'k3_wider': 61_086,
+def test_networks_cost_as_much():
+    assert cost(SELECTED) == (68_382, pytest.approx(2.572, abs=0.001))
+    assert cost('k3_k5_summed') == (57_246, pytest.approx(2.561, abs=0.001))
+    for size in ('narrow', 'wide'):
+        for name, allowed in (('wider', 0.021), ('se', 0.01), ('deeper', 0.05)):
+            for ours, selected in zip(cost(name, size), cost(SELECTED, size)):
+                assert ours == pytest.approx(selected, rel=allowed), (size, name)
+
+
+def test_shared_tensors_begin_alike():
+    selected, summed, k5 = (initialise(name, 'narrow', 3).state_dict() for name in (SELECTED, 'k3_k5_summed', 'k5'))
+    assert all(torch.equal(value, selected[key]) for key, value in summed.items())
+    assert selected.keys() - summed.keys() == {key for key in selected if '.attn.' in key}
+    assert all(torch.equal(value, selected[key]) for key, value in k5.items())
+    other = initialise(SELECTED, 'narrow', 4).state_dict()
+    assert not torch.equal(selected['layer1.0.conv1.conv.weight'], other['layer1.0.conv1.conv.weight'])
+
+
+def test_plan():
+    runs = plan(list(NETWORKS), ('garments', 'scenes', 'digits'), ('narrow', 'wide'), range(10))
+    # Claim (a) first; twice as long for three seeds of its two networks; elsewhere the core alone.
+    assert [run.network for run in runs[:40:10]] == list(CORE[:4])
+    main = [run for run in runs if (run.data, run.size) == ('garments', 'narrow')]
+    assert (len(main), len(runs)) == (180 + 6, 180 + 6 + 3 * 80)
+    assert {(run.network, run.seed) for run in main if run.longer} == {
+        (name, seed) for name in (SELECTED, 'k3_k5_summed') for seed in range(3)
     }
-    assert costs['k3'][1] == costs['k5'][1] == costs['k7'][1]
-    assert costs['se'][0] == pytest.approx(costs['k3_k5_selected'][0], rel=0.01)
-    assert costs['k3_wider'][1] == pytest.approx(costs['k3_k5_selected'][1], rel=0.01)
+    assert len(set(runs)) == len(runs)
+    crossed = plan_variance(2, 3)
+    assert len(crossed) == 12
+    assert {(run.seed, run.images) for run in crossed} == {(i, j) for i in range(2) for j in range(3)}
+    assert Run('k3', 4).images == 4
 
 
-def test_networks_are_what_they_are_called():
-    for name in networks.NETWORKS:
-        if name in ('se', 'k3_wider'):
-            continue
-        with torch.device('meta'):
-            unit = build(name).layer1[0].conv2
-        kernels = [f'k{1 + 2 * path.conv.dilation[0]}' for path in unit.paths]
-        assert name.removesuffix(f'_{name.split("_")[-1]}' if len(kernels) > 1 else '') == '_'.join(kernels)
-        select = {'selected': 'channel', 'shared': 'shared'}.get(name.split('_')[-1], 'sum')
-        assert unit.select == select
-    with torch.device('meta'):
-        assert build('se').layer1[0].se is not None
-        assert build('k3_wider').layer1[0].se is None
+# The data
 
 
-# Running
+def test_images_of_a_seed(data, garments):
+    alone, beside = (next(data.batches(seeds, 0)) for seeds in ((1,), (0, 1)))
+    assert (alone[0].shape, beside[0].shape) == ((1, 8, 1, 64, 64), (2, 8, 1, 64, 64))
+    assert torch.equal(alone[0][0], beside[0][1])
+    assert torch.equal(alone[1][0], beside[1][1])
+    again = next(Data(Path(garments), TINY).batches((1,), 0))
+    assert torch.equal(alone[0], again[0])
+    # The same garments elsewhere in another epoch.
+    epochs = [[torch.cat(part, 1) for part in zip(*data.batches((1,), epoch))] for epoch in (0, 1)]
+    assert sorted(epochs[0][1][0].tolist()) == sorted(epochs[1][1][0].tolist())
+    assert epochs[0][0].shape == (1, 32, 1, 64, 64)
+    assert len({image.numpy().tobytes() for images, _ in epochs for image in images[0]}) == 64
+    assert abs(epochs[0][0].mean()) < 1
+
+
+def test_tests_at_scales(data):
+    images, labels, scales = data.test()
+    assert (images.shape, images.dtype, labels.tolist()[:3]) == ((24, 1, 64, 64), torch.uint8, [0, 1, 2])
+    assert 0.6 <= scales.min() < 0.9 < 1.7 < scales.max() <= 2
+    small, large, larger = (data.test(scale) for scale in (0.5, 2.0, 2.5))
+    assert torch.equal(small[1], labels)
+    assert set(small[2].tolist()) == {0.5}
+    # On the same backgrounds, of which a large object hides more; the largest reaches every edge.
+    differ = [(one[0].int() - small[0].int()).abs().gt(8).double().mean().item() for one in (large, larger)]
+    assert 0.3 < differ[0] < differ[1]
+    assert larger[2].tolist() == [2.5] * 24
+
+
+def test_digits_come_several_times():
+    data = Data(Path('nowhere'), Settings(3000, 1, 400, 8), name='digits')
+    assert data.objects['train'].shape == (1437, 1, 8, 8)
+    order, _ = data._order(0, 0)
+    counts = torch.bincount(order, minlength=1437)
+    assert (len(order), counts.min(), counts.max()) == (3000, 2, 3)
+    images, labels, _ = data.test()
+    assert torch.equal(labels[:40], labels[360:])
+    assert not torch.equal(images[:40], images[360:])
+
+
+def test_scenes_lie_on_other_photographs(garments):
+    pytest.importorskip('skimage')
+    data = Data(Path(garments), TINY, name='scenes')
+    train, test = (data.backgrounds[split] for split in ('train', 'test'))
+    assert train.shape == test.shape == (1024, 1, 64, 64)
+    assert not any(torch.equal(train[i], test[i]) for i in range(12))
+    images, _, _ = data.test(0.6)
+    assert images.float().std() > 20
+
+
+# Several networks at once
+
+
+def test_together_is_each_alone():
+    models = [initialise(SELECTED, 'narrow', seed).double() for seed in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(2, 6, 1, 64, 64, generator=generator).double(), torch.randint(10, (2, 6), generator=generator))
+        for _ in range(3)
+    ]
+    # Adam's first steps are as long whatever the gradient, and so magnify what is near zero: large betas apart, the
+    # figures that are compared are those after each network's own gradients and statistics.
+    settings = Settings(ema=0.5, learning_rate=1e-4)
+    averages = fit(Together(models), batches, 3, settings).unstack()
+    for i, average in enumerate(averages):
+        own = [(images[i : i + 1], labels[i : i + 1]) for images, labels in batches]
+        alone = fit(Alone(initialise(SELECTED, 'narrow', i).double()), own, 3, settings).model
+        expected, found = alone.state_dict(), average.state_dict()
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            if 'running' in key:
+                assert_close(found[key], value, length=alone, gain=100)
+            elif value.is_floating_point():
+                # Within a part of a step: where a gradient is rounding alone, so is the sign of its step.
+                assert (found[key] - value).abs().max() < 3e-4
+                assert (found[key] - value).abs().mean() < 1e-6
+    assert not torch.equal(averages[0].fc.weight, averages[1].fc.weight)
+
+
+def test_rate_ends_at_zero():
+    assert [rate(step, 100) for step in (0, 4, 9, 50)] == pytest.approx([0.1, 0.5, 0.98, 0.5], abs=0.01)
+    assert rate(100, 100) == 0
+    assert rate(99, 100) < 0.001
+
+
+def test_average_is_of_the_second_half():
+    model = Alone(torch.nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model.model.weight.zero_()
+    seen = []
+    batches = [(torch.ones(1, 4, 2), torch.zeros(1, 4, dtype=torch.long))] * 4
+    average = fit(model, batches, 4, Settings(ema=0.5), lambda step: seen.append(model.model.weight.detach().clone()))
+    # Time constant 2, so that the decay is 1/2: the mean of the weights after the third step and the fourth.
+    assert len(seen) == 5
+    torch.testing.assert_close(average.model.weight.detach(), (seen[3] + seen[4]) / 2)
+    assert fit(model, batches, 4, Settings(ema=0)) is model
+
+
+# Attention
+
+
+@pytest.fixture(scope='module')
+def attentive():
+    """A network whose attention is far from even, and differs from image to image."""
+    model = initialise(SELECTED, 'narrow', 0).eval()
+    with torch.no_grad():
+        for unit in sk_units(model).values():
+            unit.layer.attn.fc_select.weight.normal_(std=3)
+            unit.layer.attn.fc_reduce.weight.normal_(std=3)
+    return model
+
+
+def test_attention_is_put_in_another_place(attentive, data):
+    images = data.test()[0]
+    kept = []
+    unit = attentive.layer2[1].conv2
+    outputs = {}
+    for how in ('own', 'mean', 'shuffled'):
+        with replaced_attention(attentive, how, images):
+            handle = unit.attn.register_forward_hook(lambda module, inputs, output: kept.append(output))
+            outputs[how] = logits_of(attentive, images)
+            handle.remove()
+    own, mean, shuffled = kept
+    assert torch.equal(outputs['own'], logits_of(attentive, images))
+    assert not torch.equal(outputs['own'], outputs['mean'])
+    assert own.std(0).max() > 0.05
+    assert mean.std(0).max() == 0
+    assert_close(mean[0], own.mean(0), length=len(images), dtype=torch.float32)
+    # The first unit gets what it would have computed for the image before; those behind it see other maps.
+    first = attentive.layer1[0].conv2
+    own, shuffled = [], []
+    for how, found in (('own', own), ('shuffled', shuffled)):
+        with replaced_attention(attentive, how, images):
+            handle = first.attn.register_forward_hook(lambda module, i, output, found=found: found.append(output))
+            logits_of(attentive, images)
+            handle.remove()
+    assert torch.equal(shuffled[0], own[0].roll(1, 0))
+    assert not any(module._forward_hooks for module in attentive.modules())
+
+
+def test_attention_against_scale(attentive, data):
+    found = measure_attention(attentive, data)
+    images, _, scales = data.test()
+    expected = differences(attentive, images)
+    assert list(found['units']) == ['SK_2_1', 'SK_2_2', 'SK_3_1', 'SK_3_2', 'SK_4_1', 'SK_4_2']
+    for name, unit in found['units'].items():
+        assert unit['rho'] == pytest.approx(spearmanr(scales, expected[name]).statistic)
+        assert len(unit['curve']) == 7
+    assert found['scales'] == [0.5, 0.6, 0.8, 1.1, 1.5, 2.0, 2.5]
+    at = differences(attentive, data.test(1.1)[0])['SK_3_2'].mean()
+    assert found['units']['SK_3_2']['curve'][3] == pytest.approx(at, abs=1e-6)
+    figures, right = measure(attentive, data)
+    assert figures['top1'] == pytest.approx(100 * right.double().mean().item() / 5)
+    assert figures['scales']['2.5'] * 24 / 100 == pytest.approx(round(figures['scales']['2.5'] * 24 / 100))
+
+
+# Runs
 
 
 def test_rows(finished):
     rows = read_rows(finished / 'out' / 'runs.jsonl')
-    assert pairs(finished / 'out' / 'runs.jsonl') == [(name, seed) for seed in (0, 1) for name in NETWORKS]
-    for found in rows:
-        assert found['top1'] * 24 / 100 == pytest.approx(round(found['top1'] * 24 / 100))
-        assert (found['parameters'], found['mflops']) == cost(found['network'])
-        assert found['settings']['train_images'] == 32
-        assert (found['device'], found['threads']) == ('cpu', torch.get_num_threads())
-    losses = [found['loss'] for found in rows]
-    assert len(set(losses)) == 4
+    runs = [Run.of(row) for row in rows]
+    assert runs == [Run(SELECTED, 0), Run('k3', 0), Run(SELECTED, 0, longer=True)]
+    for row in rows:
+        inside = [row['scales'][scale] for scale in ('0.6', '0.8', '1.1', '1.5', '2')]
+        assert row['top1'] == pytest.approx(np.mean(inside))
+        assert (row['parameters'], row['mflops']) == cost(row['network'])
+        assert (row['settings']['train_images'], row['together'], row['compiled']) == (32, [0], False)
+        assert 2 < row['first'] < 3
+    assert rows[0]['first'] == rows[2]['first']
+    assert rows[0]['loss'] != rows[2]['loss']
+    assert 'attention' not in rows[1]
+    # Before training the attention is even; there are four steps, and eight.
+    for row, steps in ((rows[0], [0, 1, 2, 3, 4]), (rows[2], [0, 1, 2, 4, 6, 8])):
+        assert [step for step in row['learning']['steps'] if step in steps] == steps
+        assert row['learning']['SK_2_1']['entropy'][0] == pytest.approx(np.log(2), abs=1e-3)
+    assert find(rows[0], 'attention.top1.own') == rows[0]['mixed']
+    assert find(rows[0], 'scales.0.5') == rows[0]['scales']['0.5']
+    assert find(rows[1], 'attention.top1.own') is None
 
 
-def test_same_seed_same_figures(tool, finished, garments, capsys):
-    where = ['--out', str(finished / 'out'), '--data', garments]
-    tool.main([*where, '--verify', 'k3_k5_selected', '1'])
-    (line,) = capsys.readouterr().out.splitlines()
-    found = read_rows(finished / 'out' / 'runs.jsonl')[3]
-    assert f'loss {found["loss"]!r} then, {found["loss"]!r} now' in line
+def test_page(finished):
+    text = (finished / 'page.md').read_text()
+    assert '- **Not run** (' in text
+    assert '(b) two kernels, selected, beat K3' in text
+    assert 'Not run: scenes, narrow; digits, narrow; garments, wide.' in text
+    assert '--networks k3_k5_selected k3 --sets garments --sizes narrow --seeds 0 --train-images 32' in text
+    assert text.count('\n| SK_') == 12
+    from PIL import Image
+
+    for name in ('forest.png', 'attention.png', 'learning.png'):
+        with Image.open(finished / 'out' / name) as image:
+            assert np.asarray(image.convert('L')).std() > 10
 
 
-def test_verify_takes_the_rows_device_and_threads(tool, tmp_path, monkeypatch):
-    append_row(tmp_path / 'runs.jsonl', {**row('k3', 0, 70.0), 'threads': 3, 'loss': 1.0})
-    monkeypatch.setattr(running, 'Data', lambda root, settings: None)
-    used, called = [], []
-    monkeypatch.setattr(running, 'set_up', used.append)
-
-    def train(name, seed, device, data):
-        called.append((name, seed, device))
-        return None, read_rows(tmp_path / 'runs.jsonl')[0]
-
-    monkeypatch.setattr(running, 'train', train)
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
-    for words in ([], ['--threads', '2']):
-        tool.main(['--out', str(tmp_path), *words, '--verify', 'k3', '0'])
-    assert used == [3, 2]
-    assert called == [('k3', 0, 'cpu')] * 2
+def test_what_is_there_is_not_done_again(tool, finished, garments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(running, 'train', None)
+    before = (finished / 'out' / 'runs.jsonl').read_bytes()
+    tool.main(command_line(garments, finished, ('k3', SELECTED)))
+    assert '3 of 3 runs are done' in capsys.readouterr().out
+    assert (finished / 'out' / 'runs.jsonl').read_bytes() == before
+    with pytest.raises(ValueError, match=r'has runs of epochs=1, and this is epochs=2: choose another --out'):
+        tool.main([*command_line(garments, finished, ('k3',)), '--epochs', '2'])
 
 
-def test_verify_finds_a_difference(tool, finished, garments, tmp_path):
-    found = read_rows(finished / 'out' / 'runs.jsonl')[0]
-    append_row(tmp_path / 'runs.jsonl', {**found, 'loss': found['loss'] + 1e-6})
-    made = rf'the row was made on .* with {found["threads"]} threads and torch .*, this on .* with 1 and torch'
-    with pytest.raises(ValueError, match=f'--verify k3 0: loss differ; {made}'):
-        tool.main(['--out', str(tmp_path), '--data', garments, '--threads', '1', '--verify', 'k3', '0'])
-    with pytest.raises(ValueError, match=r'--verify k5 0: .*runs\.jsonl has no such run'):
-        tool.main(['--out', str(tmp_path), '--data', garments, '--verify', 'k5', '0'])
+def fake_row(run, settings=TINY, **figures):
+    row = {'network': run.network, 'seed': run.seed, 'data': run.data, 'size': run.size, 'order': run.order}
+    about = dict(hardware='a CPU', device='cpu', threads=1, torch='2', together=[run.seed], compiled=False)
+    figures = {**dict.fromkeys(('top1', 'loss', 'mixed', 'last', 'first'), 1.0), 'seconds': 3600.0, **figures}
+    return {**row, 'longer': run.longer, **figures, **about, 'settings': json.loads(json.dumps(vars(settings)))}
 
 
-def test_resumes_after_a_kill(tool, arguments, tmp_path, monkeypatch, capsys):
-    train, path, calls = running.train, tmp_path / 'out' / 'runs.jsonl', []
+@pytest.fixture
+def no_data(monkeypatch):
+    monkeypatch.setattr(running, 'Data', lambda root, settings, device, name: (device, name))
 
-    def killed(name, seed, device, data):
+
+def test_resumes_after_a_kill(tool, tmp_path, monkeypatch, no_data, capsys):
+    path, calls = tmp_path / 'runs.jsonl', []
+
+    def killed(runs, device, data, **kwargs):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        calls.append((name, seed))
-        return train(name, seed, device, data)
+        calls.append((runs, data))
+        return [fake_row(run) for run in runs]
 
     monkeypatch.setattr(running, 'train', killed)
+    runs = [Run(name, seed, one) for one in ('garments', 'digits') for name in ('k3', 'k5') for seed in range(3)]
+    start = (runs, path, tmp_path, TINY, ['cpu'])
     with pytest.raises(KeyboardInterrupt):
-        tool.main(arguments)
+        running.run_missing(*start, together=2)
+    # Two seeds of a network at once, and then the one that is left.
+    assert [[run.seed for run in group] for group, _ in calls] == [[0, 1], [2], [0, 1]]
     whole = path.read_bytes()
-    assert len(whole.splitlines()) == 3
-    # As if the kill had come while the third row was written.
+    # As if the kill had come while the last row was written.
     path.write_bytes(whole[:-40])
-    assert len(read_rows(path)) == 2
+    assert runs_of(path) == runs[:4]
     calls.clear()
-    tool.main(arguments)
-    assert calls == [('k3', 1), ('k5', 1)]
-    assert capsys.readouterr().out.count('2 of 4 runs are done') == 1
-    assert path.read_bytes().startswith(b''.join(whole.splitlines(keepends=True)[:2]))
-    assert pairs(path) == [('k3', 0), ('k5', 0), ('k3', 1), ('k5', 1)]
-    again = json.loads(whole.splitlines()[2])
-    assert read_rows(path)[2]['loss'] == again['loss']
+    monkeypatch.setattr(running, 'train', lambda group, device, data, **kwargs: [fake_row(run) for run in group])
+    running.run_missing(*start, together=2)
+    assert '4 of 12 runs are done' in capsys.readouterr().out
+    assert path.read_bytes().startswith(b''.join(whole.splitlines(keepends=True)[:4]))
+    assert runs_of(path) == runs
 
 
-def test_skips_what_is_done(tool, finished, garments, monkeypatch, capsys):
-    monkeypatch.setattr(running, 'train', None)
-    before = {path.name: path.read_bytes() for path in (finished / 'out').glob('*.jsonl')}
-    tool.main(command_line(garments, finished))
-    assert '4 of 4 runs are done' in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in (finished / 'out').glob('*.jsonl')} == before
+def test_stops_after_minutes(tmp_path, monkeypatch, no_data):
+    clock = iter([0.0, 10.0, 50.0, 70.0, 80.0])
+    monkeypatch.setattr(running.time, 'time', lambda: next(clock))
+    monkeypatch.setattr(running, 'train', lambda group, device, data, **kwargs: [fake_row(run) for run in group])
+    path = tmp_path / 'runs.jsonl'
+    running.run_missing([Run('k3', seed) for seed in range(4)], path, tmp_path, TINY, ['cpu'], minutes=1)
+    assert [run.seed for run in runs_of(path)] == [0, 1]
 
 
-def test_networks_of_a_seed_see_the_same_images(garments):
-    settings = Settings(32, 2, 24, 8)
-    data, other = (Data(Path(garments), settings) for _ in range(2))
-    images, labels = data.train(0, 0)
-    assert data.train(0, 0)[0] is images
-    assert torch.equal(images, other.train(0, 0)[0])
-    assert torch.equal(labels, other.train(0, 0)[1])
-    assert (images.shape, images.dtype) == ((32, 1, 64, 64), torch.uint8)
-    # Other places in every epoch, other garments too with another seed.
-    assert sorted(labels) == sorted(data.train(0, 1)[1])
-    whole = {image.numpy().tobytes() for part in ((0, 0), (0, 1), (1, 0), (1, 1)) for image in data.train(*part)[0]}
-    assert len(whole) == 4 * 32
+def test_verify_gives_the_row_again(tool, finished, garments, tmp_path, capsys):
+    found = read_rows(finished / 'out' / 'runs.jsonl')[1]
+    append_row(tmp_path / 'runs.jsonl', found)
+    where = ['--data', garments, '--out', str(tmp_path), '--verify', 'k3', '0']
+    tool.main(where)
+    told = capsys.readouterr().out
+    assert f'loss {found["loss"]!r} then, {found["loss"]!r} now' in told
+    assert 'the same to the last digit' in told
 
 
-def test_other_settings_are_refused(tool, finished, garments):
-    with pytest.raises(ValueError, match=r'has runs of epochs=1, and this is epochs=2: choose another --out'):
-        tool.main([*command_line(garments, finished), '--epochs', '2'])
+def test_verify_here_and_elsewhere(tool, tmp_path, monkeypatch, no_data, capsys):
+    path, asked = tmp_path / 'runs.jsonl', []
+    for seed, top1 in ((0, 70.0), (1, 71.0), (2, 72.0)):
+        append_row(path, {**fake_row(Run('k3', seed), top1=top1), 'together': [0, 1, 2]})
+    monkeypatch.setattr(running, 'set_up', asked.append)
+
+    def verify(*words, **now):
+        def train(runs, device, data, compiled):
+            asked.append([run.seed for run in runs])
+            return [{**row, **now} for row in read_rows(path)]
+
+        monkeypatch.setattr(running, 'train', train)
+        tool.main(['--out', str(tmp_path), *words, '--verify', 'k3', '1'])
+        return capsys.readouterr().out
+
+    # Beside the seeds that it was trained with, and with the row's threads unless others are given.
+    assert 'the same to the last digit' in verify()
+    verify('--threads', '2')
+    assert asked == [1, [0, 1, 2], 2, [0, 1, 2]]
+    with pytest.raises(ValueError, match='--verify k3 1: loss differ, all on hardware a CPU'):
+        verify(loss=1.0001)
+    # The deviation over seeds is 1 point: 3 sqrt(2) of it.
+    assert 'within 4.24 points' in verify(hardware='another', top1=75.2, loss=3.0)
+    with pytest.raises(ValueError, match=r'top1 differs by more than 4\.24'):
+        verify(hardware='another', top1=75.3)
+    with pytest.raises(ValueError, match='the first loss differs by more than rounding'):
+        verify(hardware='another', first=1.01)
+    with pytest.raises(ValueError, match=r'--verify k5 1: .*runs\.jsonl has no such run'):
+        tool.main(['--out', str(tmp_path), '--verify', 'k5', '1'])
+
+
+def test_variance_rows(tool, garments, tmp_path, monkeypatch):
+    monkeypatch.setitem(tool.main.__globals__, 'report', lambda out, page: [])
+    monkeypatch.setitem(
+        tool.main.__globals__, 'plan_variance', lambda weights, orders: [Run('k3', seed, order=1) for seed in (0, 1)]
+    )
+    words = ['--data', garments, '--out', str(tmp_path), *SHORT, '--variance', '2', '2', '--together', '2']
+    tool.main(words)
+    first, second = read_rows(tmp_path / 'variance.jsonl')
+    assert (first['seed'], first['order'], second['seed'], second['order']) == (0, 1, 1, 1)
+    assert first['together'] == second['together'] == [0, 1]
+    assert first['first'] != second['first']
+    for row in (first, second):
+        assert len(row['right']) == 24
+        assert sum(map(int, row['right'])) / 24 / 5 * 100 == pytest.approx(row['top1'])
+        assert [len(row['steps'][name]) for name in ('middle', 'end')] == [2, 2]
+        assert row['steps']['end'][-1] == row['last']
+
+
+def test_timing(capsys):
+    found = timing.time_ways(['cpu'], Settings(batch_size=2), 2, 'narrow', seconds=0.01)
+    assert [name for name, _ in found] == ['one by one', '2 at once']
+    assert all(1 < rate < 1e5 for _, rate in found)
+    assert 'one by one: ' in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -239,9 +437,8 @@ def test_killed_process_and_two_processes(garments, tmp_path):
     words = [
         sys.executable,
         str(ROOT / 'tools' / 'run_ablation.py'),
-        *command_line(garments, tmp_path),
-        '--threads',
-        '1',
+        *command_line(garments, tmp_path, ('k3', 'k5'), ('0', '1')),
+        *('--threads', '1'),
     ]
     path = tmp_path / 'out' / 'runs.jsonl'
     process = subprocess.Popen(words, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL)
@@ -254,7 +451,8 @@ def test_killed_process_and_two_processes(garments, tmp_path):
     assert 1 <= len(first.splitlines()) < 4
     subprocess.run([*words, '--devices', 'cpu', 'cpu'], check=True)
     assert path.read_bytes().startswith(first)
-    assert sorted(pairs(path)) == sorted((name, seed) for seed in (0, 1) for name in NETWORKS)
+    runs = {(run.network, run.seed) for run in runs_of(path)}
+    assert runs == {(name, seed) for name in ('k3', 'k5') for seed in range(2)}
 
 
 # The results file
@@ -263,7 +461,7 @@ def test_killed_process_and_two_processes(garments, tmp_path):
 def test_append_and_read(tmp_path):
     path = tmp_path / 'new' / 'runs.jsonl'
     assert read_rows(path) == []
-    rows = [row('k3', 0, 70.0), row('k5', 0, 71.5)]
+    rows = [fake_row(Run('k3', 0)), fake_row(Run('k5', 0))]
     append_row(path, rows[0])
     with open(path, 'a') as file:
         file.write('{"network": "k7", "se')
@@ -278,149 +476,9 @@ def test_append_and_read(tmp_path):
 )
 def test_damaged_rows_are_named(tmp_path, line, message):
     path = tmp_path / 'runs.jsonl'
-    path.write_text(json.dumps(row('k3', 0, 70.0)) + '\n' + line + '\n')
+    path.write_text(json.dumps(fake_row(Run('k3', 0))) + '\n' + line + '\n')
     with pytest.raises(ValueError, match=f'runs.jsonl, {message}'):
         read_rows(path)
-
-
-# Statistics
-
-
-KNOWN = [
-    *(row('k3', seed, top1) for seed, top1 in enumerate((69.0, 70.0, 74.0))),
-    *(row('k3_k5_selected', seed, top1) for seed, top1 in enumerate((70.0, 72.0, 74.0))),
-    row('k3_k5_summed', 1, 71.0),
-    row('k3_k5_summed', 7, 99.0),
-    row('se', 8, 99.0),
-]
-
-
-def test_comparison_by_hand():
-    # Differences 1, 2, 0: mean 1, sd 1, t = sqrt(3) with 2 degrees of freedom, where p = 1 - t / sqrt(2 + t^2).
-    found = compare(KNOWN, 'k3_k5_selected', 'k3')
-    assert (found.n, found.mean) == (3, 1)
-    assert found.p == pytest.approx(1 - (3 / 5) ** 0.5)
-    half = 4.302653 / 3**0.5
-    assert (found.low, found.high) == pytest.approx((1 - half, 1 + half), abs=1e-5)
-
-
-def test_comparison_pairs_by_seed():
-    found = compare(KNOWN, 'k3_k5_selected', 'k3_k5_summed')
-    assert (found.n, found.mean, found.p) == (1, 1.0, None)
-    assert compare(KNOWN, 'k3_k5_selected', 'se') is None
-    assert compare(KNOWN, 'k3_k5_selected', 'k7') is None
-
-
-def test_table():
-    text = markdown(KNOWN, [])
-    lines = text.splitlines()
-    assert (
-        '| `k3` | 1,000 | 2.50 | 3 | 71.00 ± 2.65 | 70.00 | 71.00 | 72.00 | -1.00 (-3.48 to +1.48) | 0.225 |' in lines
-    )
-    assert '| `k3_k5_selected` | 1,000 | 2.50 | 3 | 72.00 ± 2.00 | 71.00 | 72.00 | 73.00 |  |  |' in lines
-    assert '| `se` | 1,000 | 2.50 | 1 | 99.00 | 98.00 | 99.00 | 100.00 |  |  |' in lines
-    claim = '| (b) two kernels beat K3 | `k3_k5_selected` - `k3` | 3 | +1.00 (-1.48 to +3.48) | 0.225 |'
-    assert claim in lines
-    command = (
-        'python tools/run_ablation.py --train-images 9 --test-images 9 --batch-size 2 --seeds 0 1 2 7 8 --threads 1'
-    )
-    assert command in lines
-    assert '9 runs, 0.1 hours, on a CPU (cpu, threads: 1), torch 2.' in text
-    assert 'Attention' not in text
-    less = [{key: value for key, value in found.items() if key != 'top1_small'} for found in KNOWN]
-    assert '| `se` | 1,000 | 2.50 | 1 | 99.00 |  | 99.00 | 100.00 |  |  |' in markdown(less, []).splitlines()
-    with pytest.raises(ValueError, match='there are no runs yet'):
-        markdown([], [])
-
-
-def test_rank_correlation_by_hand():
-    x = np.arange(20.0)
-    swapped = x.copy()
-    swapped[[3, 4]] = swapped[[4, 3]]
-    # 1 - 6 sum d^2 / (n (n^2 - 1)).
-    for values, rho in ((np.exp(x), 1), (-x, -1), (swapped, 1 - 6 * 2 / (20 * 399))):
-        assert correlate(x, values)['rho'] == pytest.approx(rho)
-
-
-def test_interval_of_the_rank_correlation():
-    generator = np.random.default_rng(0)
-    x, noise = generator.random(200), generator.random(200)
-    apart, along = correlate(x, noise), correlate(x, x + 0.5 * noise)
-    assert apart['low'] < 0 < apart['high']
-    assert 0.7 < along['low'] < along['rho'] < along['high'] < 1
-    # By Fisher's transformation the half width is near 1.96 sqrt((1 + rho^2 / 2) / (n - 3)) (1 - rho^2).
-    assert apart['high'] - apart['low'] == pytest.approx(2 * 1.96 / 197**0.5, rel=0.2)
-    assert correlate(x, noise) == apart
-
-
-# Attention, table and plots
-
-
-def test_attention_is_that_of_the_weights(finished, garments):
-    (first, second) = read_rows(finished / 'out' / 'attention.jsonl')
-    assert (first['seed'], second['seed']) == (0, 1)
-    assert list(first['units']) == ['SK_2_1', 'SK_2_2', 'SK_3_1', 'SK_3_2', 'SK_4_1', 'SK_4_2']
-    data = Data(Path(garments), Settings(32, 1, 24, 8))
-    model = build(SELECTED).eval()
-    model.load_state_dict(load_file(finished / 'work' / 'k3_k5_selected_seed1.safetensors'))
-    images, _, scales = data.test()
-    # The unit's attention as its module gives it.
-    kept = []
-    unit = model.layer2[1].conv2
-    handle = unit.attn.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    logits_of(model, images, 'cpu')
-    handle.remove()
-    expected = (kept[0][:, 1] - kept[0][:, 0]).mean((1, 2, 3)).numpy()
-    assert_close(differences(model, images)['SK_3_2'], expected, length=model, dtype=torch.float32, scale=1.0)
-    found = second['units']['SK_3_2']
-    assert found['rho'] == pytest.approx(spearmanr(scales, expected).statistic, abs=0.05)
-    assert found['low'] <= found['rho'] <= found['high']
-    assert (len(found['curve']), second['scales'][0], second['scales'][-1]) == (8, 0.6, 2.0)
-
-
-def test_attention_of_another_runs_weights_is_refused(finished, garments, tmp_path):
-    shutil.copytree(finished, tmp_path / 'a')
-    folder, data = tmp_path / 'a', Path(garments)
-    (folder / 'out' / 'attention.jsonl').unlink()
-    weights = weights_path(folder / 'work', 1)
-    second = read_rows(folder / 'out' / 'runs.jsonl')[3]
-    check_weights(weights, second)
-    arguments = (folder / 'out', folder / 'work', data, Settings.of(second))
-
-    other = {**second, 'settings': {**second['settings'], 'epochs': 5}}
-    for metadata, differ in (({'run': json.dumps(other)}, 'settings'), (None, 'network, seed, top1, .*settings')):
-        save_file(load_file(weights), weights, metadata=metadata)
-        message = rf'seed1\.safetensors is not of the run of k3_k5_selected, seed 1, in runs\.jsonl \({differ} differ\)'
-        with pytest.raises(ValueError, match=message):
-            measure_missing(*arguments)
-    assert not (folder / 'out' / 'attention.jsonl').exists()
-
-
-def test_lost_weights_are_named(tool, finished, garments, tmp_path, capsys):
-    shutil.copytree(finished / 'out', tmp_path / 'out')
-    (tmp_path / 'out' / 'attention.jsonl').unlink()
-    table = (tmp_path / 'out' / 'table.md').read_bytes()
-    with pytest.raises(ValueError, match=r'k3_k5_selected, seeds 0 1: there is no .*work/k3_k5_selected_seed0'):
-        tool.main(command_line(garments, tmp_path))
-    assert (tmp_path / 'out' / 'table.md').read_bytes() == table
-    # The report says so, and leaves no picture of what it has no rows of.
-    tool.main([*command_line(garments, tmp_path), '--report'])
-    assert 'attention of k3_k5_selected, seeds 0 1: not measured yet' in capsys.readouterr().err
-    assert 'Attention' not in (tmp_path / 'out' / 'table.md').read_text()
-    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['accuracy.png', 'runs.jsonl', 'table.md']
-
-
-def test_report(finished):
-    from PIL import Image
-
-    text = (finished / 'out' / 'table.md').read_text()
-    assert text.count('\n| SK_') == 6
-    assert text.count('\n| `k3') == 2
-    for name in ('accuracy.png', 'attention.png'):
-        picture = finished / 'out' / name
-        assert picture.stat().st_size < 200_000
-        with Image.open(picture) as image:
-            assert np.asarray(image.convert('L')).std() > 10
 
 
 # Bad input
@@ -436,11 +494,12 @@ def test_report(finished):
         (['--test-images', '25'], '--test-images 25: .* has 24, which must be enough'),
         (['--devices', 'tpu'], '--devices tpu: must be cpu, cuda or cuda:NUMBER'),
         (['--devices', 'cuda:99'], '--devices cuda:99: torch finds .* CUDA devices here'),
+        (['--report'], 'out: there are no runs yet'),
     ],
 )
-def test_bad_options(tool, arguments, tmp_path, option, message):
+def test_bad_options(tool, garments, tmp_path, option, message):
     with pytest.raises(ValueError, match=message):
-        tool.main([*arguments, *option])
+        tool.main([*command_line(garments, tmp_path, ('k3',)), *option])
     assert not (tmp_path / 'out').exists()
 
 
@@ -449,7 +508,17 @@ def test_no_data(tool, tmp_path):
         tool.main(['--data', str(tmp_path / 'nowhere'), '--out', str(tmp_path / 'out')])
 
 
-@pytest.mark.parametrize('option', [['--networks', 'k4'], ['--seeds', '-1'], ['--threads', '0']])
+@pytest.mark.parametrize(
+    'option',
+    [
+        ['--networks', 'k4'],
+        ['--sets', 'faces'],
+        ['--seeds', '-1'],
+        ['--threads', '0'],
+        ['--together', '0'],
+        ['--variance', '1', '3'],
+    ],
+)
 def test_bad_arguments(tool, option, capsys):
     with pytest.raises(SystemExit):
         tool.main(option)

@@ -58,8 +58,8 @@ def markdown(rows: Sequence[Row], variance: Sequence[Row], folder: str) -> str:
     answers = decide(CLAIMS, main)
     parts = [
         "# The paper's claims, decided",
-        'Written by `tools/run_ablation.py` from the rows in `results/ablation`, not by hand. A claim without rows says '
-        "so. The networks are small and the images are not ImageNet's: what holds here holds for such networks.",
+        'Written by `tools/run_ablation.py` from the rows in `results/ablation`, not by hand. A claim without rows '
+        "says so. The networks are small and the images are not ImageNet's: what holds here holds for such networks.",
         '## In short',
         _summary(answers, main),
         '## Method',

@@ -1,0 +1,232 @@
+"""What tools/run_ablation.py decides and writes from rows whose statistics are known."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip('mmpretrain')
+
+from _ablation.claims import CLAIMS, Claim
+from _ablation.deciding import Answer, bound, components, crossed, decide, holm_levels, seeds_needed
+from _ablation.networks import NETWORKS, SELECTED, SUMMED
+from _ablation.reporting import markdown
+
+SETTINGS = dict(
+    train_images=9, epochs=1, test_images=9, batch_size=2, learning_rate=0.1, weight_decay=0, scale=[0.6, 2], ema=0.1,
+    amp=False,
+)  # fmt: skip
+ABOUT = dict(data='garments', size='narrow', order=None, longer=False, seconds=1800.0, device='cpu', hardware='a CPU',
+             threads=1, torch='2', parameters=1000, mflops=2.5)  # fmt: skip
+SCALES = ('0.5', '0.6', '0.8', '1.1', '1.5', '2', '2.5')
+
+
+def row(network, seed, top1, **more):
+    scales = {scale: top1 + i for i, scale in enumerate(SCALES)}
+    return {**ABOUT, 'network': network, 'seed': seed, 'top1': top1, 'scales': scales, 'settings': SETTINGS, **more}
+
+
+def rows_of(**figures):
+    return [row(name, seed, top1) for name, values in figures.items() for seed, top1 in enumerate(values)]
+
+
+A = Claim('a', 'one beats two', 'one', 'two')
+LITTLE = Claim('b', 'one does what two does', 'one', 'two', margin=2.0)
+
+
+def test_difference_by_hand():
+    # Differences 1, 2, 0: mean 1, sd 1, t = sqrt(3) with 2 degrees of freedom, where p = 1 - t / sqrt(2 + t^2).
+    rows = rows_of(one=(70.0, 72.0, 74.0), two=(69.0, 70.0, 74.0))
+    (answer,) = decide([A], rows, corrected=False)
+    assert (answer.differences, answer.mean, answer.deviation) == ({0: 1, 1: 2, 2: 0}, 1, 1)
+    assert answer.p == pytest.approx(1 - (3 / 5) ** 0.5)
+    half = 4.302653 / 3**0.5
+    assert (answer.low, answer.high) == pytest.approx((1 - half, 1 + half), abs=1e-5)
+    assert answer.verdict == 'not decided'
+
+
+def test_pairs_are_of_a_seed():
+    rows = [row('one', 1, 72.0), row('one', 7, 99.0), row('two', 1, 71.0), row('two', 8, 50.0)]
+    (answer,) = decide([A], rows)
+    assert (answer.differences, answer.p, answer.verdict) == ({1: 1.0}, None, 'not decided')
+    (answer,) = decide([A], rows[1::2])
+    assert (answer.differences, answer.verdict) == ({}, 'not run')
+    # There is no spread to estimate where all seeds differ by as much.
+    (answer,) = decide([A], rows_of(one=(1.0, 2.0), two=(0.0, 1.0)))
+    assert (answer.mean, answer.p, answer.verdict) == (1, None, 'not decided')
+
+
+def test_figures_within_a_network():
+    claim = Claim('g', 'scale', 'one', figure='scales.2.5', minus='scales.0.5')
+    assert claim.differences(rows_of(one=(5.0, 6.0))) == {0: 6.0, 1: 6.0}
+    assert Claim('g', 'scale', 'one', 'two', figure='scales.0.6').differences(rows_of(one=(5.0,), two=(3.0,))) == {0: 2}
+    assert Claim('e', 'rho', 'one', figure='attention.units.SK_2_1.rho').differences(rows_of(one=(5.0,))) == {}
+
+
+def test_equivalence_is_two_one_sided_tests():
+    from scipy.stats import t
+
+    pytest.importorskip('statsmodels')
+    rows = rows_of(one=(70.0, 71.2, 70.3, 70.9), two=(70.0, 71.0, 71.0, 70.5))
+    values = np.array([0.0, 0.2, -0.7, 0.4])
+    (answer,) = decide([LITTLE], rows, corrected=False)
+    error = values.std(ddof=1) / 2
+    expected = max(t.sf((values.mean() + 2) / error, 3), t.cdf((values.mean() - 2) / error, 3))
+    assert answer.p == pytest.approx(expected)
+    assert answer.p < 0.05
+    # Its interval, of 90 % then, lies within the margin.
+    half = t.ppf(0.95, 3) * error
+    assert (answer.low, answer.high) == pytest.approx((values.mean() - half, values.mean() + half))
+    assert answer.verdict == 'holds'
+    shifted = rows_of(one=(80.0, 81.2, 80.3, 80.9), two=(70.0, 71.0, 71.0, 70.5))
+    assert decide([LITTLE], shifted, corrected=False)[0].verdict == 'contradicted'
+    wide = rows_of(one=(70.0, 75.0, 70.0, 65.0), two=(70.0, 71.0, 71.0, 70.5))
+    assert decide([LITTLE], wide, corrected=False)[0].verdict == 'not decided'
+
+
+def test_holm_by_hand():
+    pytest.importorskip('statsmodels')
+    # Of three: 0.01 < 0.05 / 3 and 0.02 < 0.05 / 2 are rejected, 0.06 is tested at 0.05 and is not.
+    assert holm_levels([0.06, 0.01, 0.02]) == pytest.approx([0.05, 0.05 / 3, 0.025])
+    # 0.03 > 0.05 / 2 ends it: what comes after has its level.
+    assert holm_levels([0.01, 0.04, 0.03]) == pytest.approx([0.05 / 3, 0.025, 0.025])
+    rng = np.random.default_rng(0)
+    claims = [Claim('x', str(i), f'n{i}', 'base') for i in range(6)]
+    rows = rows_of(base=np.zeros(8), **{f'n{i}': rng.normal(0.5 * i - 1, 1, 8) for i in range(6)})
+    alone, together = (decide(claims, rows, corrected=corrected) for corrected in (False, True))
+    order = np.argsort([answer.p for answer in alone])
+    running = 0.0
+    for rank, i in enumerate(order):
+        running = max(running, min(1, alone[i].p * (6 - rank)))
+        assert together[i].p == pytest.approx(running)
+    # A claim is decided where its interval leaves zero out, and only there.
+    verdicts = [answer.verdict for answer in together]
+    assert verdicts == ['holds' if a.low > 0 else 'contradicted' if a.high < 0 else 'not decided' for a in together]
+    assert {'holds', 'not decided'} <= set(verdicts)
+
+
+def test_correlations_are_tested_on_fishers_scale():
+    claim = Claim('e', 'rises', 'one', figure='attention.units.SK_2_1.rho', unit='rho')
+    rho = (0.9, 0.95, 0.99, 0.8)
+    rows = [row('one', seed, 70.0, attention={'units': {'SK_2_1': {'rho': value}}}) for seed, value in enumerate(rho)]
+    (answer,) = decide([claim], rows, corrected=False)
+    assert answer.mean == pytest.approx(np.tanh(np.arctanh(rho).mean()))
+    assert 0 < answer.low < answer.mean < answer.high < 1
+    assert answer.verdict == 'holds'
+
+
+def test_power():
+    pytest.importorskip('statsmodels')
+    # The tables' 34 pairs for half a deviation, and by the normal approximation more for a smaller level.
+    assert seeds_needed(1.0) == 34
+    assert seeds_needed(1.0, tests=30) == pytest.approx((3.144 + 0.842) ** 2 * 4, rel=0.1)
+    assert [seeds_needed(deviation) for deviation in (0.0, 0.05)] == [2, 2]
+    assert seeds_needed(0.5) == 10
+
+
+def test_components_by_hand():
+    # 10 for each weight and 1 for each order, and nothing else.
+    table = 10 * np.arange(4.0)[:, None] + np.arange(3.0)
+    right = np.zeros((4, 3, 5))
+    right[..., :2] = 100
+    found = components(table, right)
+    assert (found.weights, found.order, found.rest) == pytest.approx((100 * 5 / 3, 1, 0))
+    # Two images of five: 100^2 * (2/5 * 3/5) * 5/4, over five.
+    assert found.images == pytest.approx(100**2 * 0.24 * 1.25 / 5)
+    # The estimates' mean is what the table was drawn with.
+    rng = np.random.default_rng(0)
+    drawn = [
+        components(
+            3 * rng.normal(size=(5, 1)) + 2 * rng.normal(size=(1, 5)) + rng.normal(size=(5, 5)), np.zeros((5, 5, 2))
+        )
+        for _ in range(500)
+    ]
+    means = [np.mean([getattr(one, name) for one in drawn]) for name in ('weights', 'order', 'rest')]
+    assert means == pytest.approx([9, 4, 1], rel=0.15)
+
+
+def test_crossed_rows():
+    rows = [
+        row(SELECTED, seed, 10.0 * seed + order, order=order, right='05') for seed in range(2) for order in range(3)
+    ]
+    table, right = crossed(rows, SELECTED)
+    assert table.tolist() == [[0, 1, 2], [10, 11, 12]]
+    assert right.shape == (2, 3, 2)
+    assert right[0, 0].tolist() == [0, 100]
+    assert crossed(rows[:-1], SELECTED) is None
+    assert crossed(rows, SUMMED) is None
+
+
+def test_bound_is_pooled():
+    # Variances 1 and 4 with 2 and 1 degrees of freedom: (2 * 1 + 4) / 3 = 2.
+    rows = rows_of(one=(1.0, 2.0, 3.0), two=(0.0, 8**0.5))
+    assert bound(rows) == pytest.approx(3 * 2**0.5 * 2**0.5)
+    assert bound(rows[:1]) is None
+
+
+def test_claims_name_what_there_is():
+    assert set('abcdefgh') <= {claim.key for claim in CLAIMS}
+    for claim in CLAIMS:
+        assert {claim.one, claim.other} - {None} <= NETWORKS.keys()
+        assert claim.one != claim.other
+    assert [claim.margin for claim in CLAIMS if claim.margin] == [0.5, 0.1, 0.5, 0.5]
+
+
+def known():
+    """Ten seeds of claim (a) for M = 2, which holds, one of K3, and a crossed study of the variance."""
+    units = {f'SK_{i}_{j}': {'rho': 0.5, 'curve': [0.0] * 7} for i in (2, 3, 4) for j in (1, 2)}
+    attention = {'scales': [float(s) for s in SCALES], 'units': units, 'top1': dict(own=70, mean=69.5, shuffled=60)}
+    learning = {'steps': [0, 5], **{name: {'entropy': [0.693, 0.5], 'rho': [0.0, 0.5]} for name in units}}
+    noise = [0.3, -0.3, 0.1, -0.1, 0.2, -0.2, 0.0, 0.1, -0.1, 0.0]
+    rows = [row(SELECTED, i, 71 + x, attention=attention, learning=learning) for i, x in enumerate(noise)]
+    rows += rows_of(k3_k5_summed=[70.0] * 10, k3=[69.0])
+    rows.append(row(SELECTED, 0, 71.5, longer=True))
+    rng = np.random.default_rng(0)
+    probes = {'middle': [60, 61, 62], 'end': [70, 70, 70]}
+    variance = [
+        row(name, seed, 70 + seed + rng.normal(), order=order, right='013', mixed=70.0, last=69.0, steps=probes)
+        for name in (SELECTED, SUMMED)
+        for seed in range(2)
+        for order in range(3)
+    ]
+    return rows, variance
+
+
+def test_page():
+    pytest.importorskip('statsmodels')
+    rows, variance = known()
+    text = markdown(rows, variance, '../results')
+    lines = text.splitlines()
+    (line,) = [line for line in lines if line.startswith('| (a) selection beats the sum, M = 2')]
+    cells = [cell.strip() for cell in line.split('|')[2:-1]]
+    assert cells[:3] == ['`k3_k5_selected` - `k3_k5_summed`', '+0.97', '10']
+    assert cells[3].startswith('+1.00 (+')
+    assert cells[4:] == ['< 0.001', 'holds']
+    (line,) = [line for line in lines if line.startswith('| (b) two kernels, selected, beat K3')]
+    assert line.endswith('| +1.44 | 1 | +2.30 |  | not decided |')
+    assert sum(line.endswith('|  |  | not run |') for line in lines) == 15
+    assert (
+        '- **Holds** (3 of 30): (a) selection beats the sum, M = 2; (g) selection beats the sum, at scale 0.5' in text
+    )
+    assert 'There are 10 seeds' in text
+    assert 'it is met.' in text
+    assert 'What twice the training adds: `k3_k5_selected` +0.20 points (1 seeds)' in text
+    assert '2 seeds of the weights crossed with 3 of the images' in text
+    assert 'changes by 1.00 points in the middle of the training, and by 0.00 at its end' in text
+    assert '+1.00 points better than the last' in text
+    assert '70.00 % with each image' in text
+    assert '| `k3_k5_selected` | 1,000 | 2.50 | 10 | 71.00 ± 0.19 | 71.0 | 72.0 |' in text
+    assert '--variance 2 3 --train-images 9 --epochs 1 --test-images 9 --batch-size 2 --threads 1' in text
+    assert text.count('![') == 3
+
+
+def test_page_without_runs():
+    pytest.importorskip('statsmodels')
+    _, variance = known()
+    text = markdown([], variance, '.')
+    assert '- **Not run** (30 of 30)' in text
+    assert 'Claim (a) for M = 2 has no interval yet' in text
+    assert '![' not in text
+    assert 'claim (a), M = 2, in the study of the variance | 6 |' in text
+
+
+def test_answers_say_not_run():
+    assert Answer(A, {}).verdict == 'not run'
