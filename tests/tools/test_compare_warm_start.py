@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip('mmpretrain')
 
 import torch
+from _ablation import data as canvases
 from _ablation import warm
 from _ablation.data import Data
 from _ablation.rows import Settings, read_rows
@@ -29,7 +30,9 @@ def tool(load_tool):
 
 @pytest.fixture(scope='module')
 def garments(tmp_path_factory):
-    return write_blots(tmp_path_factory.mktemp('garments') / 'fashion_mnist')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canvases, 'BACKGROUNDS', 16)
+        yield write_blots(tmp_path_factory.mktemp('garments') / 'fashion_mnist')
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +61,7 @@ def test_rows(finished):
 
 
 def test_starts_have_equal_outputs(garments):
-    runs = warm.Runs(Data(warm.Path(garments), Settings(train_images=32, test_images=24)), 'cpu')
+    runs = warm.Runs(Data(warm.Path(garments), Settings(32, 1, 24, 8)), 'cpu')
     plain, ours, dilated = (runs.start(name, 0).eval() for name in ('plain', 'warm', 'warm_dilated'))
     images = torch.randn(2, 1, 64, 64)
     with torch.inference_mode():

@@ -208,12 +208,12 @@ def test_page():
     )
     assert 'There are 10 seeds' in text
     assert 'it is met.' in text
-    assert 'What twice the training adds: `k3_k5_selected` +0.20 points (1 seeds)' in text
+    assert 'What twice the training adds: `k3_k5_selected` +0.20 points (1 seed)' in text
     assert '2 seeds of the weights crossed with 3 of the images' in text
     assert 'changes by 1.00 points in the middle of the training, and by 0.00 at its end' in text
     assert '+1.00 points better than the last' in text
     assert '70.00 % with each image' in text
-    assert '| `k3_k5_selected` | 1,000 | 2.50 | 10 | 71.00 ± 0.19 | 71.0 | 72.0 |' in text
+    assert '| `k3_k5_selected` | 1,000 | 2.50 | 10 | 71.00 ± 0.18 | 71.0 | 72.0 |' in text
     assert '--variance 2 3 --train-images 9 --epochs 1 --test-images 9 --batch-size 2 --threads 1' in text
     assert text.count('![') == 3
 

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from .data import NEW_SCALES, SCALES, Data, prepare
 
 
-def logits_of(model: nn.Module, canvases: Tensor, batch_size: int = 500) -> Tensor:
+def logits_of(model: nn.Module, canvases: Tensor) -> Tensor:
     """(N, 10) on the model's device, from canvases (N, 1, 64, 64) uint8."""
     device = next(model.parameters()).device
+    batch_size = 500 if device.type == 'cpu' else 5000
     with torch.inference_mode():
         return torch.cat([model(prepare(batch.to(device))) for batch in canvases.split(batch_size)])
 

@@ -267,7 +267,8 @@ def _elsewhere(rows: Sequence[Row]) -> list[str]:
     parts.append('### Convergence')
     if gains:
         told = '; '.join(
-            f'`{name}` {np.mean(values):+.2f} points ({len(values)} seeds)' for name, values in gains.items()
+            f'`{name}` {np.mean(values):+.2f} points ({len(values)} seed{"s" * (len(values) > 1)})'
+            for name, values in gains.items()
         )
         far = max(np.mean(values) for values in gains.values())
         parts.append(
