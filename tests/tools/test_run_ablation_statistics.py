@@ -15,7 +15,7 @@ SETTINGS = dict(
     amp=False,
 )  # fmt: skip
 ABOUT = dict(data='garments', size='narrow', order=None, longer=False, seconds=1800.0, device='cpu', hardware='a CPU',
-             threads=1, torch='2', parameters=1000, mflops=2.5)  # fmt: skip
+             threads=1, torch='2', parameters=1000, mflops=2.5, together=[0], compiled=False)  # fmt: skip
 SCALES = ('0.5', '0.6', '0.8', '1.1', '1.5', '2', '2.5')
 
 
@@ -214,7 +214,7 @@ def test_page():
     assert '+1.00 points better than the last' in text
     assert '70.00 % with each image' in text
     assert '| `k3_k5_selected` | 1,000 | 2.50 | 10 | 71.00 ± 0.18 | 71.0 | 72.0 |' in text
-    assert '--variance 2 3 --train-images 9 --epochs 1 --test-images 9 --batch-size 2 --threads 1' in text
+    assert '--variance 2 3 --train-images 9 --epochs 1 --test-images 9 --batch-size 2 --threads 1 --together 1' in text
     assert text.count('![') == 3
 
 

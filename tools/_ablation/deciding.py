@@ -78,10 +78,10 @@ def decide(claims: Sequence[Claim], rows: Sequence[Row], corrected: bool = True)
         adjusted = _statsmodels('stats.multitest').multipletests(raw, ALPHA, method='holm')[1]
         levels = holm_levels(raw)
     done = {
-        id(answer): Answer(answer.claim, answer.differences, float(p), *_interval(answer, level))
+        answer.claim: Answer(answer.claim, answer.differences, float(p), *_interval(answer, level))
         for answer, p, level in zip(tested, adjusted, levels)
     }
-    return [done.get(id(answer), answer) for answer in found]
+    return [done.get(answer.claim, answer) for answer in found]
 
 
 def _p(answer: Answer) -> float:

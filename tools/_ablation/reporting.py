@@ -20,7 +20,6 @@ from .running import MAIN
 
 WANTED_SEEDS = 10
 WANTED_HALF_WIDTH = 0.5
-FIGURES = ('forest.png', 'attention.png', 'learning.png')
 
 
 def report(out: Path, page: Path) -> list[Path]:
@@ -363,6 +362,9 @@ def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
             )
         if settings.test_images < full.test_images:
             lines.append(f'- The test has {settings.test_images:,} of {full.test_images:,} objects.')
+    lines.append(
+        '- Seeds that are added after a look at this page make its level too favourable: choose their number before.'
+    )
     lines.append('- Where a claim is not decided, its interval says how large an effect may still be, either way.')
     return '\n'.join(lines)
 
@@ -396,7 +398,9 @@ def _options(rows: Sequence[Row], option: str) -> str:
     settings, defaults = rows[0]['settings'], json.loads(json.dumps(asdict(Settings())))
     words = {name: settings[name] for name in OPTIONS if settings[name] != defaults[name]}
     words['threads'] = rows[0]['threads']
+    words['together'] = max(len(row['together']) for row in rows)
     given = ' '.join(f'--{name.replace("_", "-")} {value}' for name, value in words.items())
+    given += ' --amp' * settings['amp'] + ' --compile' * rows[0]['compiled']
     seeds = sorted({row['seed'] for row in rows})
     if option == '--variance':
         return f'--variance {len(seeds)} {len({row["order"] for row in rows})} {given}'
