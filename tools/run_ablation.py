@@ -90,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not args.report:
         runs = (
-            plan_variance(*args.variance) if args.variance else plan(args.networks, args.sets, args.sizes, args.seeds)
+            plan_variance(*args.variance)
+            if args.variance
+            else plan(args.networks, args.sets, args.sizes, args.seeds, together)
         )
         run_missing(
             runs, rows, args.data, settings, devices, together, args.minutes,

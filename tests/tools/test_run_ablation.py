@@ -109,8 +109,12 @@ def test_shared_tensors_begin_alike():
 
 def test_plan():
     runs = plan(list(NETWORKS), ('garments', 'scenes', 'digits'), ('narrow', 'wide'), range(10))
-    # Claim (a) first; twice as long for three seeds of its two networks; elsewhere the core alone.
-    assert [run.network for run in runs[:40:10]] == list(CORE[:4])
+    # Claim (a) first, seed by seed; twice as long for three seeds of its two networks; elsewhere the core alone.
+    assert [(run.network, run.seed) for run in runs[:3]] == [(SELECTED, 0), ('k3_k5_summed', 0), (SELECTED, 1)]
+    assert {run.network for run in runs[20:40]} == set(CORE[2:4])
+    at_once = plan(list(NETWORKS), ('garments',), ('narrow',), range(10), together=10)
+    assert [run.seed for run in at_once[:10]] == list(range(10))
+    assert set(at_once) < set(runs)
     main = [run for run in runs if (run.data, run.size) == ('garments', 'narrow')]
     assert (len(main), len(runs)) == (180 + 6, 180 + 6 + 3 * 80)
     assert {(run.network, run.seed) for run in main if run.longer} == {

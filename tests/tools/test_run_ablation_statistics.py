@@ -151,6 +151,7 @@ def test_crossed_rows():
     assert table.tolist() == [[0, 1, 2], [10, 11, 12]]
     assert right.shape == (2, 3, 2)
     assert right[0, 0].tolist() == [0, 100]
+    assert crossed([*rows, row(SELECTED, 5, 70.0, order=0)], SELECTED)[0].tolist() == table.tolist()
     assert crossed(rows[:-1], SELECTED) is None
     assert crossed(rows, SUMMED) is None
 

@@ -169,12 +169,16 @@ def components(table: np.ndarray, right: np.ndarray) -> Components:
 
 
 def crossed(rows: Sequence[Row], network: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """``table`` and ``right`` of :func:`components` from the rows of a network; None where a pair is missing."""
+    """``table`` and ``right`` of :func:`components` from the rows of a network, of the seeds that have every order.
+
+    None where there are fewer than two.
+    """
     found = {(row['seed'], row['order']): row for row in rows if row['network'] == network}
-    seeds, orders = ({key[i] for key in found} for i in range(2))
-    if len(found) != len(seeds) * len(orders) or min(len(seeds), len(orders)) < 2:
+    orders = sorted({order for _, order in found})
+    grid = [[found.get((seed, order)) for order in orders] for seed in sorted({seed for seed, _ in found})]
+    grid = [line for line in grid if None not in line]
+    if min(len(grid), len(orders)) < 2:
         return None
-    grid = [[found[seed, order] for order in sorted(orders)] for seed in sorted(seeds)]
     right = np.array([[[int(digit) for digit in row['right']] for row in line] for line in grid])
     return np.array([[row['top1'] for row in line] for line in grid]), 100 * right / len(SCALES)
 

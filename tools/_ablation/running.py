@@ -18,13 +18,17 @@ from .training import check_device, set_up, train
 
 LONGER_SEEDS = 3
 MAIN = ('garments', 'narrow')
+_PAIRS = [list(NETWORKS)[:2], list(NETWORKS)[2:4], *([name] for name in list(NETWORKS)[4:])]
 FIRST_LOSS = 1e-3  # relative: how far rounding may carry the first batch's loss on another machine
 
 
-def plan(networks: Sequence[str], data: Sequence[str], sizes: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+def plan(
+    networks: Sequence[str], data: Sequence[str], sizes: Sequence[str], seeds: Sequence[int], together: int = 1
+) -> list[Run]:
     """The runs of the study, in the order of what they are worth, so that it may be stopped at any time.
 
-    All ``networks`` where both data and size are MAIN, those of CORE elsewhere, and of claim (a) for twice as long.
+    All ``networks`` where both data and size are MAIN, those of CORE elsewhere, and of claim (a) for twice as long. The
+    seeds that are trained together come after one another, and so do both networks of a pair of claim (a).
     """
     places = [(one, size) for size in SIZES for one in DATA if one in data and size in sizes]
     places = [(one, size) for one, size in places if size == MAIN[1] or one == MAIN[0]]
@@ -32,7 +36,9 @@ def plan(networks: Sequence[str], data: Sequence[str], sizes: Sequence[str], see
     for one, size in places:
         main = (one, size) == MAIN
         names = [name for name in NETWORKS if name in networks and (main or name in CORE)]
-        runs += [Run(name, seed, one, size) for name in names for seed in seeds]
+        for pair in ([name for name in names if name in pair] for pair in _PAIRS):
+            for i in range(0, len(seeds), together):
+                runs += [Run(name, seed, one, size) for name in pair for seed in seeds[i : i + together]]
         if main:
             longer = [name for name in (SELECTED, SUMMED) if name in names]
             runs += [Run(name, seed, one, size, longer=True) for name in longer for seed in seeds[:LONGER_SEEDS]]
