@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import tempfile
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from _arguments import Parser
 from _errors import run
 from _export import TARGET_NAMES
+from _export.dense import build_dense
 from _export.deployable import Deployable, prepare
 from _export.running import difference, times
 from _export.targets import TARGETS
@@ -31,14 +33,14 @@ from sk_plugins._files import write_atomically
 from sk_plugins._text import first_lines
 
 PAGE, RESULTS = Path('docs/deployment.md'), Path('results/deployment.json')
-# (name, its title, whether its features are exported: the backbone of a detector or a segmentor.)
+# (name, its title): of timm, or of a config of mmdetection's or mmsegmentation's.
 NETWORKS = (
-    ('sknet50', 'SKNet-50', False),
-    ('sknet29_16x32d', 'SKNet-29', False),
-    ('skresnet18', 'SK-ResNet-18', False),
-    ('skshufflenetv2_x1_0', 'SK-ShuffleNetV2 1.0x', False),
-    ('sknet50', 'SKNet-50, features', True),
-    ('skshufflenetv2_x1_0', 'SK-ShuffleNetV2, features', True),
+    ('sknet50', 'SKNet-50'),
+    ('sknet29_16x32d', 'SKNet-29'),
+    ('skresnet18', 'SK-ResNet-18'),
+    ('skshufflenetv2_x1_0', 'SK-ShuffleNetV2 1.0x'),
+    ('retinanet_sknet50_fpn_1x_coco', 'RetinaNet'),
+    ('fcn_sknet50-d8_4xb4-80k_ade20k-512x512', 'FCN'),
 )
 # A network, and what it is compared with: as it would be exported without this project.
 PEERS = (
@@ -58,7 +60,7 @@ MARKS = {
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument('--run', nargs='+', choices=TARGET_NAMES, default=[], metavar='TARGET')
-    titles = [title for _, title, _ in NETWORKS]
+    titles = [title for _, title in NETWORKS]
     parser.add_argument('--networks', nargs='+', choices=titles, default=titles, metavar='TITLE', help='of --run')
     parser.add_argument('--times', nargs='+', choices=['onnx', 'openvino'], default=[], metavar='TARGET')
     parser.add_argument('--write', action='store_true', help=f'the tables of {PAGE}')
@@ -68,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     for target in (*args.run, *args.times):
         TARGETS[target].require()
     for target in args.run:
-        for name, title, features in (row for row in NETWORKS if row[1] in args.networks):
-            _note(args.results, 'matrix', target, title, _try(target, name, features))
+        for name, title in (row for row in NETWORKS if row[1] in args.networks):
+            _note(args.results, 'matrix', target, title, _try(target, name))
     for target in args.times:
         for name, peers in PEERS:
             _note(args.results, 'times', target, name, _time(target, name, peers, args.repeats))
@@ -81,12 +83,17 @@ def main(argv: list[str] | None = None) -> None:
         PAGE.write_text(text, encoding='utf-8')
 
 
-def _deployable(name: str, target: str, features: bool = False, size: int | None = None) -> Deployable:
+def _deployable(name: str, target: str, size: int | None = None) -> Deployable:
     torch.manual_seed(0)
-    net = timm.create_model(name, exportable=True).eval()
+    if timm.is_model(name):
+        net = timm.create_model(name, exportable=True).eval()
+        data = timm.data.resolve_model_data_config(net)
+    else:
+        built = build_dense(name, None)
+        assert built is not None
+        net, data = built
     _spread(net)
-    data = timm.data.resolve_model_data_config(net)
-    return prepare(net, data, name, size, dynamic=TARGETS[target].dynamic, features=features)
+    return prepare(net, data, name, size, dynamic=TARGETS[target].dynamic)
 
 
 @torch.no_grad()
@@ -101,9 +108,9 @@ def _spread(net: torch.nn.Module) -> None:
             tensor.normal_(0, 0.3)
 
 
-def _try(target: str, name: str, features: bool) -> dict[str, Any]:
+def _try(target: str, name: str) -> dict[str, Any]:
     """What happened: the difference from eager mode, or that the file was written, or why not."""
-    deployable = _deployable(name, target, features, SIZE)
+    deployable = _deployable(name, target, SIZE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f'net{TARGETS[target].suffix}')
         try:
@@ -134,8 +141,13 @@ def _time(target: str, name: str, peers: tuple[str, ...], repeats: int) -> dict[
 def _note(path: Path, table: str, target: str, title: str, found: dict[str, Any]) -> None:
     results = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {'matrix': {}, 'times': {}}
     package = PACKAGES[target]
-    of = torch.__version__ if package == 'torch' else version(package)
-    found = {**found, 'version': of, 'torch': torch.__version__, 'date': datetime.date.today().isoformat()}
+    of = torch.__version__.partition('+')[0] if package == 'torch' else version(package)
+    found = {
+        **found,
+        'version': of,
+        'torch': torch.__version__.partition('+')[0],
+        'date': datetime.date.today().isoformat(),
+    }
     if table == 'times':
         found['machine'] = f'{_cpu()}, 2 of {os.cpu_count()} cores'
     results[table].setdefault(target, {})[title] = found
@@ -152,17 +164,25 @@ def _cpu() -> str:
 
 def matrix(found: dict[str, dict[str, Any]]) -> str:
     """Runtime by network: the largest difference from eager mode, relative to the largest output."""
-    titles = [title for _, title, _ in NETWORKS]
+    titles = [title for _, title in NETWORKS]
     lines = [['target', 'tried with', *titles], ['---', '---', *['---:'] * len(titles)]]
     for target in TARGET_NAMES:
         if target not in found:
             continue
         rows = found[target]
-        any_ = next(iter(rows.values()))
-        package = PACKAGES[target]
-        tried = f'{package} {any_["version"]}' + ('' if package == 'torch' else f', torch {any_["torch"]}')
-        lines.append([f'`{target}`', f'{tried}, {any_["date"]}', *(_cell(rows.get(title)) for title in titles)])
+        lines.append([f'`{target}`', _tried(target, rows), *(_cell(rows.get(title)) for title in titles)])
     return markdown_table(lines)
+
+
+def _tried(target: str, rows: dict[str, dict[str, Any]]) -> str:
+    """The packages' versions, those of most networks first, and the last day."""
+    package = PACKAGES[target]
+    with_ = Counter(
+        (f'torch {row["torch"]}' if package == 'torch' else f'{package} {row["version"]}, torch {row["torch"]}')
+        for row in rows.values()
+    )
+    tried = '; '.join(words for words, _ in with_.most_common())
+    return f'{tried}; {max(row["date"] for row in rows.values())}'
 
 
 def _cell(found: dict[str, Any] | None) -> str:

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from _networks import build
+from timm.models import is_model, split_model_name_tag
 from torch import Tensor, nn
 
 from sk_plugins.lean import simplify
+
+from .dense import Heads, build_dense
 
 __all__ = ['Deployable', 'Features', 'Normalised', 'build_named', 'prepare']
 
@@ -124,10 +127,7 @@ def prepare(
     if preprocess and channels != 3:
         raise ValueError(f'--preprocess: takes RGB images, and {name} has {channels} input channels')
     if not features and getattr(net, 'num_classes', 1) == 0:
-        raise ValueError(
-            f'{name} has no classifier: --features exports the feature maps of the backbone; whole detectors and '
-            'segmentors are for mmdeploy'
-        )
+        raise ValueError(f'{name} has no classifier: --features exports the feature maps of the backbone')
     if features and not hasattr(net, 'forward_intermediates'):
         raise ValueError(f'--features: {name} has no forward_intermediates')
     names = ('mean', 'std', 'interpolation', 'crop_pct')
@@ -137,11 +137,13 @@ def prepare(
         **{key: preprocessing[key] for key in names if key in preprocessing},
         'input': 'uint8 RGB, NHWC' if preprocess else 'float32, normalised, NCHW',
     }
-    labels = (getattr(net, 'pretrained_cfg', None) or {}).get('label_names')
+    labels = (getattr(net, 'pretrained_cfg', None) or {}).get('label_names') or preprocessing.get('label_names')
     if labels and not features:
         metadata['labels'] = list(labels)
 
-    lean = simplify(net, features=features)
+    whole = isinstance(net, Heads)
+    outputs = net.outputs if whole else ['logits']
+    lean = simplify(net, features=features or whole)
     if features:
         net, lean = Features(net), Features(lean)
     if preprocess:
@@ -151,26 +153,34 @@ def prepare(
     number = max(batch or 2, 2) if 'batch' in dynamic else batch or 1
     shape = (number, *traced, 3) if preprocess else (number, channels, *traced)
     image = torch.zeros(shape, dtype=torch.uint8 if preprocess else torch.float32)
-    with torch.no_grad():
-        count = len(lean(image[:1])) if features else 1
+    if features:
+        with torch.no_grad():
+            outputs = [f'feature_{i}' for i in range(len(lean(image[:1])))]
     return Deployable(
         lean.eval(),
         net.eval(),
         image,
         dynamic,
-        [f'feature_{i}' for i in range(count)] if features else ['logits'],
+        outputs,
         {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()},
         {**preprocessing, 'input_size': (channels, height, width)},
         preprocess,
     )
 
 
-def build_named(name: str, checkpoint: str | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """:func:`_networks.build`, which takes the work dir of a run of finetune too."""
+def build_named(
+    name: str, checkpoint: str | None, pretrained: bool, features: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    """:func:`_networks.build`, which takes the work dir of a finetune run too, and a detector's or segmentor's config.
+
+    Args:
+        features: whether the feature maps of a backbone are wanted, which is all that is built then.
+    """
     if (Path(name) / 'finetune.json').is_file():
         from _finetune.exporting import refresh
 
         if checkpoint or pretrained:
             raise ValueError(f'{name}: a run of finetune has its own weights, its best epoch')
         name = f'local-dir:{refresh(Path(name))}'
-    return build(name, checkpoint, pretrained)
+    dense = None if features or pretrained or is_model(split_model_name_tag(name)[0]) else build_dense(name, checkpoint)
+    return build(name, checkpoint, pretrained) if dense is None else dense

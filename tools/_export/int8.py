@@ -12,13 +12,15 @@ from timm.data import create_transform
 from torch import Tensor
 
 from .deployable import Deployable
-from .targets import convert_openvino, require, write_onnx
+from .pt2e import quantise_aoti, quantise_executorch
+from .targets import TARGETS, beside, convert_openvino, import_, require, write_litert, write_onnx
 
-__all__ = ['FLOAT', 'QUANTISERS', 'find_images', 'labelled', 'read_images']
+__all__ = ['FLOAT', 'QUANTISERS', 'epochs', 'find_images', 'labelled', 'read_images']
 
+Lessons = Iterator[tuple[Tensor, Tensor]]
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
 # What of SK units is better left in float, by target: measured, see docs/deployment.md.
-FLOAT = {'onnx': 'nothing', 'openvino': 'nothing'}
+FLOAT = dict.fromkeys(('onnx', 'openvino', 'aoti', 'executorch', 'litert'), 'nothing')
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -68,6 +70,19 @@ def read_images(paths: list[Path], deployable: Deployable) -> Iterator[Tensor]:
         if deployable.uint8:
             tensor = ((tensor * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
         yield tensor[None]
+
+
+def epochs(examples: list[tuple[Path, int]], deployable: Deployable, number: int, batch: int = 32) -> list[Lessons]:
+    """Epochs of labelled images in an order of their own, each an iterator over (images, classes)."""
+
+    def lessons(seed: int) -> Lessons:
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+        for begin in range(0, len(order) - 1, batch):
+            chosen = [examples[i] for i in order[begin : begin + batch]]
+            images = torch.cat(list(read_images([path for path, _ in chosen], deployable)))
+            yield images, torch.tensor([label for _, label in chosen])
+
+    return [lessons(seed) for seed in range(number)]
 
 
 def quantise_onnx(deployable: Deployable, path: Path, images: list[Tensor], keep: frozenset[str]) -> None:
@@ -149,4 +164,32 @@ def quantise_openvino(deployable: Deployable, path: Path, images: list[Tensor], 
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-QUANTISERS = {'onnx': quantise_onnx, 'openvino': quantise_openvino}
+def quantise_litert(deployable: Deployable, path: Path, images: list[Tensor], keep: frozenset[str]) -> None:
+    """By ai-edge-quantizer, from the float file; the file takes and gives floats."""
+    require('ai_edge_quantizer', extra='litert', environment=TARGETS['litert'].environment)
+    from ai_edge_quantizer import quantizer, recipe
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+    from ai_edge_quantizer.qtyping import TFLOperationName
+
+    types = {'attention': ['MEAN', 'SUM', 'AVERAGE_POOL_2D', 'LOGISTIC', 'SOFTMAX'], 'select': ['SUB', 'MUL']}
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, 'float.tflite')
+        write_litert(deployable, plain)
+        quantiser = quantizer.Quantizer(str(plain))
+        quantiser.load_quantization_recipe(recipe.static_wi8_ai8())
+        for name in ('INPUT', 'OUTPUT', *(name for part in keep for name in types[part])):
+            quantiser.update_quantization_recipe('.*', TFLOperationName[name], algorithm_key=AlgorithmName.NO_QUANTIZE)
+        reader = import_('ai_edge_litert.interpreter').Interpreter(str(plain))
+        (signature, names), *_ = reader.get_signature_list().items()
+        data = [{names['inputs'][0]: image.numpy()} for image in images]
+        quantiser.quantize(quantiser.calibrate({signature: data}, num_threads=2)).export_model(path)
+    beside(path, deployable.metadata)
+
+
+QUANTISERS = {
+    'onnx': quantise_onnx,
+    'openvino': quantise_openvino,
+    'aoti': quantise_aoti,
+    'executorch': quantise_executorch,
+    'litert': quantise_litert,
+}

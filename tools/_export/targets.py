@@ -25,7 +25,7 @@ from sk_plugins._text import first_lines
 
 from .deployable import Deployable
 
-__all__ = ['TARGETS', 'Target', 'can_build_engines', 'require', 'trtexec']
+__all__ = ['TARGETS', 'Target', 'beside', 'can_build_engines', 'exported', 'import_', 'require', 'trtexec']
 
 Runner = Callable[[Tensor], list[np.ndarray]]
 BOTH = frozenset({'batch', 'size'})
@@ -87,7 +87,7 @@ def require(*packages: str, extra: str, environment: str = '') -> None:
         raise ValueError(f'{", ".join(missing)} not installed: {environment or how_to_install(extra)}')
 
 
-def _import(name: str) -> ModuleType:
+def import_(name: str) -> ModuleType:
     """A module that is there, but may not fit this torch."""
     try:
         return importlib.import_module(name)
@@ -97,7 +97,7 @@ def _import(name: str) -> ModuleType:
         ) from error
 
 
-def _exported(deployable: Deployable, most: int | None = None) -> torch.export.ExportedProgram:
+def exported(deployable: Deployable, most: int | None = None) -> torch.export.ExportedProgram:
     shapes: dict[int, Any] = {}
     if 'batch' in deployable.dynamic:
         shapes[0] = torch.export.Dim('batch', max=most)
@@ -113,7 +113,7 @@ def _traced(deployable: Deployable) -> torch.jit.ScriptModule:
         return torch.jit.trace(deployable.model, deployable.image, check_trace=False)
 
 
-def _beside(path: Path, metadata: dict[str, str]) -> None:
+def beside(path: Path, metadata: dict[str, str]) -> None:
     """A target whose file holds no metadata has them in a file beside it."""
     path.with_name(path.name + '.json').write_text(json.dumps(metadata, indent=1) + '\n', encoding='utf-8')
 
@@ -131,7 +131,7 @@ def write_onnx(deployable: Deployable, path: Path, opset: int | None = None) -> 
 
 
 def load_onnx(path: Path, threads: int) -> Runner:
-    onnxruntime = _import('onnxruntime')
+    onnxruntime = import_('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Threads that wait by spinning take the cores of whatever is timed beside.
@@ -143,7 +143,7 @@ def load_onnx(path: Path, threads: int) -> Runner:
 
 def convert_openvino(deployable: Deployable) -> Any:
     """openvino's model of the network."""
-    openvino = _import('openvino')
+    openvino = import_('openvino')
     shape = list(deployable.image.shape)
     first = 1 if deployable.uint8 else 2
     if 'batch' in deployable.dynamic:
@@ -161,11 +161,11 @@ def convert_openvino(deployable: Deployable) -> Any:
 
 
 def write_openvino(deployable: Deployable, path: Path) -> None:
-    _import('openvino').save_model(convert_openvino(deployable), path, compress_to_fp16=False)
+    import_('openvino').save_model(convert_openvino(deployable), path, compress_to_fp16=False)
 
 
 def load_openvino(path: Path, threads: int) -> Runner:
-    openvino = _import('openvino')
+    openvino = import_('openvino')
     settings = {'INFERENCE_NUM_THREADS': threads, 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
     compiled = openvino.compile_model(path, 'CPU', settings)
     return lambda images: list(compiled(images.numpy()).to_tuple())
@@ -189,7 +189,7 @@ def load_torchscript(path: Path, threads: int) -> Runner:
 
 def write_aoti(deployable: Deployable, path: Path) -> None:
     torch._inductor.aoti_compile_and_package(
-        _exported(deployable),
+        exported(deployable),
         package_path=str(path),
         inductor_configs={'aot_inductor.metadata': deployable.metadata},
     )
@@ -207,21 +207,21 @@ def load_aoti(path: Path, threads: int) -> Runner:
 
 
 def write_executorch(deployable: Deployable, path: Path) -> None:
-    exir = _import('executorch.exir')
-    partitioner = _import('executorch.backends.xnnpack.partition.xnnpack_partitioner').XnnpackPartitioner()
-    program = exir.to_edge_transform_and_lower(_exported(deployable, MOST_IN_BATCH), partitioner=[partitioner])
+    exir = import_('executorch.exir')
+    partitioner = import_('executorch.backends.xnnpack.partition.xnnpack_partitioner').XnnpackPartitioner()
+    program = exir.to_edge_transform_and_lower(exported(deployable, MOST_IN_BATCH), partitioner=[partitioner])
     path.write_bytes(program.to_executorch().buffer)
-    _beside(path, deployable.metadata)
+    beside(path, deployable.metadata)
 
 
 def load_executorch(path: Path, threads: int) -> Runner:
-    runtime = _import('executorch.runtime').Runtime.get()
+    runtime = import_('executorch.runtime').Runtime.get()
     method = runtime.load_program(path).load_method('forward')
     return lambda images: _arrays([output.clone() for output in method.execute([images])])
 
 
 def write_coreml(deployable: Deployable, path: Path) -> None:
-    coremltools = _import('coremltools')
+    coremltools = import_('coremltools')
     shape = list(deployable.image.shape)
     if 'batch' in deployable.dynamic:
         shape[0] = coremltools.RangeDim(1, MOST_IN_BATCH, default=1)
@@ -241,7 +241,7 @@ def write_coreml(deployable: Deployable, path: Path) -> None:
 
 
 def write_ncnn(deployable: Deployable, path: Path) -> None:
-    pnnx = _import('pnnx')
+    pnnx = import_('pnnx')
     if deployable.uint8:
         raise ValueError(
             '--preprocess: ncnn has no uint8 input; its Mat::from_pixels and substract_mean_normalize do it'
@@ -262,7 +262,7 @@ def write_ncnn(deployable: Deployable, path: Path) -> None:
 
 
 def load_ncnn(path: Path, threads: int) -> Runner:
-    ncnn = _import('ncnn')
+    ncnn = import_('ncnn')
     net = ncnn.Net()
     net.opt.use_vulkan_compute = False
     net.opt.num_threads = threads
@@ -284,13 +284,13 @@ def load_ncnn(path: Path, threads: int) -> Runner:
 
 
 def write_litert(deployable: Deployable, path: Path) -> None:
-    litert_torch = _import('litert_torch')
+    litert_torch = import_('litert_torch')
     litert_torch.convert(deployable.model, (deployable.image,)).export(str(path))
-    _beside(path, deployable.metadata)
+    beside(path, deployable.metadata)
 
 
 def load_litert(path: Path, threads: int) -> Runner:
-    interpreter = _import('ai_edge_litert.interpreter').Interpreter(str(path), num_threads=threads)
+    interpreter = import_('ai_edge_litert.interpreter').Interpreter(str(path), num_threads=threads)
     interpreter.allocate_tensors()
     (image,), outputs = interpreter.get_input_details(), interpreter.get_output_details()
 
