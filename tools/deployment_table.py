@@ -116,7 +116,7 @@ def _try(target: str, name: str) -> dict[str, Any]:
         try:
             TARGETS[target].write(deployable, path)
             if TARGETS[target].load is None:
-                return {'written': True}
+                return {'written': TARGETS[target].inspect(deployable, path)}
             return {'difference': difference(deployable, TARGETS[target].run(path, 2))}
         except Exception as error:  # each library's own kinds: it is what the table is for
             return {'error': first_lines(error)[:200] or type(error).__name__}
@@ -190,7 +190,7 @@ def _cell(found: dict[str, Any] | None) -> str:
         return ''
     if 'error' in found:
         return f'no: {found["error"]}'.replace('|', '/').replace('\n', ' ')
-    return f'{found["difference"]:.0e}' if 'difference' in found else 'written'
+    return f'{found["difference"]:.0e}' if 'difference' in found else 'converted'
 
 
 def time_table(found: dict[str, dict[str, Any]]) -> str:

@@ -22,7 +22,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -103,8 +103,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _listed(words: Sequence[str]) -> str:
-    return f'{", ".join(words[:-1])} and {words[-1]}'
+def _listed(words: Iterable[str]) -> str:
+    *others, last = words
+    return f'{", ".join(others)} and {last}'
 
 
 def _is_given(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> bool:
@@ -125,7 +126,12 @@ def _check_target(args: argparse.Namespace) -> frozenset[str]:
     if args.dynamic and target.dynamic != {'batch', 'size'}:
         can = 'leaves the batch open, not the size' if target.dynamic else 'is of one batch and size'
         raise ValueError(f'--dynamic: a file for {args.target} {can}')
-    asked = [name for name in ('check', 'benchmark', 'accuracy') if getattr(args, name)]
+    if args.preprocess and target.uint8:
+        raise ValueError(f'--preprocess: {target.uint8}')
+    if args.target == 'ncnn' and (args.batch or 1) > 1:
+        raise ValueError(f'--batch {args.batch}: ncnn takes one image at a time')
+    can = ('check',) if target.inspect else ()
+    asked = [name for name in ('check', 'benchmark', 'accuracy') if getattr(args, name) and name not in can]
     if asked and target.load is None:
         raise ValueError(f'--{asked[0]}: {target.title} cannot be run on this machine; without it the file is written')
     target.require()
@@ -214,7 +220,9 @@ def _export(args: argparse.Namespace) -> None:
             raise
         except Exception as error:  # each exporter's own kinds
             raise ValueError(f'{target.title} cannot take {args.model}: {first_lines(error)}') from error
-        if args.check:
+        if args.check and target.load is None:
+            print(f'{target.inspect(deployable, partial)}: converted, and not run on this machine')
+        elif args.check:
             # A quantised file is for images like those that it was calibrated by, not for noise.
             number = 1 if 'batch' in dynamic else len(deployable.image)
             own = [image.expand(number, *image.shape[1:]).contiguous() for image in chosen[:16]] if args.int8 else None
@@ -222,7 +230,8 @@ def _export(args: argparse.Namespace) -> None:
             found['difference'] = apart
             of = ', '.join('x'.join(map(str, shape)) for shape in deployable.shapes())
             of = 'calibration images' if args.int8 else of
-            print(f'largest difference from eager mode: {apart:.2g} of the largest output ({of})')
+            runs = f', {target.runs}' if target.runs else ''
+            print(f'largest difference from eager mode: {apart:.2g} of the largest output ({of}{runs})')
             if not args.int8 and not apart <= TOLERANCE:
                 raise ValueError(f"--check: the file's outputs differ from eager mode's by {apart:.2g} > {TOLERANCE:g}")
         if args.accuracy:

@@ -66,28 +66,30 @@ def build_dense(name: str, checkpoint: str | None) -> tuple[nn.Module, dict[str,
         scope = cfg.get('default_scope')
         if scope not in FRAMEWORKS:
             return None
+    state_dict, meta = (None, {}) if checkpoint is None else _load(checkpoint)
+    with quiet_imports(), DefaultScope.overwrite_default_scope(scope):
         registry = importlib.import_module(f'{scope}.registry')
-        with DefaultScope.overwrite_default_scope(scope):
-            model = registry.MODELS.build(_without_weights(cfg.model)).eval()
+        model = registry.MODELS.build(_without_weights(cfg.model)).eval()
     if hasattr(model, 'roi_head') or not (hasattr(model, 'bbox_head') or hasattr(model, 'decode_head')):
         raise ValueError(
             f'{name}: a {type(model).__name__} chooses its boxes between two networks, and is no one graph: only '
             'one-stage detectors and segmentors are exported whole, --features exports any backbone'
         )
-    meta: Mapping[str, Any] = {}
-    if checkpoint is not None:
-        hub = checkpoint.startswith('hf-hub:')
-        state_dict = load_state_dict(checkpoint.removeprefix('hf-hub:')) if hub else None
-        if state_dict is None:
-            state_dict, meta = load_checkpoint(checkpoint)
-        load_strictly(model, state_dict, checkpoint, name)
-    else:
+    if state_dict is None:
         print(f'{name}: random weights, for want of --checkpoint', file=sys.stderr)
+    else:
+        load_strictly(model, state_dict, checkpoint, name)
     heads = Heads(model, []).eval()
     with torch.no_grad():
         maps = model._forward(torch.zeros(1, 3, 64, 64))
     heads.outputs = ['logits'] if isinstance(maps, Tensor) else list(_names(maps))
     return heads, _preprocessing(cfg, model, (meta.get('dataset_meta') or {}).get('classes'))
+
+
+def _load(checkpoint: str) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    if checkpoint.startswith('hf-hub:'):
+        return load_state_dict(checkpoint.removeprefix('hf-hub:')), {}
+    return load_checkpoint(checkpoint)
 
 
 def _names(maps: Sequence[Sequence[Tensor]]) -> Iterator[str]:

@@ -3,8 +3,10 @@
 A target's library is imported when it is asked for, and no sooner.
 """
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -41,11 +43,14 @@ class Target:
         suffix: of the file, or folder.
         write: writes it.
         load: gives what runs it with so many threads; None where this machine cannot.
+        inspect: says what the file holds, where it cannot be run.
         packages: what has to be importable, by module.
         dynamic: what may stay open in a file.
         extra: of this project, which installs the packages.
         environment: what the packages need that the extra cannot say.
         needs: beside packages: programs.
+        runs: what it is that ``load`` runs, where that is not the file itself.
+        uint8: whether ``--preprocess`` fits, or why not.
     """
 
     title: str
@@ -57,6 +62,9 @@ class Target:
     extra: str = ''
     environment: str = ''
     needs: tuple[str, ...] = ()
+    inspect: Callable[[Deployable, Path], str] | None = None
+    runs: str = ''
+    uint8: str = ''
 
     def run(self, path: Path, threads: int) -> Runner:
         """What runs a file.
@@ -225,8 +233,6 @@ def write_coreml(deployable: Deployable, path: Path) -> None:
     shape = list(deployable.image.shape)
     if 'batch' in deployable.dynamic:
         shape[0] = coremltools.RangeDim(1, MOST_IN_BATCH, default=1)
-    if deployable.uint8:
-        raise ValueError('--preprocess: coreml has no uint8 tensors; its images are float32, normalised')
     model = coremltools.convert(
         _traced(deployable),
         inputs=[coremltools.TensorType('image', shape=tuple(shape))],
@@ -240,12 +246,23 @@ def write_coreml(deployable: Deployable, path: Path) -> None:
     model.save(str(path))
 
 
+def inspect_coreml(deployable: Deployable, path: Path) -> str:
+    """What the file says of its inputs and outputs.
+
+    Raises:
+        ValueError: that is not what the network has.
+    """
+    spec = import_('coremltools').models.utils.load_spec(str(path))
+    ((image, shape),) = ((i.name, list(i.type.multiArrayType.shape)) for i in spec.description.input)
+    outputs = [output.name for output in spec.description.output]
+    wanted = [1 if 'batch' in deployable.dynamic else len(deployable.image), *deployable.image.shape[1:]]
+    if shape != wanted or outputs != deployable.outputs:
+        raise ValueError(f'--check: the file takes {shape} and gives {outputs}, not {wanted} and {deployable.outputs}')
+    return f'{image} {"x".join(map(str, shape))} to {", ".join(outputs)}'
+
+
 def write_ncnn(deployable: Deployable, path: Path) -> None:
     pnnx = import_('pnnx')
-    if deployable.uint8:
-        raise ValueError(
-            '--preprocess: ncnn has no uint8 input; its Mat::from_pixels and substract_mean_normalize do it'
-        )
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         before = os.getcwd()
         os.chdir(folder)
@@ -284,8 +301,9 @@ def load_ncnn(path: Path, threads: int) -> Runner:
 
 
 def write_litert(deployable: Deployable, path: Path) -> None:
-    litert_torch = import_('litert_torch')
-    litert_torch.convert(deployable.model, (deployable.image,)).export(str(path))
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress
+        litert_torch = import_('litert_torch')
+        litert_torch.convert(deployable.model, (deployable.image,)).export(str(path))
     beside(path, deployable.metadata)
 
 
@@ -310,6 +328,12 @@ def write_tensorrt(deployable: Deployable, path: Path) -> None:
         done = subprocess.run(trtexec(deployable, onnx, path), capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f'trtexec failed: {done.stderr.strip().splitlines()[-1:]}')
+
+
+def load_tensorrt(path: Path, threads: int) -> Runner:
+    """The ONNX file, which is what engines are built of."""
+    require('onnxruntime', extra='onnx')
+    return load_onnx(path.with_suffix('.onnx'), threads)
 
 
 def can_build_engines() -> bool:
@@ -342,11 +366,20 @@ TARGETS = {
         'ExecuTorch (XNNPACK)', '.pte', write_executorch, load_executorch, ('executorch',), frozenset({'batch'}),
         'executorch',
     ),
-    'coreml': Target('Core ML', '.mlpackage', write_coreml, None, ('coremltools',), frozenset({'batch'}), 'coreml'),
-    'ncnn': Target('ncnn', '', write_ncnn, load_ncnn, ('pnnx', 'ncnn'), frozenset(), 'ncnn'),
+    'coreml': Target(
+        'Core ML', '.mlpackage', write_coreml, None, ('coremltools',), frozenset({'batch'}), 'coreml',
+        inspect=inspect_coreml, uint8='coreml has no uint8 tensors; its images are float32, normalised',
+    ),
+    'ncnn': Target(
+        'ncnn', '', write_ncnn, load_ncnn, ('pnnx', 'ncnn'), frozenset(), 'ncnn',
+        uint8='ncnn has no uint8 input; its Mat::from_pixels and substract_mean_normalize do it',
+    ),
     'litert': Target(
         'LiteRT', '.tflite', write_litert, load_litert, ('litert_torch', 'ai_edge_litert'), frozenset(), 'litert',
         "in an environment of its own: python3 -m venv .venv-litert && .venv-litert/bin/pip install '.[litert]'",
     ),
-    'tensorrt': Target('TensorRT', '.engine', write_tensorrt, None, ('onnx', 'onnxscript'), BOTH, 'onnx'),
+    'tensorrt': Target(
+        'TensorRT', '.engine', write_tensorrt, load_tensorrt, ('onnx', 'onnxscript'), BOTH, 'onnx',
+        runs='the ONNX file in ONNX Runtime',
+    ),
 }  # fmt: skip
