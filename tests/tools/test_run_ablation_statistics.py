@@ -219,6 +219,16 @@ def test_page():
     assert text.count('![') == 3
 
 
+def test_page_of_a_trial():
+    """Its rows stand elsewhere, so that the study begins with none."""
+    pytest.importorskip('statsmodels')
+    text = markdown(*known(), '.', 'elsewhere')
+    assert 'These rows are a trial, in `elsewhere`.' in text
+    assert '```bash\npython tools/run_ablation.py --variance 5 5\npython tools/run_ablation.py\n```' in text
+    assert text.count(' --out elsewhere\n') == 2
+    assert 'a trial' not in markdown(*known(), '.')
+
+
 def test_page_without_runs():
     pytest.importorskip('statsmodels')
     _, variance = known()

@@ -18,6 +18,7 @@ from .networks import NETWORKS, SELECTED, SIZES, SUMMED
 from .rows import OPTIONS, Row, Settings, read_rows
 from .running import MAIN
 
+OUT = 'results/ablation'  # the tool's default
 WANTED_SEEDS = 10
 WANTED_HALF_WIDTH = 0.5
 
@@ -32,7 +33,7 @@ def report(out: Path, page: Path) -> list[Path]:
     rows, variance = read_rows(out / 'runs.jsonl'), read_rows(out / 'variance.jsonl')
     if not rows and not variance:
         raise ValueError(f'{out}: there are no runs yet, so there is no page')
-    text = markdown(rows, variance, os.path.relpath(out, page.parent))
+    text = markdown(rows, variance, os.path.relpath(out, page.parent), out.as_posix())
     main = _of(rows, *MAIN)
     attending = [row for row in main if row['network'] == SELECTED]
     answers = decide(CLAIMS, main)
@@ -51,13 +52,13 @@ def report(out: Path, page: Path) -> list[Path]:
     return written
 
 
-def markdown(rows: Sequence[Row], variance: Sequence[Row], folder: str) -> str:
-    """The page; ``folder`` is where its figures are, seen from it."""
+def markdown(rows: Sequence[Row], variance: Sequence[Row], folder: str, out: str = OUT) -> str:
+    """The page; ``folder`` is where its figures are, seen from it, and ``out`` where its rows are, as on the command."""
     main = _of(rows, *MAIN)
     answers = decide(CLAIMS, main)
     parts = [
         "# The paper's claims, decided",
-        'Written by `tools/run_ablation.py` from the rows in `results/ablation`, not by hand. A claim without rows '
+        f'Written by `tools/run_ablation.py` from the rows in `{out}`, not by hand. A claim without rows '
         "says so. The networks are small and the images are not ImageNet's: what holds here holds for such networks.",
         '## In short',
         _summary(answers, main),
@@ -79,7 +80,7 @@ def markdown(rows: Sequence[Row], variance: Sequence[Row], folder: str) -> str:
     parts += ['## How the selection learns', *_learning(main, folder)]
     parts += ['## The networks', _networks(main)]
     parts += ['## Limits', _limits(answers, rows)]
-    parts += ['## The command and its cost', *_cost(rows, variance)]
+    parts += ['## The command and its cost', *_cost(rows, variance, out)]
     parts += [
         '## The study before this one',
         '[Its page](first_study.md) and [its table](ablation_results.md) stay as what they are: three seeds, networks '
@@ -369,14 +370,19 @@ def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
     return '\n'.join(lines)
 
 
-def _cost(rows: Sequence[Row], variance: Sequence[Row]) -> list[str]:
+def _cost(rows: Sequence[Row], variance: Sequence[Row], out: str) -> list[str]:
     parts = []
+    if out != OUT:
+        parts.append(
+            f'These rows are a trial, in `{out}`. The full study is two commands, which write `{OUT}` and this page:\n\n'
+            '```bash\npython tools/run_ablation.py --variance 5 5\npython tools/run_ablation.py\n```'
+        )
     for name, those, option in (('The runs', rows, '--seeds'), ('The study of the variance', variance, '--variance')):
         if not those:
             continue
         machines = sorted({f'{row["hardware"]} ({row["device"]}, threads: {row["threads"]})' for row in those})
         seconds = sum(row['seconds'] for row in those)
-        given = _options(those, option)
+        given = _options(those, option) + (f' --out {out}' if out != OUT else '')
         parts += [
             f'{name}: {len(those)} rows, {seconds / 3600:.1f} hours in all, on {"; ".join(machines)}, torch '
             f'{", ".join(sorted({row["torch"] for row in those}))}.',
