@@ -115,8 +115,14 @@ def build_config(
         )
     hooks: dict[str, Any] = dict(
         logger=dict(type='LoggerHook', interval=10),
+        # Of equal scores the later: they are many where few images are held out, and the first are chance's.
         checkpoint=dict(
-            type='CheckpointHook', interval=1, max_keep_ckpts=1, save_best=MONITOR[several], rule='greater'
+            type='ResumableCheckpointHook',
+            interval=1,
+            max_keep_ckpts=1,
+            save_best=MONITOR[several],
+            rule='greater',
+            ties_to_last=True,
         ),
         visualization=dict(type='VisualizationHook', enable=False),
     )
@@ -127,7 +133,9 @@ def build_config(
     return Config(
         dict(
             default_scope='mmpretrain',
-            custom_imports=dict(imports=['sk_plugins.mmpretrain_models'], allow_failed_imports=False),
+            custom_imports=dict(
+                imports=['sk_plugins.mmpretrain_models', 'sk_plugins.openmmlab.runtime'], allow_failed_imports=False
+            ),
             work_dir=str(work_dir),
             model=dict(type='ImageClassifier', backbone=backbone, neck=dict(type='GlobalAveragePooling'), head=head),
             data_preprocessor=preprocessor,

@@ -92,7 +92,7 @@ class ProgressHook(Hook):
         score = (metrics or {}).get(self.monitor)
         if self._progress is None or score is None:
             return
-        if self.best.score is None or score > self.best.score:
+        if self.best.score is None or score >= self.best.score:
             self.best = Best(score, runner.epoch)
         self._score = f'{self.title} {score:.1f} % (best {self.best.score:.1f} %)'
         if not self._console.is_terminal:

@@ -8,6 +8,7 @@ the sample's place in it. So neither depends on the process that draws them, nor
 
 import contextlib
 import inspect
+import operator
 import os
 import random
 import shutil
@@ -293,11 +294,15 @@ class ResumableCheckpointHook(CheckpointSteps):
 
     Args:
         start_from: what ``load_from`` would be where there is no checkpoint yet that ``resume=True`` could go on from.
+        ties_to_last: whether of equal scores the later is the best, as suits few validation images; mmengine's choice
+            is the first.
         *args: ``CheckpointHook``'s.
         **kwargs: ``CheckpointHook``'s.
     """
 
-    def __init__(self, *args, start_from: str | None = None, **kwargs) -> None:
+    def __init__(self, *args, start_from: str | None = None, ties_to_last: bool = False, **kwargs) -> None:
+        if ties_to_last:
+            self.rule_map = {'greater': operator.ge, 'less': operator.le}
         super().__init__(*args, **kwargs)
         self.start_from = start_from
         self._loaded: dict[str, Any] = {}

@@ -22,6 +22,7 @@ from mmengine.runner import Runner
 from PIL import Image
 from safetensors.torch import save
 
+from sk_plugins.openmmlab.runtime.resuming import ResumableCheckpointHook
 from sk_plugins.weights import CheckpointError, load_checkpoint
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), cardinality=8, base_width=16)
@@ -95,6 +96,15 @@ def test_report(colours_run):
 def test_it_learns(colours_run):
     metrics = json.loads((colours_run / 'report' / 'metrics.json').read_text())
     assert metrics['top1'] > 60  # by chance: 33
+
+
+def test_of_equal_scores_the_later_is_the_best(colours_run):
+    settings = dict(Config.fromfile(colours_run / 'config.py').default_hooks.checkpoint)
+    hook = ResumableCheckpointHook(**{key: value for key, value in settings.items() if key != 'type'})
+    is_better = hook.is_better_than['accuracy/top1']
+    assert [is_better(score, 90.0) for score in (89.0, 90.0, 91.0)] == [False, True, True]
+    plain = ResumableCheckpointHook(save_best='accuracy/top1', rule='greater')
+    assert not plain.is_better_than['accuracy/top1'](90.0, 90.0)
 
 
 def test_the_config_is_an_ordinary_one(colours_run, colours, load_tool, tmp_path):
