@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from _arguments import Parser
 from _errors import run
-from _export import INT8, QAT, TARGET_NAMES
+from _export import INT8, TARGET_NAMES
 from _quiet import quiet_imports
 
 from sk_plugins._text import first_lines, nearest
@@ -63,9 +63,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--int8-float', choices=['nothing', 'attention', 'select', 'both'], help='what of SK units stays in float'
     )
-    parser.add_argument(
-        '--qat', type=int, metavar='EPOCHS', help=f'train under 8 bits on FOLDER/CLASS/* of --int8 ({", ".join(QAT)})'
-    )
     parser.add_argument('--check', action='store_true', help='run the file in its runtime, compare with eager mode')
     parser.add_argument('--benchmark', action='store_true', help=f'time it beside eager mode, batches {BATCHES}')
     parser.add_argument('--accuracy', type=Path, metavar='FOLDER', help='top-1 on FOLDER/CLASS/*, beside eager mode')
@@ -83,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error('the following arguments are required: OUT')
     if args.license is not None:
         parser.error('argument --license: for the target hub')
-    for name in ('size', 'batch', 'int8_images', 'qat', 'threads'):
+    for name in ('size', 'batch', 'int8_images', 'threads'):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f'argument --{name.replace("_", "-")}: {value} must be at least 1')
@@ -91,11 +88,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'argument --opset: for onnx and tensorrt, not {args.target}')
     if args.int8 is not None and args.target not in INT8:
         parser.error(f'argument --int8: for {_listed(INT8)}, not {args.target}')
-    for name in ('int8_float', 'qat'):
-        if getattr(args, name) is not None and args.int8 is None:
-            parser.error(f'argument --{name.replace("_", "-")}: needs --int8 FOLDER')
-    if args.qat is not None and args.target not in QAT:
-        parser.error(f'argument --qat: for {_listed(QAT)}, not {args.target}')
+    if args.int8_float is not None and args.int8 is None:
+        parser.error('argument --int8-float: needs --int8 FOLDER')
     if args.batch is not None and args.dynamic:
         parser.error('argument --batch: not with --dynamic, which leaves the batch open')
     if args.features and (args.int8 or args.accuracy):
@@ -141,7 +135,7 @@ def _check_target(args: argparse.Namespace) -> frozenset[str]:
         packages = list(INT8[args.target]) if args.int8 else []
         if args.target == 'onnx':
             packages.append('onnxruntime')
-        require(*packages, extra=target.extra or 'int8', environment=target.environment)
+        require(*packages, extra=target.extra, environment=target.environment)
     return frozenset() if args.dynamic is False or args.batch is not None else target.dynamic
 
 
@@ -192,13 +186,11 @@ def _export(args: argparse.Namespace) -> None:
     target = TARGETS[args.target]
     images = int8.find_images(args.int8) if args.int8 else []
     net, preprocessing = build_named(args.model, args.checkpoint, args.pretrained, args.features)
-    if (args.accuracy or args.qat) and isinstance(net, Heads):
-        option = '--accuracy' if args.accuracy else '--qat'
-        raise ValueError(f'{option}: for classifiers, and {args.model} is a {type(net.model).__name__}')
+    if args.accuracy and isinstance(net, Heads):
+        raise ValueError(f'--accuracy: for classifiers, and {args.model} is a {type(net.model).__name__}')
     deployable = prepare(net, preprocessing, args.model, args.size, args.batch, dynamic, args.preprocess, args.features)
     labels = json.loads(deployable.metadata.get('labels', 'null'))
     examples = int8.labelled(args.accuracy, labels) if args.accuracy else []
-    lessons = int8.labelled(args.int8, labels) if args.qat else []
     found: dict[str, object] = {'model': args.model, 'target': args.target, 'dynamic': sorted(dynamic)}
     write = functools.partial(write_onnx, opset=args.opset) if args.target == 'onnx' else target.write
     if args.int8:
@@ -210,9 +202,6 @@ def _export(args: argparse.Namespace) -> None:
         )
         write = functools.partial(int8.QUANTISERS[args.target], images=chosen, keep=frozenset(keep))
         found['int8'] = args.int8_float or default
-        if args.qat:
-            found['qat'] = args.qat
-            write = functools.partial(write, train=lambda: int8.epochs(lessons, deployable, args.qat))
     with _whole(args.out) as partial:
         try:
             write(deployable, partial)

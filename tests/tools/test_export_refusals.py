@@ -116,10 +116,8 @@ def test_missing_packages(tool, target, tmp_path, monkeypatch):
         ),
         (
             [NET, 'ncnn', 'a', '--int8', 'b'],
-            'argument --int8: for onnx, openvino, aoti, executorch and litert, not ncnn',
+            'argument --int8: for onnx, openvino and litert, not ncnn',
         ),
-        ([NET, 'onnx', 'a.onnx', '--int8', 'b', '--qat', '2'], 'argument --qat: for aoti and executorch, not onnx'),
-        ([NET, 'aoti', 'a.pt2', '--qat', '2'], 'argument --qat: needs --int8 FOLDER'),
         (
             [NET, 'onnx', 'a.onnx', '--int8-float', 'both'],
             'argument --int8-float: needs --int8 FOLDER',

@@ -12,15 +12,13 @@ from timm.data import create_transform
 from torch import Tensor
 
 from .deployable import Deployable
-from .pt2e import quantise_aoti, quantise_executorch
 from .targets import TARGETS, beside, convert_openvino, import_, require, write_litert, write_onnx
 
-__all__ = ['FLOAT', 'QUANTISERS', 'epochs', 'find_images', 'labelled', 'read_images']
+__all__ = ['FLOAT', 'QUANTISERS', 'find_images', 'labelled', 'read_images']
 
-Lessons = Iterator[tuple[Tensor, Tensor]]
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
 # What of SK units is better left in float, by target: measured, see docs/deployment.md.
-FLOAT = dict.fromkeys(('onnx', 'openvino', 'aoti', 'executorch', 'litert'), 'nothing')
+FLOAT = dict.fromkeys(('onnx', 'openvino', 'litert'), 'nothing')
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -70,19 +68,6 @@ def read_images(paths: list[Path], deployable: Deployable) -> Iterator[Tensor]:
         if deployable.uint8:
             tensor = ((tensor * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
         yield tensor[None]
-
-
-def epochs(examples: list[tuple[Path, int]], deployable: Deployable, number: int, batch: int = 32) -> list[Lessons]:
-    """Epochs of labelled images in an order of their own, each an iterator over (images, classes)."""
-
-    def lessons(seed: int) -> Lessons:
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-        for begin in range(0, len(order) - 1, batch):
-            chosen = [examples[i] for i in order[begin : begin + batch]]
-            images = torch.cat(list(read_images([path for path, _ in chosen], deployable)))
-            yield images, torch.tensor([label for _, label in chosen])
-
-    return [lessons(seed) for seed in range(number)]
 
 
 def quantise_onnx(deployable: Deployable, path: Path, images: list[Tensor], keep: frozenset[str]) -> None:
@@ -189,7 +174,5 @@ def quantise_litert(deployable: Deployable, path: Path, images: list[Tensor], ke
 QUANTISERS = {
     'onnx': quantise_onnx,
     'openvino': quantise_openvino,
-    'aoti': quantise_aoti,
-    'executorch': quantise_executorch,
     'litert': quantise_litert,
 }
