@@ -1,6 +1,6 @@
 """The numeric tests under the settings that make one machine several: instruction sets and threads.
 
-    python .ci/machines.py            # every setting that differs here: about a quarter of an hour on two cores
+    python .ci/machines.py            # every setting that differs here: most of an hour on two cores
     python .ci/machines.py --write    # and the results into CONTRIBUTING.md
 
 ATEN_CPU_CAPABILITY chooses the instructions of torch's own kernels (default, avx2; unset: the best there is), and
