@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from _ablation.data import DATA
 from _ablation.networks import NETWORKS, SIZES
-from _ablation.reporting import report
+from _ablation.reporting import OUT, report
 from _ablation.rows import OPTIONS, Run, Settings
 from _ablation.running import plan, plan_variance, run_missing, verify
 from _ablation.timing import time_ways
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     defaults = Settings()
     cuda = torch.cuda.is_available()
     parser = Parser(description=__doc__)
-    parser.add_argument('--out', type=Path, default=Path('results/ablation'), help='default: results/ablation')
+    parser.add_argument('--out', type=Path, default=Path(OUT), help=f'default: {OUT}')
     parser.add_argument('--page', type=Path, default=Path('docs/reproduction.md'), help='default: docs/reproduction.md')
     parser.add_argument('--data', type=Path, default=Path('data/fashion_mnist'), help='default: data/fashion_mnist')
     parser.add_argument('--sets', nargs='+', choices=DATA, default=list(DATA), metavar='NAME',

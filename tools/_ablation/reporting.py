@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from _tables import markdown_table
 
+from sk_plugins._files import write_atomically
+
 from .attention import CURVE_IMAGES, IMAGES
 from .claims import CLAIMS, UNITS
 from .data import DATA, NEW_SCALES, SCALES
@@ -48,12 +50,13 @@ def report(out: Path, page: Path) -> list[Path]:
             written.append(out / name)
         else:
             (out / name).unlink(missing_ok=True)
-    page.write_text(text, encoding='utf-8')
+    with write_atomically(page) as partial:
+        partial.write_text(text, encoding='utf-8')
     return written
 
 
 def markdown(rows: Sequence[Row], variance: Sequence[Row], folder: str, out: str = OUT) -> str:
-    """The page; ``folder`` is where its figures are, seen from it, and ``out`` where its rows are, as on the command."""
+    """The page; ``folder`` is where its figures are, seen from it, and ``out`` where its rows are, as --out says."""
     main = _of(rows, *MAIN)
     answers = decide(CLAIMS, main)
     parts = [
@@ -374,8 +377,8 @@ def _cost(rows: Sequence[Row], variance: Sequence[Row], out: str) -> list[str]:
     parts = []
     if out != OUT:
         parts.append(
-            f'These rows are a trial, in `{out}`. The full study is two commands, which write `{OUT}` and this page:\n\n'
-            '```bash\npython tools/run_ablation.py --variance 5 5\npython tools/run_ablation.py\n```'
+            f'These rows are a trial, in `{out}`. The full study is two commands, which write `{OUT}` and this page:'
+            '\n\n```bash\npython tools/run_ablation.py --variance 5 5\npython tools/run_ablation.py\n```'
         )
     for name, those, option in (('The runs', rows, '--seeds'), ('The study of the variance', variance, '--variance')):
         if not those:
