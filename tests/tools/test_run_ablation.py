@@ -332,6 +332,12 @@ def test_what_is_there_is_not_done_again(tool, finished, garments, tmp_path, mon
     assert (finished / 'out' / 'runs.jsonl').read_bytes() == before
     with pytest.raises(ValueError, match=r'has runs of epochs=1, and this is epochs=2: choose another --out'):
         tool.main([*command_line(garments, finished, ('k3',)), '--epochs', '2'])
+    older = [json.loads(line) for line in before.splitlines()]
+    for row in older:
+        del row['settings']['ema']
+    (tmp_path / 'runs.jsonl').write_text(''.join(f'{json.dumps(row)}\n' for row in older))
+    with pytest.raises(ValueError, match=r'has runs of ema=None, and this is ema=0\.\d+: choose another --out'):
+        tool.main([*command_line(garments, finished, ('k3',)), '--out', str(tmp_path)])
 
 
 def fake_row(run, settings=TINY, **figures):

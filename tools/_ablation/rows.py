@@ -118,11 +118,15 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def check_same_settings(path: Path, rows: Sequence[Row], settings: Settings) -> None:
-    """Raises ValueError where rows were made with other settings: they can't stand in one table."""
+    """Raises ValueError where rows were made with other settings: they can't stand in one table.
+
+    What a row does not tell of was no setting yet when it was made, by another protocol.
+    """
     ours = json.loads(json.dumps(asdict(settings)))
     for row in rows:
-        for name, value in row['settings'].items():
-            if value != ours[name]:
+        for name in {**ours, **row['settings']}:
+            value, own = row['settings'].get(name), ours.get(name)
+            if value != own:
                 raise ValueError(
-                    f'{path} has runs of {name}={value!r}, and this is {name}={ours[name]!r}: choose another --out'
+                    f'{path} has runs of {name}={value!r}, and this is {name}={own!r}: choose another --out'
                 )
