@@ -124,16 +124,19 @@ def _check_target(args: argparse.Namespace) -> frozenset[str]:
         raise ValueError(f'--preprocess: {target.uint8}')
     if args.target == 'ncnn' and (args.batch or 1) > 1:
         raise ValueError(f'--batch {args.batch}: ncnn takes one image at a time')
-    can = ('check',) if target.inspect else ()
-    asked = [name for name in ('check', 'benchmark', 'accuracy') if getattr(args, name) and name not in can]
-    if asked and target.load is None:
-        raise ValueError(f'--{asked[0]}: {target.title} cannot be run on this machine; without it the file is written')
+    asked = [name for name in ('check', 'benchmark', 'accuracy') if getattr(args, name)]
+    # A file that is only read, or for which another is run, tells neither its time nor its accuracy.
+    refused = [name for name in asked if name != 'check'] if target.inspect or target.runs else []
+    if refused:
+        raise ValueError(
+            f'--{refused[0]}: {target.title} cannot be run on this machine; without it the file is written'
+        )
     target.require()
     if args.int8 or asked:
         from _export.targets import require
 
         packages = list(INT8[args.target]) if args.int8 else []
-        if args.target == 'onnx':
+        if args.target in ('onnx', 'tensorrt'):
             packages.append('onnxruntime')
         require(*packages, extra=target.extra, environment=target.environment)
     return frozenset() if args.dynamic is False or args.batch is not None else target.dynamic

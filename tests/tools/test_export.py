@@ -259,6 +259,15 @@ def test_tensorrt_without_a_gpu(tool, folder, tmp_path, capsys, monkeypatch):
     )
 
 
+def test_tensorrts_check_runs_the_onnx_file(tool, folder, tmp_path, capsys):
+    for name in ('onnxscript', 'onnxruntime'):
+        pytest.importorskip(name)
+    words = [f'local-dir:{folder}', 'tensorrt', str(tmp_path / 'a.engine'), '--size', '64', '--check']
+    tool.main([*words, '--json', str(tmp_path / 'found.json')])
+    assert ', the ONNX file in ONNX Runtime)' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'found.json').read_text())['difference'] < 1e-4
+
+
 @pytest.mark.parametrize('prefixed', [False, True])
 @torch.no_grad()
 def test_checkpoint(tmp_path, prefixed):

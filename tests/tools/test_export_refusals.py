@@ -30,6 +30,7 @@ WRONG = [
     ([NET, 'ncnn', 'a', '--preprocess'], '--preprocess: ncnn has no uint8 input; its Mat::from_pixels'),
     ([NET, 'coreml', 'a.mlpackage', '--preprocess'], '--preprocess: coreml has no uint8 tensors'),
     ([NET, 'coreml', 'a.mlpackage', '--benchmark'], '--benchmark: Core ML cannot be run on this machine'),
+    ([NET, 'tensorrt', 'a.engine', '--check', '--benchmark'], '--benchmark: TensorRT cannot be run on this machine'),
     ([NET, 'onnx', 'a.onnx', '--int8', 'nowhere'], 'nowhere: no such folder of images'),
     ([NET, 'onnx', 'a.onnx', '--int8', 'empty'], 'empty: has no images'),
     ([NET, 'onnx', 'a.onnx', '--int8', 'broken'], r'broken/a\.png: is no image that can be read'),

@@ -36,7 +36,7 @@ class Heads(nn.Module):
         self.outputs = list(outputs)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_flat(self.model._forward(image)))
+        return tuple(_flat(self.model(image, mode='tensor')))
 
 
 def build_dense(name: str, checkpoint: str | None) -> tuple[nn.Module, dict[str, Any]] | None:
@@ -81,7 +81,7 @@ def build_dense(name: str, checkpoint: str | None) -> tuple[nn.Module, dict[str,
         load_strictly(model, state_dict, checkpoint, name)
     heads = Heads(model, []).eval()
     with torch.no_grad():
-        maps = model._forward(torch.zeros(1, 3, 64, 64))
+        maps = model(torch.zeros(1, 3, 64, 64), mode='tensor')
     heads.outputs = ['logits'] if isinstance(maps, Tensor) else list(_names(maps))
     return heads, _preprocessing(cfg, model, (meta.get('dataset_meta') or {}).get('classes'))
 

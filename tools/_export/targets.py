@@ -332,7 +332,6 @@ def write_tensorrt(deployable: Deployable, path: Path) -> None:
 
 def load_tensorrt(path: Path, threads: int) -> Runner:
     """The ONNX file, which is what engines are built of."""
-    require('onnxruntime', extra='onnx')
     return load_onnx(path.with_suffix('.onnx'), threads)
 
 
