@@ -60,8 +60,8 @@ det: $(DET_VENV)/.installed
 test-det: $(DET_VENV)/.installed
 	OMP_NUM_THREADS=1 $(DET_VENV)/bin/python $(PYTEST) tests/configs/test_detection.py tests/configs/test_finetune.py \
 		tests/configs/test_rotated.py tests/tools/test_benchmark_detection.py \
-		tests/tools/test_frameworks.py tests/configs/test_scenes.py tests/tools/test_prepare_scenes.py tests/tools/test_export_dense.py \
-		tests/tools/test_draw_predictions.py tests/fuse/test_networks.py::test_mmdet
+		tests/tools/test_frameworks.py tests/configs/test_scenes.py tests/tools/test_prepare_scenes.py \
+		tests/tools/test_export_dense.py tests/tools/test_draw_predictions.py tests/fuse/test_networks.py::test_mmdet
 
 # The figures of results/scenes, shortened: half an hour on one core.
 test-scenes: $(DET_VENV)/.installed

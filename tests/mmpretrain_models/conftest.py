@@ -6,26 +6,21 @@ import pytest
 import timm
 import torch
 from helpers.backbone_cases import ALL_CASES, CASES, make_timm, weights
+from helpers.kinds import quick
 from helpers.randomised import randomise
 
 # One of each branch of the code by default: the others put the same parts together.
-OTHERS = {'SKResNeXt', 'SKNet-29', 'SKNet-29-plain', 'SKResNet-50d', 'SKShuffleNetV2-se'}
+USUAL = ['SKNet', 'SKNet-29-se', 'SKResNet-18', 'SKResNetSimCLR', 'SKShuffleNetV2', 'SKShuffleNetV2-plain']
 
 
-def each(cases):
-    return [
-        pytest.param(case, id=name, marks=[pytest.mark.slow] if name in OTHERS else []) for name, case in cases.items()
-    ]
-
-
-@pytest.fixture(params=each(CASES))
+@pytest.fixture(params=quick(CASES, USUAL))
 def case(request):
-    return request.param
+    return CASES[request.param]
 
 
-@pytest.fixture(params=each(ALL_CASES))
+@pytest.fixture(params=quick(ALL_CASES, USUAL))
 def any_case(request):
-    return request.param
+    return ALL_CASES[request.param]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""docs/own_images.md's table, from files to the Hub and back by the commands of that page; some 40 minutes, two cores.
+"""Four sets of real images, from files to the Hub and back by the commands of docs/own_images.md.
 
 Each set goes through finetune, predict on pictures that it has not seen, export and push, and what comes back from the
 Hub, by timm and by transformers, gives the same logits. `pytest -m slow -rP` of this file prints the rows.
