@@ -1,3 +1,4 @@
+import functools
 import gc
 import importlib.util
 import os
@@ -43,7 +44,7 @@ def pytest_runtest_call():
 
 
 def pytest_collection_finish():
-    """Garbage collections pass over what imports have left: mmengine asks for one, 0.25 s long, with every data set."""
+    """Garbage collections pass over what imports have left."""
     gc.collect()
     gc.freeze()
 
@@ -81,6 +82,36 @@ def yapf_format():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(yapf_api, 'FormatCode', lambda text, **settings: (text, False))
         yield format_code
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _nothing_is_drawn_on_meta():
+    """Meta tensors hold no numbers, and to draw them takes torch as long as small ones: it works out their shapes."""
+
+    def unless_meta(draw):
+        @functools.wraps(draw)
+        def init(tensor, *args, **kwargs):
+            return tensor if tensor.is_meta else draw(tensor, *args, **kwargs)
+
+        return init
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('normal_', 'kaiming_normal_', 'kaiming_uniform_'):
+            patch.setattr(torch.nn.init, name, unless_meta(getattr(torch.nn.init, name)))
+        yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _data_sets_collect_no_garbage():
+    """mmengine asks for a collection with every data set, which takes a quarter of a second among so many modules."""
+    if importlib.util.find_spec('mmengine') is None:
+        yield
+        return
+    from mmengine.dataset import base_dataset
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_dataset, 'gc', SimpleNamespace(collect=lambda: 0))
+        yield
 
 
 @pytest.fixture(scope='session')
