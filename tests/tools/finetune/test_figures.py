@@ -79,28 +79,23 @@ def write_three(folder, seen, request):
     return write_garments(folder, seen, request, 3, 20)
 
 
-def write_scenes(folder, seen, request):
-    """4,500 scenes with up to four garments, and a list of the kinds in each."""
+def write_scenes(folder, seen, request, count=4500):
+    """Photographs with up to four garments on each, and a list of the kinds in each; 500 that are not seen."""
     pytest.importorskip('skimage')
-    pytest.importorskip('pycocotools')
-    run = request.getfixturevalue('python_tool')
-    run('prepare_fashion_mnist', '--out', folder.parent / 'fashion_mnist')
-    words = ['--train', 4500, '--val', 500, '--garments', folder.parent / 'fashion_mnist']
-    if not folder.with_name('scenes').is_dir():
-        run('prepare_scenes', '--out', folder.with_name('scenes'), *words)
-    return write_list(folder.with_name('scenes'), 'train' if seen else 'val')
-
-
-def write_list(folder, split):
-    coco = json.loads((folder / 'annotations' / f'instances_{split}.json').read_text())
-    names = {category['id']: category['name'] for category in coco['categories']}
-    labels = {image['id']: set() for image in coco['images']}
-    for annotation in coco['annotations']:
-        labels[annotation['image_id']].add(names[annotation['category_id']])
-    rows = [(f'images/{split}/{image["file_name"]}', ';'.join(sorted(labels[image['id']]))) for image in coco['images']]
-    with (folder / f'{split}.csv').open('w', newline='') as file:
+    scenes = request.getfixturevalue('load_tool')('prepare_scenes')
+    images, labels = request.getfixturevalue('fashion_mnist')('train' if seen else 't10k')
+    photographs = list(scenes.load_photographs(scenes.PHOTOGRAPHS['train' if seen else 'val']).values())
+    folder.mkdir()
+    rows = []
+    for i in range(count if seen else 500):
+        rng = np.random.default_rng([i, seen])
+        photograph = photographs[rng.integers(len(photographs))]
+        scene, garments = scenes.compose(photograph, images, labels, 128, rng)
+        Image.fromarray(scene).save(folder / f'{i}.jpg', quality=95)
+        rows.append((f'{i}.jpg', ';'.join(sorted({GARMENTS[garment.label] for garment in garments}))))
+    with (folder / 'labels.csv').open('w', newline='') as file:
         csv.writer(file).writerows([('image', 'labels'), *rows])
-    return folder / f'{split}.csv'
+    return folder / 'labels.csv'
 
 
 def score(said, classes, unseen):
@@ -130,8 +125,8 @@ def test_from_files_to_the_hub(name, hub, request, command, tmp_path):
     minutes = (time.perf_counter() - start) / 60
     print(said)
     work_dir = Path('work_dirs', folder.stem)
-    pictures = [unseen] if unseen.is_dir() else [unseen.parent / 'images' / unseen.stem]
-    run('predict', work_dir, *pictures, '--out', 'said.json', '--topk', '10')
+    pictures = unseen if unseen.is_dir() else unseen.parent
+    run('predict', work_dir, pictures, '--out', 'said.json', '--topk', '10')
     run('export', work_dir, 'hub', 'exported')
     run('push', work_dir, f'me/{name}')
     said = json.loads((tmp_path / 'said.json').read_text())
