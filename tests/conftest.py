@@ -29,7 +29,8 @@ os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1'
 def _seed(seed):
     random.seed(seed)
     np.random.seed(seed)  # from which mmengine draws the seed of a run that is given none
-    torch.manual_seed(seed)
+    # torch.manual_seed notes, with a stack trace, that devices which are not there are to be seeded as well.
+    (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(seed)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -85,18 +86,18 @@ def yapf_format():
 
 
 @pytest.fixture(scope='session', autouse=True)
-def _nothing_is_drawn_on_meta():
-    """Meta tensors hold no numbers, and to draw them takes torch as long as small ones: it works out their shapes."""
+def _nothing_is_filled_on_meta():
+    """Meta tensors hold no numbers. To fill one takes torch longer than a small one: Python works out its shape."""
 
-    def unless_meta(draw):
-        @functools.wraps(draw)
+    def unless_meta(fill):
+        @functools.wraps(fill)
         def init(tensor, *args, **kwargs):
-            return tensor if tensor.is_meta else draw(tensor, *args, **kwargs)
+            return tensor if tensor.is_meta else fill(tensor, *args, **kwargs)
 
         return init
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ('normal_', 'kaiming_normal_', 'kaiming_uniform_'):
+        for name in ('zeros_', 'ones_', 'constant_', 'uniform_', 'normal_', 'kaiming_uniform_', 'kaiming_normal_'):
             patch.setattr(torch.nn.init, name, unless_meta(getattr(torch.nn.init, name)))
         yield
 
@@ -122,7 +123,8 @@ def run_python():
     the environment when it is imported is this process's, so that what is about that takes ``subprocess``.
     """
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH'))))
-    interpreter = Interpreter('torch,torchvision,timm,mmpretrain,mmengine,mmseg', {**os.environ, 'PYTHONPATH': path})
+    modules = 'torch,torchvision,timm,mmpretrain.models,mmengine,mmseg'
+    interpreter = Interpreter(modules, {**os.environ, 'PYTHONPATH': path})
     yield interpreter
     interpreter.close()
 

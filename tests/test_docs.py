@@ -131,7 +131,9 @@ def environment(tmp_path_factory):
 @pytest.fixture(scope='module')
 def run_python(environment):
     """``run_python(code, folder)``: in a process without this project (tests/helpers/snippets.py)."""
-    modules = 'torch,torchvision,timm,transformers,segmentation_models_pytorch,mmpretrain,mmengine'
+    modules = (
+        'torch,torchvision,timm,transformers,segmentation_models_pytorch,mmpretrain.models,mmengine,sklearn.metrics'
+    )
     variables = {**os.environ, **environment}
     interpreter = Interpreter(modules, variables)
 
