@@ -123,7 +123,7 @@ def run_python():
     the environment when it is imported is this process's, so that what is about that takes ``subprocess``.
     """
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH'))))
-    modules = 'torch,torchvision,timm,mmpretrain.models,mmengine,mmseg'
+    modules = 'torch,torchvision,timm,mmpretrain,mmengine,mmseg'
     interpreter = Interpreter(modules, {**os.environ, 'PYTHONPATH': path})
     yield interpreter
     interpreter.close()

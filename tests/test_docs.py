@@ -100,7 +100,7 @@ NARROW = [
     'model.backbone.base_width=16',
 ]
 CLASSES = [f'{split}_dataloader.dataset.metainfo.classes=n01,n02' for split in ('train', 'val', 'test')]
-FINETUNE = ['--epochs', '1', '--size', '64', '--batch-size', '2', '--workers', '0']
+FINETUNE = ['--epochs', '1', '--size', '64', '--batch-size', '8', '--workers', '0']
 SHORT = ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=64', 'val_dataloader.dataset.indices=64']
 
 
@@ -131,9 +131,7 @@ def environment(tmp_path_factory):
 @pytest.fixture(scope='module')
 def run_python(environment):
     """``run_python(code, folder)``: in a process without this project (tests/helpers/snippets.py)."""
-    modules = (
-        'torch,torchvision,timm,transformers,segmentation_models_pytorch,mmpretrain.models,mmengine,sklearn.metrics'
-    )
+    modules = 'torch,torchvision,timm,transformers,segmentation_models_pytorch,mmpretrain,mmengine'
     variables = {**os.environ, **environment}
     interpreter = Interpreter(modules, variables)
 

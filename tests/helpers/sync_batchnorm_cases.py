@@ -1,7 +1,7 @@
 """Norms and layers in training, on a whole batch or on one process's share of it.
 
-``python sync_batchnorm_cases.py FOLDER RANK WORLD_SIZE`` runs the process's share of all ``CASES`` with synchronised
-norms, in a gloo group that meets in FOLDER, and saves the tensors there.
+``python sync_batchnorm_cases.py FOLDER WORLD_SIZE`` forks so many processes. Each runs its share of all ``CASES`` with
+synchronised norms, in a gloo group that meets in FOLDER, and saves the tensors there.
 """
 
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing import start_processes
 from torch.utils.checkpoint import checkpoint
 
 from sk_plugins.layers import SelectiveKernel
@@ -88,14 +89,14 @@ def run_share(name: str, rank: int) -> dict[str, Tensor]:
     return run(name, module, [(x[share].contiguous(memory_format=layout), grad[share]) for x, grad in steps])
 
 
-def main(folder: str, rank: str, world_size: str) -> None:
+def main(rank: int, folder: str, world_size: int) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(f'{folder}/store', int(world_size))
-    dist.init_process_group('gloo', store=store, rank=int(rank), world_size=int(world_size))
+    store = dist.FileStore(f'{folder}/store', world_size)
+    dist.init_process_group('gloo', store=store, rank=rank, world_size=world_size)
     results = {}
     for name in CASES:
         try:
-            results[name] = run_share(name, int(rank))
+            results[name] = run_share(name, rank)
         except ValueError as error:
             results[name] = str(error)
     torch.save(results, Path(folder) / f'{rank}.pt')
@@ -103,4 +104,5 @@ def main(folder: str, rank: str, world_size: str) -> None:
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    processes = int(sys.argv[2])
+    start_processes(main, (sys.argv[1], processes), processes, start_method='fork')

@@ -259,6 +259,7 @@ def test_tensorrt_without_a_gpu(tool, folder, tmp_path, capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_tensorrts_check_runs_the_onnx_file(tool, folder, tmp_path, capsys):
     for name in ('onnxscript', 'onnxruntime'):
         pytest.importorskip(name)

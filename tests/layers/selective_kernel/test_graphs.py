@@ -46,6 +46,7 @@ def test_torch_compile_without_a_graph_break(kwargs):
     assert_close(x.grad, y.grad, length=layer, gain=1e3)
 
 
+@pytest.mark.slow
 def test_compiled_training_still_refuses_a_batch_of_one():
     torch.compiler.reset()
     compiled = torch.compile(make_layer(train=True), backend='aot_eager')

@@ -65,9 +65,8 @@ def free_port():
 def shares(environment, tmp_path_factory):
     """``shares[rank][case]``: what each of two processes got."""
     folder = tmp_path_factory.mktemp('shares')
-    words = [sys.executable, TESTS / 'helpers' / 'sync_batchnorm_cases.py', folder]
-    processes = [subprocess.Popen([*words, str(rank), '2'], env=environment) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    words = [sys.executable, TESTS / 'helpers' / 'sync_batchnorm_cases.py', folder, '2']
+    subprocess.run(words, env=environment, check=True, timeout=120)
     return [torch.load(folder / f'{rank}.pt') for rank in range(2)]
 
 
@@ -243,6 +242,7 @@ time.sleep(60)
     assert done.stderr == f'script.py: error: process 1 (pid {pid}) {said}; the other processes were stopped\n'
 
 
+@pytest.mark.slow
 def test_the_launcher_names_a_port_in_use(environment, tmp_path):
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
