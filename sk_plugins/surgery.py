@@ -24,6 +24,11 @@ __all__ = ['Selectified', 'grow_kernel', 'selectify']
 
 # Convolutions that compute what torch's does; of mmcv's, for empty tensors too.
 _CONVS = {'torch.nn.modules.conv.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv2d'}
+# Those that pad as TensorFlow's 'SAME', by the size of their kernel.
+_SAME_CONVS = {
+    'timm.layers.conv2d_same.Conv2dSame',
+    'mmcv.cnn.bricks.conv2d_adaptive_padding.Conv2dAdaptivePadding',
+}
 _SK_KWARGS = ('reduction', 'min_dim', 'select', 'select_bias', 'reduce_norm', 'reduce_act', 'act_layer', 'norm_layer')
 
 
@@ -64,7 +69,8 @@ def selectify(
     Each convolution, grouped, depthwise or dense, becomes a :class:`~sk_plugins.layers.SelectiveKernel` whose branches
     are convolutions alone: the 3x3 and, for larger kernels, copies with zeros around. The norm and the activation
     that follow stay where they are, after the selection. It works on models of timm, torchvision, mmpretrain and
-    others, as long as they call their convolutions as modules.
+    others, as long as they call their convolutions as modules. Convolutions are torch's, and those of timm and mmcv
+    that pad as TensorFlow's 'SAME'; other subclasses stay as they are.
 
     ::
 
@@ -220,9 +226,8 @@ def _find_tied(model: nn.Module) -> set[int]:
 
 def _find_obstacle(conv: nn.Conv2d) -> str | None:
     """Why a convolution cannot become an SK convolution; None where it can."""
-    kind = type(conv)
-    if f'{kind.__module__}.{kind.__qualname__}' not in _CONVS:
-        return f'a {kind.__name__}, no plain convolution'
+    if not (_is_same(conv) or _kind(conv) in _CONVS):
+        return f'a {type(conv).__name__}, no plain convolution'
     if conv.kernel_size != (3, 3):
         height, width = conv.kernel_size
         return f'{height}x{width}'
@@ -230,7 +235,18 @@ def _find_obstacle(conv: nn.Conv2d) -> str | None:
         return 'has hooks or a forward of its own'
     if conv.padding_mode != 'zeros':
         return f'pads with padding_mode={conv.padding_mode!r}'
+    if _is_same(conv) and any(stride > 2 * dilation + 1 for stride, dilation in zip(conv.stride, conv.dilation)):
+        # What a larger kernel reads would begin elsewhere.
+        return f"pads as TensorFlow's 'SAME', with stride={conv.stride}"
     return None
+
+
+def _kind(conv: nn.Conv2d) -> str:
+    return f'{type(conv).__module__}.{type(conv).__qualname__}'
+
+
+def _is_same(conv: nn.Conv2d) -> bool:
+    return _kind(conv) in _SAME_CONVS
 
 
 def _selective(conv: nn.Conv2d, kernel_sizes: Sequence[int], sk_kwargs: Mapping[str, object]) -> SelectiveKernel:
@@ -259,17 +275,18 @@ def _grown(conv: nn.Conv2d, size: int) -> nn.Conv2d:
     padding = (0, 0) if conv.padding == 'valid' else conv.padding
     if padding != 'same':
         padding = tuple(pad + dilation * (size - 3) // 2 for pad, dilation in zip(padding, conv.dilation))
-    grown = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        size,
-        conv.stride,
-        padding,
-        conv.dilation,
-        conv.groups,
-        conv.bias is not None,
-        device='meta',
-    )
+    kind = type(conv) if _is_same(conv) else nn.Conv2d
+    with torch.device('meta'):
+        grown = kind(
+            conv.in_channels,
+            conv.out_channels,
+            size,
+            conv.stride,
+            padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+        )
     weight = grow_kernel(conv.weight.detach(), size)
     if conv.weight.is_contiguous(memory_format=torch.channels_last):
         weight = weight.contiguous(memory_format=torch.channels_last)

@@ -163,6 +163,33 @@ def test_kinds_of_convolutions(parts, kernel_sizes, select):
         assert layer.select == select
 
 
+def find_same(library):
+    if library == 'timm':
+        return timm.layers.Conv2dSame
+    return pytest.importorskip('mmcv.cnn.bricks.conv2d_adaptive_padding').Conv2dAdaptivePadding
+
+
+@pytest.mark.parametrize('library', ['timm', 'mmcv'])
+@torch.no_grad()
+def test_convolutions_that_pad_as_tensorflow(library):
+    """The padding follows from the kernel's size, the stride and the map's size: by 0 and 1 before a 3x3."""
+    torch.manual_seed(0)
+    kind = find_same(library)
+    model = nn.Sequential(
+        kind(3, 8, 3, stride=2), kind(8, 8, 3, stride=(1, 2), groups=8), kind(8, 6, 3, stride=3, dilation=2)
+    )
+    model.append(kind(6, 6, 3, stride=4)).double()
+    for size in ((37, 64), (48, 33), (7, 5)):
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        selected = copy.deepcopy(model)
+        report = selectify(selected, (3, 5, 7))
+        shake(selected)
+        assert list(report.changed) == ['0', '1', '2']
+        assert report.kept == {'3': "pads as TensorFlow's 'SAME', with stride=(4, 4)"}
+        assert type(selected[0].paths[2].conv) is kind
+        assert_close(selected.eval()(x), model(x), length=selected)
+
+
 def test_an_error_would_show(parts):
     x = images(size=17)
     expected = parts(x)
@@ -258,13 +285,13 @@ def test_what_stays_and_why(parts):
     parts.dense.register_forward_hook(lambda module, args, output: None)
     nn.utils.parametrizations.weight_norm(parts.grouped)
     parts.depthwise = nn.Conv2d(16, 16, 3, padding=1, padding_mode='reflect')
-    parts.unpadded = timm.layers.Conv2dSame(16, 8, 3)
+    parts.unpadded = timm.layers.ScaledStdConv2d(16, 8, 3)
     report = selectify(parts)
     assert report.kept == {
         'dense': 'has hooks or a forward of its own',
         'grouped': 'a ParametrizedConv2d, no plain convolution',
         'depthwise': "pads with padding_mode='reflect'",
-        'unpadded': 'a Conv2dSame, no plain convolution',
+        'unpadded': 'a ScaledStdConv2d, no plain convolution',
         'pointwise': '1x1',
     }
     assert str(report).splitlines() == [
@@ -273,7 +300,7 @@ def test_what_stays_and_why(parts):
         '1 stayed as they were, has hooks or a forward of its own: dense',
         '1 stayed as they were, a ParametrizedConv2d, no plain convolution: grouped',
         "1 stayed as they were, pads with padding_mode='reflect': depthwise",
-        '1 stayed as they were, a Conv2dSame, no plain convolution: unpadded',
+        '1 stayed as they were, a ScaledStdConv2d, no plain convolution: unpadded',
         '1 stayed as they were, 1x1: pointwise',
     ]
 

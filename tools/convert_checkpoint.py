@@ -33,7 +33,7 @@ from sk_plugins.weights import (
     timm_arguments,
     to_timm,
 )
-from sk_plugins.weights.convert import ThirdPartyWeights, is_third_party
+from sk_plugins.weights.convert import ThirdPartyWeights, is_third_party, told_by_path
 from sk_plugins.weights.names import is_own
 
 
@@ -72,7 +72,8 @@ def convert(checkpoint: Path, out: Path, to: str, config: str | None = None, use
     classes = (meta.get('dataset_meta') or {}).get('classes')
     try:
         if is_third_party(state_dict) or not is_own(state_dict):
-            convert_third_party(recognise_third_party(state_dict), out, to, config)
+            found = recognise_third_party(state_dict, **told_by_path(checkpoint, state_dict))
+            convert_third_party(found, out, to, config)
             return
         if to == 'hub' and config is None:
             raise CheckpointError('a Hub folder needs --config, the config that it was trained with')
@@ -111,7 +112,8 @@ def convert_third_party(found: ThirdPartyWeights, out: Path, to: str, config: st
             words = ', '.join(f'{name}={value!r}' for name, value in found.openmmlab_backbone().items())
             network = f'backbone=dict({words})'
     except ValueError as error:
-        if to == 'hub':
+        # A head of OpenMMLab's would take the classifier, and give it other features than it was trained on.
+        if to == 'hub' or (to == 'mmengine' and 'projection' in found.arguments):
             raise CheckpointError(f'{error}; sk_plugins.weights.load_third_party builds it') from error
         network = f'sk_plugins.weights.load_third_party, for it is no registered model ({error})'
     if to == 'timm':

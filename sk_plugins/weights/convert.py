@@ -111,10 +111,15 @@ class ThirdPartyWeights:
             ValueError: there is none; the message says why.
         """
         spec, args = self._named()
+        if args.get('projection'):
+            raise ValueError(
+                f'{self.origin}: its classifier stands on the contrastive head, which no backbone of OpenMMLab has; '
+                f"timm's {spec.name} has it with projection={args['projection']}"
+            )
         kind, named = spec.openmmlab
         if 'in_chans' in args:
             args['in_channels'] = args.pop('in_chans')
-        return {'type': kind, **named, **{k: v for k, v in args.items() if k not in _OF_THE_HEAD}}
+        return {'type': kind, **named, **{k: v for k, v in args.items() if k != 'num_classes'}}
 
     def _named(self) -> tuple[zoo.ModelSpec, dict[str, Any]]:
         """The zoo's SKNet with as many units, and the arguments that make it this network."""
@@ -138,9 +143,6 @@ class ThirdPartyWeights:
             if spec.openmmlab[0] == 'SKNet' and tuple(spec.args['layers']) == self.arguments['layers']:
                 return spec, args
         raise ValueError(f'{self.origin}: no registered model has {self.arguments["layers"]} units in its stages')
-
-
-_OF_THE_HEAD = ('num_classes', 'projection')
 
 
 def load_third_party(source: str | os.PathLike | Mapping[str, Any], **options) -> nn.Module:
@@ -178,12 +180,17 @@ def recognise_third_party(
     else:
         where = f'{source}: '
         state_dict, _ = load_checkpoint(source, use_ema)
-        if re.search(r'finetuned_10?pct', str(source)) and simclr.is_tensorflow(state_dict):
-            options.setdefault('projection', 1)
+        options = {**told_by_path(source, state_dict), **options}
     try:
         return recognise(state_dict, **options)
     except ValueError as error:
         raise CheckpointError(f'{where}{error}') from error
+
+
+def told_by_path(path: str | os.PathLike, state_dict: Mapping[str, Tensor]) -> dict[str, int]:
+    """Arguments of :func:`recognise` that names of Google's folders tell, and the weights in them do not."""
+    few_labels = re.search(r'finetuned_10?pct', str(path)) and simclr.is_tensorflow(state_dict)
+    return dict(projection=1) if few_labels else {}
 
 
 def recognise(

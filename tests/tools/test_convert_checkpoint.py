@@ -9,12 +9,13 @@ pytest.importorskip('mmpretrain')
 import timm
 import torch
 from helpers.randomised import randomise
+from helpers.simclr import Variables, make_lightly
 from helpers.third_party_networks import SKConv, SKNet, insight_net, lucid_net
 from helpers.tolerances import assert_close
 from mmpretrain.registry import MODELS
 
 from sk_plugins._resources import ROOT, find_config
-from sk_plugins.weights import CheckpointError, load_checkpoint, save_state_dict, to_mmpretrain, to_timm
+from sk_plugins.weights import CheckpointError, load_checkpoint, save_state_dict, tensorflow, to_mmpretrain, to_timm
 
 
 @pytest.fixture(scope='module')
@@ -205,6 +206,24 @@ def test_third_party_without_a_registered_name(convert_third_party, tmp_path):
     with pytest.raises(CheckpointError, match=r"recognised as lucid's SKNet, which no --config of this project desc"):
         convert_third_party(network, tmp_path, tmp_path / 'hub', '--config', 'sknet_digits')
     assert not (tmp_path / 'hub').exists()
+
+
+def test_googles_folder_tells_what_a_classifier_stands_on(tool, tmp_path, monkeypatch, capsys):
+    """For OpenMMLab there is no such network."""
+    _, weights = make_lightly(projection=2)
+    monkeypatch.setattr(tensorflow, 'read', lambda path: dict(Variables(weights)))
+    for folder, layers in (('finetuned_10pct', 1), ('finetuned_100pct', 0)):
+        path = tmp_path / folder / 'model.ckpt-7'
+        path.parent.mkdir()
+        path.with_name('model.ckpt-7.index').touch()
+        out = tmp_path / f'{folder}.safetensors'
+        tool.main([str(path), str(out)])
+        assert capsys.readouterr().out.startswith("recognised as Google's SimCLRv2\n")
+        assert sum(name.endswith('.running_mean') for name in load_checkpoint(out)[0] if 'projection' in name) == layers
+        if layers:
+            with pytest.raises(CheckpointError, match=r'model\.ckpt-7: .*load_third_party builds it'):
+                tool.main([str(path), str(out.with_suffix('.pth'))])
+            assert not out.with_suffix('.pth').exists()
 
 
 # What is refused: one error that names the file, and nothing written.

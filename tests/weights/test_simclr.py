@@ -8,6 +8,7 @@ from helpers.simclr import ARGS, LAYERS, Reader, Variables, as_file, make_image,
 
 from sk_plugins.networks import SKResNetSimCLR
 from sk_plugins.weights import CheckpointError, load_checkpoint, load_third_party, recognise_third_party, tensorflow
+from sk_plugins.weights.convert import ThirdPartyWeights
 from sk_plugins.weights.simclr import count_projection, from_lightly, from_tensorflow, is_lightly, to_lightly, to_own
 
 
@@ -121,6 +122,13 @@ class TestLightly:
         found = recognise_third_party(to_lightly({k: torch.empty(v.shape) for k, v in model.state_dict().items()}))
         assert found.timm_model() == (f'skresnet{depth}x2_simclr', dict(num_classes=1000))
         assert found.openmmlab_backbone() == dict(type='SKResNetSimCLR', depth=depth, width_factor=2)
+
+    def test_no_backbone_has_the_contrastive_head(self):
+        arguments = dict(layers=(3, 4, 6, 3), width_factor=1, num_classes=1000)
+        found = ThirdPartyWeights("Google's SimCLRv2", SKResNetSimCLR, {**arguments, 'projection': 1}, {})
+        assert found.timm_model() == ('skresnet50x1_simclr', dict(projection=1, num_classes=1000))
+        with pytest.raises(ValueError, match=r"which no backbone .* has; timm's skresnet50x1_simclr .* projection=1"):
+            found.openmmlab_backbone()
 
 
 class TestTensorFlow:
