@@ -138,7 +138,7 @@ def _check_target(args: argparse.Namespace) -> frozenset[str]:
         packages = list(INT8[args.target]) if args.int8 else []
         if args.target in ('onnx', 'tensorrt'):
             packages.append('onnxruntime')
-        require(*packages, extra=target.extra, environment=target.environment)
+        require(*packages, extra=target.extra or 'int8', environment=target.environment)
     return frozenset() if args.dynamic is False or args.batch is not None else target.dynamic
 
 

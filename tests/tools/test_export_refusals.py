@@ -104,6 +104,15 @@ def test_missing_packages(tool, target, tmp_path, monkeypatch):
         tool.main(words)
 
 
+def test_missing_quantiser(tool, place, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'torchao' else find_spec(name))
+    monkeypatch.setattr(TARGETS['aoti'].__class__, 'require', lambda self: None)
+    with pytest.raises(ValueError, match=r"^torchao not installed: pip install '\.\[int8\]'$"):
+        tool.main([NET, 'aoti', str(tmp_path / 'a.pt2'), '--int8', str(place / 'broken')])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ('words', 'said'),
     [
@@ -117,7 +126,7 @@ def test_missing_packages(tool, target, tmp_path, monkeypatch):
         ),
         (
             [NET, 'ncnn', 'a', '--int8', 'b'],
-            'argument --int8: for onnx, openvino and litert, not ncnn',
+            'argument --int8: for onnx, openvino, aoti, executorch and litert, not ncnn',
         ),
         (
             [NET, 'onnx', 'a.onnx', '--int8-float', 'both'],

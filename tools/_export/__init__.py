@@ -5,5 +5,7 @@ TARGET_NAMES = ('onnx', 'openvino', 'torchscript', 'aoti', 'executorch', 'coreml
 INT8 = {
     'onnx': ('onnxruntime',),
     'openvino': ('nncf',),
+    'aoti': ('torchao',),
+    'executorch': ('torchao',),
     'litert': ('ai_edge_quantizer',),
 }

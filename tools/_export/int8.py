@@ -12,13 +12,14 @@ from timm.data import create_transform
 from torch import Tensor
 
 from .deployable import Deployable
+from .pt2e import quantise_aoti, quantise_executorch
 from .targets import TARGETS, beside, convert_openvino, import_, require, write_litert, write_onnx
 
 __all__ = ['FLOAT', 'QUANTISERS', 'find_images', 'labelled', 'read_images']
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
 # What of SK units is better left in float, by target: measured, see docs/deployment.md.
-FLOAT = dict.fromkeys(('onnx', 'openvino', 'litert'), 'nothing')
+FLOAT = dict.fromkeys(('onnx', 'openvino', 'aoti', 'executorch', 'litert'), 'nothing')
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -174,5 +175,7 @@ def quantise_litert(deployable: Deployable, path: Path, images: list[Tensor], ke
 QUANTISERS = {
     'onnx': quantise_onnx,
     'openvino': quantise_openvino,
+    'aoti': quantise_aoti,
+    'executorch': quantise_executorch,
     'litert': quantise_litert,
 }
