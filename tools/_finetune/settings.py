@@ -165,7 +165,10 @@ def load_weights(network: Network) -> PartialLoad | None:
     try:
         loaded = CheckpointLoader.load_checkpoint(network.source, map_location='cpu')
     except (CheckpointError, HubError, FileNotFoundError) as error:
-        raise type(error)(f'{error}; --from-scratch trains without weights, --weights names others') from error
+        raise type(error)(
+            f'{error}; --from-scratch trains without weights (on a CPU a small network: --model sknet_digits), '
+            '--weights names others'
+        ) from error
     given = loaded.get('state_dict', loaded)
     given = given if is_timm_format(given) else {k.removeprefix(BACKBONE): v for k, v in given.items()}
     given = {k: v for k, v in given.items() if not k.endswith(COUNTER)}

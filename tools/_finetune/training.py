@@ -66,6 +66,7 @@ class ProgressHook(Hook):
         self._loss, self._score, self._start, self._behind = '', '', 0.0, 0
 
     def before_train(self, runner: Runner) -> None:
+        self.best = _best_of(runner) or self.best  # of a run that is resumed
         steps = len(runner.train_dataloader)
         self._start, self._behind = time.perf_counter(), runner.epoch
         self._progress = Progress(
@@ -168,12 +169,14 @@ def train(runner: Runner, hook: ProgressHook) -> Best:
     finally:
         runner.logger.removeHandler(warned)  # mmengine's loggers outlive their runners, and are asked by the next
         hook.stop()
+    return _best_of(runner) or hook.best
+
+
+def _best_of(runner: Runner) -> Best | None:
+    """The best score that mmengine knows of, and that checkpoint's epoch; it comes back when a run is resumed."""
     hub = runner.message_hub.runtime_info
-    if 'best_score' in hub:
-        path = Path(hub.get('best_ckpt', ''))
-        epoch = path.stem.rpartition('_')[2]
-        return Best(float(hub['best_score']), int(epoch) if epoch.isdigit() else hook.best.epoch)
-    return hook.best
+    epoch = Path(hub.get('best_ckpt', '')).stem.rpartition('_')[2]
+    return Best(float(hub['best_score']), int(epoch)) if 'best_score' in hub and epoch.isdigit() else None
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -156,6 +157,18 @@ def test_stopped_and_resumed(colours_run, finetune, colours, small, tmp_path, mo
         finetune([str(colours), *run, '--epochs', '9', '--resume'])
     with pytest.raises(ValueError, match=r'holds a run on .*, not on other: --work-dir names another$'):
         finetune(['other', *run, '--resume'])
+
+
+def test_a_resumed_run_knows_its_best_score(capsys):
+    hub = SimpleNamespace(runtime_info=dict(best_score=94.4, best_ckpt='run/best_accuracy_top1_epoch_34.pth'))
+    runner = SimpleNamespace(message_hub=hub, train_dataloader=[0] * 6, max_epochs=60, epoch=42)
+    hook = training.ProgressHook('accuracy/top1', 'top-1')
+    hook.before_train(runner)
+    runner.epoch = 43
+    hook.after_val_epoch(runner, {'accuracy/top1': 88.9})
+    hook.stop()
+    assert 'epoch 43 of 60, top-1 88.9 % (best 94.4 %), ' in capsys.readouterr().out
+    assert (hook.best.score, hook.best.epoch) == (94.4, 34)
 
 
 def test_a_gpu_among_those_that_are_left(load_tool, monkeypatch):
