@@ -1,6 +1,7 @@
 """Command lines whose errors name what was meant."""
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Mapping
@@ -26,7 +27,11 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r'unrecognized arguments: .*?(--[\w-]+)', message)
         if unknown:
             options = re.findall(r'--[\w-]+', self.format_usage())
-            message += self.hints.get(unknown[1]) or nearest(unknown[1], dict.fromkeys([*options, *self.hints]))
+            names = dict.fromkeys([*options, *self.hints])
+            best = difflib.get_close_matches(unknown[1], names, n=1)
+            # What is called otherwise here is said where it is the nearest, not beside an option.
+            near = nearest(unknown[1], options if best and best[0] in options else names)
+            message += self.hints.get(unknown[1]) or near
             meant = next((name for name in self.hints if message.endswith(f'near it is {name}')), None)
             message += f' ({self.hints[meant].lstrip(":; ")})' if meant else ''
         self.print_usage(sys.stderr)

@@ -69,8 +69,8 @@ def read(source: Path) -> ImageSet:
             found and what is expected.
     """
     if not source.exists():
-        there = [path.name for path in source.absolute().parent.glob('*')]
-        raise FileNotFoundError(f'{source}: no such folder or list{nearest(source.name, there)}')
+        there = {path.name: str(path) for path in source.parent.glob('*')}
+        raise FileNotFoundError(f'{source}: no such folder or list{nearest(source.name, there, places=there)}')
     if source.is_file():
         if source.suffix.lower() not in LISTS:
             raise ValueError(f'{source}: must be a folder of class folders, or a list: {", ".join(LISTS)}')

@@ -17,7 +17,7 @@ from mmengine.runner import CheckpointLoader
 
 import sk_plugins.mmpretrain_models  # noqa: F401
 from sk_plugins import zoo
-from sk_plugins._resources import find_config
+from sk_plugins._resources import ROOT, find_config
 from sk_plugins._text import counted, nearest
 from sk_plugins.openmmlab.runtime import loading  # noqa: F401
 from sk_plugins.weights import CheckpointError, HubError, load_checkpoint, timm_arguments
@@ -136,8 +136,9 @@ def _of_config(name: str, known: Mapping[str, Any], weights: str | None) -> tupl
         path = find_config(name)
     except FileNotFoundError as error:
         hub = '; weights of the Hub go with --weights' if name.startswith(('hf-hub:', 'hf_hub:')) else ''
+        names = [*known, *(path.stem for path in (ROOT / 'configs').glob('*.py'))]
         raise ValueError(
-            f'--model {name}: neither a network of this project nor a config{hub or nearest(name, known)}'
+            f'--model {name}: neither a network of this project nor a config{hub or nearest(name, names)}'
         ) from error
     if path.suffix not in ('.py', '.json', '.yml', '.yaml'):
         raise ValueError(f'--model {name}: is no config; a checkpoint to start from goes with --weights')

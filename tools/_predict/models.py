@@ -116,6 +116,11 @@ def _of_name(name: str, checkpoint: str | None) -> str:
         config = find_config(name)
     except FileNotFoundError as error:
         if re.fullmatch(r'[\w.-]+/[\w.-]+(@[^@]+)?', name) and Path(name).suffix not in (*WEIGHTS, '.py'):
+            place = Path(name)
+            if place.parent.is_dir():  # a folder mistyped, which the Hub would be asked for
+                there = {path.name: str(path) for path in place.parent.iterdir()}
+                near = nearest(place.name, there, places=there)
+                raise FileNotFoundError(f'{name}: no such folder{near}; a repository is hf-hub:{name}') from error
             return f'hf-hub:{name}'
         raise ValueError(
             f'model {name!r} is no name of timm, no Hub repository (OWNER/NAME), no folder, checkpoint or config'

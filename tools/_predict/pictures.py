@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sk_plugins._text import nearest
 from sk_plugins.analysis.images import SUFFIXES
 
 __all__ = ['Batch', 'Pictures', 'find', 'open_picture', 'output_names']
@@ -49,8 +50,10 @@ def find(words: Sequence[str]) -> list[str]:
         else:
             matches = sorted(match for match in glob.glob(word, recursive=True) if os.path.isfile(match))
             if not matches:
-                what = 'no file matches' if glob.has_magic(word) else 'no such file or folder'
-                raise FileNotFoundError(f'{word}: {what}')
+                if glob.has_magic(word):
+                    raise FileNotFoundError(f'{word}: no file matches')
+                there = {other.name: str(other) for other in path.parent.glob('*')}
+                raise FileNotFoundError(f'{word}: no such file or folder{nearest(path.name, there, places=there)}')
             found += matches
     return list(dict.fromkeys(found))
 

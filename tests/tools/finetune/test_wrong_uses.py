@@ -103,6 +103,10 @@ FINETUNE = [
         r'^--model sknet5: neither a network of this project nor a config; near it are sknet50',
     ),
     (
+        ['good', '--model', 'sknet_digit'],
+        r'^--model sknet_digit: neither a network of this project nor a config; near it are sknet_digits',
+    ),
+    (
         ['good', '--model', 'hf-hub:me/x'],
         r'^--model hf-hub:me/x: neither a network of this project nor a config; weights of the Hub go with --weights',
     ),
@@ -153,6 +157,7 @@ OPTIONS = [
     (['predict', 'sknet50', 'x.png', '--topk', '0'], r'argument --topk: 0 must be at least 1'),
     (['predict', 'sknet50', 'x.png', '--out', 'x.txt'], r'argument --out: x\.txt must end in \.csv or \.json'),
     (['push', 'hub', 'name'], r"argument OWNER/NAME: 'name' is not of this form"),
+    (['finetune', 'good', '--from-scrach'], r'unrecognized arguments: --from-scrach; near it is --from-scratch$'),
     (['push', 'hub', 'me/x', '--privte'], r'unrecognized arguments: --privte; near it are --private, --update'),
     (
         ['train', 'sknet_digits', '--epochs', '3'],
@@ -162,7 +167,9 @@ OPTIONS = [
 ]
 OTHERS = [
     ('predict', ['sknet50', 'nowhere.png'], r'^nowhere\.png: no such file or folder'),
+    ('predict', ['sknet50', 'good/rde'], r'^good/rde: no such file or folder; near it is good/red$'),
     ('predict', ['sknet50', '*.tif'], r'^\*\.tif: no file matches'),
+    ('predict', ['good/rde', 'loose'], r'^good/rde: no such folder; near it is good/red; a repository is hf-hub:good/'),
     ('predict', ['sknet50', 'texts'], r'^texts: no pictures in this folder'),
     (
         'predict',
