@@ -3,6 +3,7 @@
 import difflib
 import textwrap
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 __all__ = ['counted', 'first_lines', 'nearest', 'several']
 
@@ -24,6 +25,12 @@ def nearest(name: str, names: Iterable[str], it: str = 'it', places: Mapping[str
     """'; near it is depth', say, or nothing where no name is near; ``places`` says how a name is written in full."""
     near = [(places or {}).get(one, one) for one in difflib.get_close_matches(name, names, n=3, cutoff=0.6)]
     return f'; near {it} {"is" if len(near) == 1 else "are"} {", ".join(near)}' if near else ''
+
+
+def nearest_path(path: Path) -> str:
+    """What :func:`nearest` says, of the files and folders beside a path where none is."""
+    beside = {other.name: str(other) for other in path.parent.glob('*')}
+    return nearest(path.name, beside, places=beside)
 
 
 def several(words: Iterable[str], between: str = ', ', most: int = 3) -> str:

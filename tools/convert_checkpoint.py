@@ -113,7 +113,7 @@ def convert_third_party(found: ThirdPartyWeights, out: Path, to: str, config: st
             network = f'backbone=dict({words})'
     except ValueError as error:
         # A head of OpenMMLab's would take the classifier, and give it other features than it was trained on.
-        if to == 'hub' or (to == 'mmengine' and 'projection' in found.arguments):
+        if to == 'hub' or (to == 'mmengine' and found.arguments.get('projection')):
             raise CheckpointError(f'{error}; sk_plugins.weights.load_third_party builds it') from error
         network = f'sk_plugins.weights.load_third_party, for it is no registered model ({error})'
     if to == 'timm':

@@ -206,7 +206,7 @@ def test_weights_are_in_memory_once(tmp_path):
     path = tmp_path / 'weights.pth'
     torch.save(as_file(to_lightly(SKResNetSimCLR((1, 1, 1, 1), 2).state_dict())), path)
     result = subprocess.run(
-        [sys.executable, '-c', MEMORY, NAME, str(path)], capture_output=True, text=True, timeout=500
+        [sys.executable, '-c', MEMORY, NAME, str(path)], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
     assert 0.8 < float(result.stdout) < 1.3

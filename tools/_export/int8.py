@@ -18,7 +18,7 @@ from .targets import TARGETS, beside, convert_openvino, import_, require, write_
 __all__ = ['FLOAT', 'QUANTISERS', 'find_images', 'labelled', 'read_images']
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
-# What of SK units is better left in float, by target: measured, see docs/deployment.md.
+# What of SK units is left in float by default, by target: docs/deployment.md has what was measured.
 FLOAT = dict.fromkeys(('onnx', 'openvino', 'aoti', 'executorch', 'litert'), 'nothing')
 
 

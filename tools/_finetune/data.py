@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sk_plugins._text import counted, nearest, several
+from sk_plugins._text import counted, nearest, nearest_path, several
 
 __all__ = ['SUFFIXES', 'ImageSet', 'Item', 'read', 'split']
 
@@ -69,8 +69,7 @@ def read(source: Path) -> ImageSet:
             found and what is expected.
     """
     if not source.exists():
-        there = {path.name: str(path) for path in source.parent.glob('*')}
-        raise FileNotFoundError(f'{source}: no such folder or list{nearest(source.name, there, places=there)}')
+        raise FileNotFoundError(f'{source}: no such folder or list{nearest_path(source)}')
     if source.is_file():
         if source.suffix.lower() not in LISTS:
             raise ValueError(f'{source}: must be a folder of class folders, or a list: {", ".join(LISTS)}')

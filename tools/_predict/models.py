@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from sk_plugins._resources import find_config
-from sk_plugins._text import nearest
+from sk_plugins._text import nearest, nearest_path
 from sk_plugins.weights import load_checkpoint
 from sk_plugins.weights.hub import explain_errors, split_revision
 
@@ -116,10 +116,8 @@ def _of_name(name: str, checkpoint: str | None) -> str:
         config = find_config(name)
     except FileNotFoundError as error:
         if re.fullmatch(r'[\w.-]+/[\w.-]+(@[^@]+)?', name) and Path(name).suffix not in (*WEIGHTS, '.py'):
-            place = Path(name)
-            if place.parent.is_dir():  # a folder mistyped, which the Hub would be asked for
-                there = {path.name: str(path) for path in place.parent.iterdir()}
-                near = nearest(place.name, there, places=there)
+            if Path(name).parent.is_dir():  # a folder mistyped, which the Hub would be asked for
+                near = nearest_path(Path(name))
                 raise FileNotFoundError(f'{name}: no such folder{near}; a repository is hf-hub:{name}') from error
             return f'hf-hub:{name}'
         raise ValueError(

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sk_plugins._text import nearest
+from sk_plugins._text import nearest_path
 from sk_plugins.analysis.images import SUFFIXES
 
 __all__ = ['Batch', 'Pictures', 'find', 'open_picture', 'output_names']
@@ -52,8 +52,7 @@ def find(words: Sequence[str]) -> list[str]:
             if not matches:
                 if glob.has_magic(word):
                     raise FileNotFoundError(f'{word}: no file matches')
-                there = {other.name: str(other) for other in path.parent.glob('*')}
-                raise FileNotFoundError(f'{word}: no such file or folder{nearest(path.name, there, places=there)}')
+                raise FileNotFoundError(f'{word}: no such file or folder{nearest_path(path)}')
             found += matches
     return list(dict.fromkeys(found))
 
