@@ -217,9 +217,26 @@ def load_aoti(path: Path, threads: int) -> Runner:
 def write_executorch(deployable: Deployable, path: Path) -> None:
     exir = import_('executorch.exir')
     partitioner = import_('executorch.backends.xnnpack.partition.xnnpack_partitioner').XnnpackPartitioner()
-    program = exir.to_edge_transform_and_lower(exported(deployable, MOST_IN_BATCH), partitioner=[partitioner])
+    program = exported(deployable, MOST_IN_BATCH)
+    _slice_splits(program.graph)
+    program = exir.to_edge_transform_and_lower(program, partitioner=[partitioner])
     path.write_bytes(program.to_executorch().buffer)
     beside(path, deployable.metadata)
+
+
+def _slice_splits(graph: torch.fx.Graph) -> None:
+    """Slices in place of splits, whose outputs ExecuTorch takes for tensors of the example's batch."""
+    aten = torch.ops.aten
+    for split in graph.find_nodes(op='call_function', target=aten.split_with_sizes.default):
+        x, sizes, dim = (*split.args, 0)[:3]
+        for part in list(split.users):
+            end = sum(sizes[: part.args[1] + 1])
+            with graph.inserting_before(part):
+                piece = graph.call_function(aten.slice.Tensor, (x, dim, end - sizes[part.args[1]], end))
+            piece.meta = part.meta
+            part.replace_all_uses_with(piece)
+            graph.erase_node(part)
+        graph.erase_node(split)
 
 
 def load_executorch(path: Path, threads: int) -> Runner:
@@ -287,7 +304,7 @@ def load_ncnn(path: Path, threads: int) -> Runner:
         setattr(net.opt, f'use_{name}', False)
     if net.load_param(str(path / 'net.ncnn.param')) or net.load_model(str(path / 'net.ncnn.bin')):
         raise ValueError(f'{path}: ncnn cannot load it')
-    names = list(net.output_names())
+    names = sorted(net.output_names(), key=lambda name: int(name.removeprefix('out')))  # not in the order of layers
 
     def run(images: Tensor) -> list[np.ndarray]:
         found: list[list[np.ndarray]] = []
