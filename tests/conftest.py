@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import gc
 import importlib.util
@@ -24,6 +25,12 @@ os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
 os.environ['HF_HUB_DISABLE_IMPLICIT_TOKEN'] = '1'
 os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:9'
 os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1'
+
+# The index of mmpretrain's models takes three seconds to read in Python, in every process of the tests.
+with contextlib.suppress(ImportError):
+    import yaml
+
+    yaml.SafeLoader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
 
 
 def _seed(seed):

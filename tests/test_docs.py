@@ -132,6 +132,7 @@ def environment(tmp_path_factory):
 def run_python(environment):
     """``run_python(code, folder)``: in a process without this project (tests/helpers/snippets.py)."""
     modules = 'torch,torchvision,timm,transformers,segmentation_models_pytorch,mmpretrain,mmengine'
+    modules += ',sklearn.metrics,matplotlib.pyplot'  # of every report and picture
     variables = {**os.environ, **environment}
     interpreter = Interpreter(modules, variables)
 

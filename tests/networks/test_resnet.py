@@ -140,8 +140,9 @@ def test_state_dict_is_timms(twins):
     network, reference = twins
     assert list(network.state_dict()) == list(reference.state_dict())
     assert [name for name, _ in network.named_parameters()] == [name for name, _ in reference.named_parameters()]
+    shapes = {key: tensor.shape for key, tensor in reference.state_dict().items()}
     for key, tensor in network.state_dict().items():
-        assert tensor.shape == reference.state_dict()[key].shape, key
+        assert tensor.shape == shapes[key], key
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
