@@ -1,5 +1,6 @@
 # make train: install, train a small SKNet on real digits, classify held-out ones through timm.
 # make test:  install, run the tests.
+# make test-export: install every runtime that sk-plugins export writes for, run its tests in them.
 # make det:   the environment for detection, with mmdetection and mmcv's compiled ops.
 # make docs:  the site, from docs/ and the docstrings; it says where to look.
 # make bench: install, time SKNet-50 against timm's and ResNeXt-50 on this CPU, into results/.
@@ -9,6 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OPENMMLAB_VENV ?= .venv-openmmlab
 DET_VENV ?= .venv-det
+EXPORT_VENV ?= .venv-export
 # Where wheels of mmcv's compiled ops stay, for the next environment with the same torch.
 WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sk-plugins/wheels
 WORK_DIR := work_dirs/sknet_digits
@@ -16,7 +18,7 @@ WORK_DIR := work_dirs/sknet_digits
 JOBS ?= auto
 PYTEST := -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 
-.PHONY: train test test-versions test-machines test-slow test-kill test-reliability fuzz test-openmmlab det test-det test-scenes lint docs table bench bench-host bench-gpu bench-det clean
+.PHONY: train test test-versions test-machines test-slow test-kill test-reliability fuzz test-openmmlab det test-det test-scenes test-export lint docs table bench bench-host bench-gpu bench-det clean
 
 train: $(VENV)/.installed
 	$(BIN)/python tools/train.py configs/sknet_digits.py --work-dir $(WORK_DIR)
@@ -67,6 +69,12 @@ test-det: $(DET_VENV)/.installed
 test-scenes: $(DET_VENV)/.installed
 	OMP_NUM_THREADS=1 $(DET_VENV)/bin/python -m pytest -m slow tests/tools/test_scenes_accuracy.py
 
+# Every target of sk-plugins export, its page from the first command to the last, and the server. RUNTIMES chooses files.
+RUNTIMES ?= tests/tools/test_export.py tests/tools/test_export_refusals.py tests/test_deployment_pages.py
+
+test-export: $(EXPORT_VENV)/.installed
+	OMP_NUM_THREADS=1 $(EXPORT_VENV)/bin/python $(PYTEST) --dist load -m 'slow or not slow' $(RUNTIMES)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -100,7 +108,7 @@ bench-det: $(DET_VENV)/.installed
 		--json results/benchmark_detection_cpu.json --markdown results/benchmark_detection_cpu.md
 
 clean:
-	rm -rf $(VENV) $(OPENMMLAB_VENV) $(DET_VENV) build dist docs/_build
+	rm -rf $(VENV) $(OPENMMLAB_VENV) $(DET_VENV) $(EXPORT_VENV) build dist docs/_build
 
 define create
 @$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
@@ -111,10 +119,14 @@ PIP = $(@D)/bin/python -m pip
 
 $(VENV)/.installed: EXTRAS := mm,seg,downstream,cam,docs,study,dev
 $(OPENMMLAB_VENV)/.installed: EXTRAS := openmmlab,dev
+$(EXPORT_VENV)/.installed: EXTRAS := mm,seg,onnx,openvino,executorch,int8,coreml,ncnn,litert,server,dev
+$(EXPORT_VENV)/.installed: CONSTRAINTS := --constraint constraints-export.txt
+$(EXPORT_VENV)/.installed: constraints-export.txt
+%/.installed: CONSTRAINTS ?= --constraint constraints.txt
 %/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(@D): torch, timm, OpenMMLab's packages and more, several GB with CUDA's; a few minutes"
 	$(create)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(PIP) install --quiet $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	@touch $@
 
 # mmcv's ops are compiled against the environment's own torch, so that comes first; with a GPU there they are CUDA's,

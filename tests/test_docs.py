@@ -38,7 +38,8 @@ PAGES = list(dict.fromkeys([*(ROOT / page for page in FIRST), *sorted(OTHERS)]))
 PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding='utf-8') for page in PAGES if '_build' not in page.parts}
 SNIPPETS = dict.fromkeys(
     snippet
-    for text in PAGES.values()
+    for page, text in PAGES.items()
+    if not page.startswith('docs/deployment/')  # tests/test_deployment_pages.py
     for snippet in re.findall(r'^```(\w+)\n(.*?)^```$', text, flags=re.DOTALL | re.MULTILINE)
 )
 PYTHON = [code for language, code in SNIPPETS if language == 'python']

@@ -13,7 +13,8 @@ import timm
 import torch
 from _export import INT8, TARGET_NAMES
 from _export.deployable import prepare
-from _export.targets import TARGETS, trtexec
+from _export.targets import TARGETS, slice_splits, trtexec
+from _export.targets import exported as exported_program
 from _networks import _from_config, build
 from helpers.kinds import quick
 from helpers.randomised import randomise
@@ -177,6 +178,20 @@ def test_targets(tmp_path, target):
     for (found,), (expected,) in pairs:
         apart = np.abs(found - expected.numpy()).max() / expected.abs().max()
         assert apart < 1e-4
+
+
+@torch.no_grad()
+def test_slices_in_place_of_splits():
+    """ExecuTorch takes a split's outputs for tensors of the example's batch."""
+    net = small('skshufflenetv2_x1_0')
+    deployable = prepare(net, {**PREPROCESSING, **NORMALISE}, dynamic=frozenset({'batch'}))
+    program = exported_program(deployable, 64)
+    split = torch.ops.aten.split_with_sizes.default
+    assert len(program.graph.find_nodes(op='call_function', target=split)) == 3
+    slice_splits(program.graph)
+    assert not program.graph.find_nodes(op='call_function', target=split)
+    images = deployable.random(5, 64, 64)
+    assert_close(program.module()(images), net(images), length=net)
 
 
 def test_main(folder, sknet):

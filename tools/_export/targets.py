@@ -27,7 +27,9 @@ from sk_plugins._text import first_lines
 
 from .deployable import Deployable
 
-__all__ = ['TARGETS', 'Target', 'beside', 'can_build_engines', 'exported', 'import_', 'require', 'trtexec']
+__all__ = [
+    'TARGETS', 'Target', 'beside', 'can_build_engines', 'exported', 'import_', 'require', 'slice_splits', 'trtexec',
+]  # fmt: skip
 
 Runner = Callable[[Tensor], list[np.ndarray]]
 BOTH = frozenset({'batch', 'size'})
@@ -218,13 +220,13 @@ def write_executorch(deployable: Deployable, path: Path) -> None:
     exir = import_('executorch.exir')
     partitioner = import_('executorch.backends.xnnpack.partition.xnnpack_partitioner').XnnpackPartitioner()
     program = exported(deployable, MOST_IN_BATCH)
-    _slice_splits(program.graph)
+    slice_splits(program.graph)
     program = exir.to_edge_transform_and_lower(program, partitioner=[partitioner])
     path.write_bytes(program.to_executorch().buffer)
     beside(path, deployable.metadata)
 
 
-def _slice_splits(graph: torch.fx.Graph) -> None:
+def slice_splits(graph: torch.fx.Graph) -> None:
     """Slices in place of splits, whose outputs ExecuTorch takes for tensors of the example's batch."""
     aten = torch.ops.aten
     for split in graph.find_nodes(op='call_function', target=aten.split_with_sizes.default):
