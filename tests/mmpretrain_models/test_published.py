@@ -206,7 +206,7 @@ class TestGetModel:
         assert not [str(w.message) for w in recwarn if 'checkpoint' in str(w.message)]
         expected = timm.create_model('sknet50', pretrained=True).eval()
         assert not model.training
-        x = make_input(2, size=96)
+        x = make_input(2, size=224)
         with torch.no_grad():
             logits = model(x)
             assert_close(logits, expected(x), length=model)
