@@ -66,10 +66,15 @@ class LeanSelectiveKernel(nn.Module):
 
     Args:
         sk: the SK convolution, of this project or of timm, whose modules and weights it takes.
+
+    Attributes:
+        products: whether two branches are blended as a u_0 + (1 - a) u_1: an operation more, and none of a kind that
+            runtimes lack in 8 bits, as ONNX Runtime does the difference of two maps.
     """
 
     def __init__(self, sk: nn.Module) -> None:
         super().__init__()
+        self.products = False
         self.paths = sk.paths
         self.split_input = sk.split_input
         self.num_branches = len(sk.paths)
@@ -102,8 +107,10 @@ class LeanSelectiveKernel(nn.Module):
             return self.after(total)
         logits = self.select(self.reduce(total.mean((2, 3), keepdim=True)))
         if self.num_branches == 2:
-            blended = branches[1] + torch.sigmoid(logits) * (branches[0] - branches[1])
-            return self.after(blended)
+            weight = torch.sigmoid(logits)
+            if self.products:
+                return self.after(weight * branches[0] + (1 - weight) * branches[1])
+            return self.after(branches[1] + weight * (branches[0] - branches[1]))
         if not self.shared:  # (B, M * C, 1, 1) to (B, C, M, 1), without asking for a shape
             logits = torch.cat(logits.split([logits.shape[1] // self.num_branches] * self.num_branches, 1), 2)
         dim = 1 if self.shared else 2

@@ -38,6 +38,16 @@ def test_layer(kwargs):
     assert_close(lean(x), layer(x), length=layer)
 
 
+@torch.no_grad()
+def test_blend_of_products():
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(randomise(SelectiveKernel(32, groups=4))).eval()
+    lean = simplify(layer)
+    lean[0].products = True
+    x = torch.randn(2, 32, 17, 16)
+    assert_close(lean(x), layer(x), length=layer)
+
+
 @pytest.mark.parametrize('name', quick(KINDS, ['sknet26', 'seshufflenetv2_x0_5', 'skshufflenetv2_x0_5']))
 @torch.no_grad()
 def test_network(name):

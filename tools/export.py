@@ -16,6 +16,7 @@ docs/deployment.md says what each target was tried with.
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 from _arguments import Parser
 from _errors import run
-from _export import INT8, TARGET_NAMES
+from _export import FIXED_IN_INT8, INT8, TARGET_NAMES
 from _quiet import quiet_imports
 
 from sk_plugins._text import first_lines, nearest
@@ -139,7 +140,9 @@ def _check_target(args: argparse.Namespace) -> frozenset[str]:
         if args.target in ('onnx', 'tensorrt'):
             packages.append('onnxruntime')
         require(*packages, extra=target.extra or 'int8', environment=target.environment)
-    return frozenset() if args.dynamic is False or args.batch is not None else target.dynamic
+    if args.dynamic is False or args.batch is not None:
+        return frozenset()
+    return target.dynamic - (FIXED_IN_INT8.get(args.target, frozenset()) if args.int8 else frozenset())
 
 
 @contextlib.contextmanager
@@ -259,11 +262,15 @@ def _accuracy(deployable, run, examples: list[tuple[Path, int]]) -> dict[str, fl
     from _export.int8 import read_images
 
     right = {'file': 0, 'eager': 0}
-    number = 1 if 'batch' in deployable.dynamic else len(deployable.image)
-    for image, (_, label) in zip(read_images([path for path, _ in examples], deployable), examples):
-        batch = image.expand(number, *image.shape[1:]).contiguous()
-        right['file'] += int(run(batch)[0][0].argmax()) == label
-        right['eager'] += int(_eager(deployable)(batch)[0].argmax()) == label
+    number = BATCHES[-1] if 'batch' in deployable.dynamic else len(deployable.image)
+    images = read_images([path for path, _ in examples], deployable)
+    for start in range(0, len(examples), number):
+        labels = torch.tensor([label for _, label in examples[start : start + number]])
+        batch = torch.cat([*itertools.islice(images, number)])
+        if 'batch' not in deployable.dynamic:  # the last one may lack some
+            batch = torch.cat([batch, batch[-1:].expand(number - len(batch), *batch.shape[1:])])
+        for name, logits in (('file', run(batch)[0]), ('eager', _eager(deployable)(batch))):
+            right[name] += int((torch.as_tensor(logits)[: len(labels)].argmax(1) == labels).sum())
     found = {name: 100 * count / len(examples) for name, count in right.items()}
     print(f'top-1 on {len(examples)} images: {found["file"]:.2f} %, in eager mode {found["eager"]:.2f} %')
     return found

@@ -13,6 +13,7 @@ import timm
 import torch
 from _export import INT8, TARGET_NAMES
 from _export.deployable import prepare
+from _export.graphs import merge_groups, pad_depthwise
 from _export.targets import TARGETS, slice_splits, trtexec
 from _export.targets import exported as exported_program
 from _networks import _from_config, build
@@ -23,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save
 from timm.models import save_for_hf
 
-from sk_plugins import zoo
+from sk_plugins import simplify, zoo
 from sk_plugins.weights import CheckpointError, HubError, save_state_dict, to_mmpretrain
 
 RESNET = dict(channels=(16, 32, 64), layers=(1, 1, 1), num_classes=10)
@@ -153,6 +154,65 @@ def test_nodes_of_sknet50(tmp_path):
     assert nodes(tmp_path / 'a.onnx').total() == 298
 
 
+@pytest.mark.parametrize(
+    ('groups', 'width', 'together'),
+    [(8, 1, 1), (8, 4, 1), (8, 16, 4), (8, 64, 8), (6, 16, 6), (12, 6, 2), (12, 16, 4), (12, 20, 6)],
+)
+@torch.no_grad()
+def test_merge_groups(groups, width, together):
+    """Groups of four channels, put together until they are wide enough, by a number that divides theirs."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(4 * groups, 8 * groups, 3, padding=2, dilation=2, groups=groups)
+    depthwise = torch.nn.Conv2d(8 * groups, 8 * groups, 3, groups=8 * groups)
+    net = torch.nn.Sequential(conv, depthwise).eval()
+    merged = merge_groups(net, width)
+    assert (conv.groups, merged[0].groups, merged[1].groups) == (groups, groups // together, 8 * groups)
+    assert merged[0].weight.count_nonzero() == conv.weight.numel()
+    x = torch.randn(2, 4 * groups, 9, 9)
+    assert_close(merged(x), net(x), length=net)
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [{}, dict(kernel_sizes=(3, 5, 7)), dict(select='shared'), dict(select='sum'), 'se'],
+    ids=str,
+)
+@torch.no_grad()
+def test_pad_depthwise(kwargs):
+    """Branches of 9, 17 and 33 channels, in 16s."""
+    shape = dict(SHUFFLE, channels=(18, 34, 66))
+    name = 'skshufflenetv2_x1_0' if kwargs != 'se' else 'seshufflenetv2_x1_0'
+    torch.manual_seed(0)
+    net = randomise(zoo.MODELS[name].build(**shape, **({} if kwargs == 'se' else dict(sk_kwargs=kwargs))))
+    lean = simplify(net)
+    padded = pad_depthwise(lean, 16)
+
+    def channels(model):
+        convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.groups == m.out_channels > 1]
+        return collections.Counter(conv.out_channels for conv in convs)
+
+    branches = 1 if kwargs == 'se' else len(kwargs.get('kernel_sizes', (3, 5)))
+    of_down = [24, 18, 34]  # the first branch begins with its depthwise convolution, of what it is given
+    assert channels(lean) == collections.Counter([*of_down, 9, 17, 33] + [17, 17] * branches)
+    assert channels(padded) == collections.Counter([*of_down, 16, 32, 48] + [32, 32] * branches)
+    x = torch.randn(2, 3, 64, 64)
+    assert_close(padded(x), net(x), length=net)
+
+
+@torch.no_grad()
+def test_groups_are_merged_for_onnx_runtime_alone(tmp_path):
+    onnx = pytest.importorskip('onnx')
+    net = timm.create_model('sknet50', **{**FAMILIES['sknet50'], 'cardinality': 8}).eval()
+    deployable = prepare(net, {**PREPROCESSING, **NORMALISE}, dynamic=BOTH)
+    found = []
+    for target, name in (('onnx', 'a.onnx'), ('tensorrt', 'b.engine')):
+        TARGETS[target].write(deployable, tmp_path / name)
+        graph = onnx.load((tmp_path / name).with_suffix('.onnx')).graph
+        groups = [a.i for node in graph.node if node.op_type == 'Conv' for a in node.attribute if a.name == 'group']
+        found.append(sorted({number for number in groups if number > 1}))
+    assert found == [[2, 4, 8], [8]]
+
+
 @pytest.mark.parametrize('preprocess', quick([False, True], [True]))
 @torch.no_grad()
 def test_features_and_preprocessing(tmp_path, preprocess):
@@ -225,7 +285,7 @@ def test_static_shape(tool, folder, tmp_path):
 def test_eight_bits(tool, folder, sknet, pictures, tmp_path, capsys, monkeypatch):
     from _export import int8
 
-    monkeypatch.setattr(int8, 'write_onnx', lambda deployable, path: shutil.copy(sknet[0], path))
+    monkeypatch.setattr(int8, 'write_onnx', lambda deployable, path, width: shutil.copy(sknet[0], path))
     out = tmp_path / 'int8.onnx'
     words = [f'local-dir:{folder}', 'onnx', str(out), '--size', '64', '--int8', str(pictures), '--int8-images', '4']
     tool.main([*words, '--check', '--accuracy', str(pictures)])
@@ -263,7 +323,7 @@ def test_tensorrt_without_a_gpu(tool, folder, tmp_path, capsys, monkeypatch):
     from _export import targets
 
     pytest.importorskip('onnxscript')
-    monkeypatch.setattr(targets, 'write_onnx', lambda deployable, path: path.write_text('graph'))
+    monkeypatch.setattr(targets, 'write_onnx', lambda deployable, path, width: path.write_text('graph'))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     tool.main([f'local-dir:{folder}', 'tensorrt', str(tmp_path / 'a.engine'), '--size', '64'])
     said = capsys.readouterr().out.splitlines()

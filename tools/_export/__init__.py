@@ -9,3 +9,6 @@ INT8 = {
     'executorch': ('torchao',),
     'litert': ('ai_edge_quantizer',),
 }
+# What of a file of 8 bits cannot stay open, though it can in float: Inductor lays the weights out for one batch, and
+# for another it would do so again at every call.
+FIXED_IN_INT8 = {'aoti': frozenset({'batch'})}

@@ -1,5 +1,7 @@
 """Eight bits, by each runtime's own quantiser, from images like those that it will see."""
 
+import copy
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +13,15 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from torch import Tensor
 
+from sk_plugins.lean import LeanSelectiveKernel
+
 from .deployable import Deployable
 from .pt2e import quantise_aoti, quantise_executorch
 from .targets import TARGETS, beside, convert_openvino, import_, require, write_litert, write_onnx
 
 __all__ = ['FLOAT', 'QUANTISERS', 'find_images', 'labelled', 'read_images']
 
+GROUP_WIDTH_8 = 32  # onnxruntime's convolutions of 8 bits multiply a matrix for every group
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
 # What of SK units is left in float by default, by target: docs/deployment.md has what was measured.
 FLOAT = dict.fromkeys(('onnx', 'openvino', 'aoti', 'executorch', 'litert'), 'nothing')
@@ -87,7 +92,7 @@ def quantise_onnx(deployable: Deployable, path: Path, images: list[Tensor], keep
 
     with tempfile.TemporaryDirectory() as folder:
         plain, ready = Path(folder, 'float.onnx'), Path(folder, 'ready.onnx')
-        write_onnx(deployable, plain)
+        write_onnx(_in_products(deployable), plain, width=GROUP_WIDTH_8)
         quant_pre_process(plain, ready, skip_symbolic_shape=True)
         quantize_static(
             ready,
@@ -100,6 +105,15 @@ def quantise_onnx(deployable: Deployable, path: Path, images: list[Tensor], keep
             nodes_to_exclude=_of_parts(ready, keep),
             extra_options={'ActivationSymmetric': False, 'DedicatedQDQPair': False},
         )
+
+
+def _in_products(deployable: Deployable) -> Deployable:
+    """With branches that are blended by what onnxruntime has in 8 bits."""
+    model = copy.deepcopy(deployable.model)
+    for module in model.modules():
+        if isinstance(module, LeanSelectiveKernel):
+            module.products = True
+    return dataclasses.replace(deployable, model=model)
 
 
 def _of_parts(path: Path, keep: frozenset[str]) -> list[str]:
@@ -119,7 +133,7 @@ def _of_parts(path: Path, keep: frozenset[str]) -> list[str]:
             waiting = list(users[node.output[0]])
             while waiting:
                 user = waiting.pop()
-                if user.op_type in ('Conv', 'Relu', 'Sigmoid', 'Softmax', 'Split', 'Concat'):
+                if user.op_type in ('Conv', 'Relu', 'Sigmoid', 'Softmax', 'Split', 'Concat', 'Sub'):
                     parts['attention'].append(user.name)
                     waiting += [after for output in user.output for after in users.get(output, [])]
                 elif user.op_type == 'Mul':

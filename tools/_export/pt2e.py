@@ -23,7 +23,8 @@ def quantise_aoti(deployable: Deployable, path: Path, images: Sequence[Tensor], 
     narrow = not torch.cpu.get_capabilities().get('avx512_vnni')
     quantiser = module.X86InductorQuantizer()
     quantiser.set_global(module.get_default_x86_inductor_quantization_config(reduce_range=narrow))
-    with torch._inductor.config.patch(freezing=True):
+    # Inductor freezes weights, and finds convolutions of 8 bits, only where no gradients are recorded.
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
         write_aoti(_quantised(deployable, quantiser, images, keep), path)
 
 

@@ -4,6 +4,7 @@ A target's library is imported when it is asked for, and no sooner.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -34,6 +35,9 @@ __all__ = [
 Runner = Callable[[Tensor], list[np.ndarray]]
 BOTH = frozenset({'batch', 'size'})
 MOST_IN_BATCH = 64  # of targets that plan their memory
+# ONNX Runtime's convolutions on a CPU work in blocks of 16 channels (AVX-512), or 8. Narrower groups, and depthwise
+# convolutions of another number of channels, are computed by slower ones.
+GROUP_WIDTH = 16
 
 
 @dataclass(frozen=True)
@@ -134,10 +138,12 @@ def _arrays(outputs: Any) -> list[np.ndarray]:
     return [output.detach().numpy() for output in outputs]
 
 
-def write_onnx(deployable: Deployable, path: Path, opset: int | None = None) -> None:
-    from .graphs import write
+def write_onnx(deployable: Deployable, path: Path, opset: int | None = None, width: int = GROUP_WIDTH) -> None:
+    """With at least ``width`` channels in a group of a convolution, and whole blocks of them in depthwise ones."""
+    from .graphs import merge_groups, pad_depthwise, write
 
-    write(deployable, path, opset)
+    model = pad_depthwise(merge_groups(deployable.model, width), min(width, GROUP_WIDTH))
+    write(dataclasses.replace(deployable, model=model), path, opset)
 
 
 def load_onnx(path: Path, threads: int) -> Runner:
@@ -342,7 +348,7 @@ def load_litert(path: Path, threads: int) -> Runner:
 def write_tensorrt(deployable: Deployable, path: Path) -> None:
     """The ONNX file, and the engine where TensorRT and a GPU are."""
     onnx = path.with_suffix('.onnx')
-    write_onnx(deployable, onnx)
+    write_onnx(deployable, onnx, width=1)
     if can_build_engines():
         done = subprocess.run(trtexec(deployable, onnx, path), capture_output=True, text=True)
         if done.returncode:
