@@ -285,11 +285,12 @@ def time_table(found: dict[str, dict[str, Any]]) -> str:
             own = row[name]
             nets = [name, *next(peers for net, peers in PEERS if net == name)]
             for net in nets:
-                ratios = ['', ''] if net == name else [_ratio(own, row[net], b) for b in BATCHES]
                 if net not in row:
-                    lines.append([f'`{target}`', f'`{net}`', 'does not run', 'does not run', '', ''])
-                    continue
-                lines.append([f'`{target}`', f'`{net}`', *(_milliseconds(row[net], b) for b in BATCHES), *ratios])
+                    cells = ['does not run'] * 2 + ['', '']
+                else:
+                    cells = [_milliseconds(row[net], b) for b in BATCHES]
+                    cells += [_ratio(own, row[net], b) if net != name else '' for b in BATCHES]
+                lines.append([f'`{target}`', f'`{net}`', *cells])
     return markdown_table(lines)
 
 

@@ -310,6 +310,17 @@ def test_eight_bits_of_other_runtimes(tool, folder, pictures, tmp_path, capsys, 
     assert 1e-4 < float(said[-2].split()[5]) < 0.5
 
 
+@pytest.mark.parametrize(
+    'words', [[], ['--batch', '8'], ['--int8', 'photos'], ['--int8', 'photos', '--batch', '8']], ids=str
+)
+def test_aoti_leaves_the_batch_open_in_float_alone(tool, tmp_path, monkeypatch, words):
+    from _export import targets
+
+    monkeypatch.setattr(targets, 'require', lambda *packages, **kwargs: None)
+    args = tool.parse_args(['sknet50', 'aoti', str(tmp_path / 'a.pt2'), *words])
+    assert tool._check_target(args) == ({'batch'} if not words else set())
+
+
 def test_torchscript_keeps_metadata(tool, folder, tmp_path):
     out = tmp_path / 'a.ts'
     tool.main([f'local-dir:{folder}', 'torchscript', str(out), '--size', '64', '--preprocess', '--check'])

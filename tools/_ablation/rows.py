@@ -50,10 +50,10 @@ class Settings:
     """
 
     train_images: int = 60000
-    epochs: int = 10
+    epochs: int = 16
     test_images: int = 10000
     batch_size: int = 128
-    learning_rate: float = 0.004
+    learning_rate: float = 0.02
     weight_decay: float = 0.02
     scale: tuple[float, float] = (0.6, 2.0)
     ema: float = 0.05  # the share of the steps that the average of the weights looks back on

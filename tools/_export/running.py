@@ -14,6 +14,7 @@ from .deployable import Deployable
 __all__ = ['TOLERANCE', 'difference', 'times']
 
 TOLERANCE = 1e-4
+WARM_UP = 2.0  # seconds, of small networks: what wrote the files leaves threads and caches behind
 
 
 @torch.no_grad()
@@ -61,12 +62,16 @@ def times(
     for batch in batches:
         images = deployable.random(batch, *deployable.size)
         taken: dict[str, list[float]] = {name: [] for name in runners}
-        for repeat in range(repeats + 2):  # two to warm up
+        start, warm = time.perf_counter(), 0
+        while warm < 2 or time.perf_counter() - start < WARM_UP:
+            for run in runners.values():
+                run(images)
+            warm += 1
+        for _ in range(repeats):
             for name, run in runners.items():
                 begin = time.perf_counter()
                 run(images)
-                if repeat > 1:
-                    taken[name].append(1000 * (time.perf_counter() - begin))
+                taken[name].append(1000 * (time.perf_counter() - begin))
         for name in runners:
             found[name][batch] = statistics.median(taken[name])
     return found
