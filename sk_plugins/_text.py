@@ -1,6 +1,7 @@
 """What messages are made of: long texts and lists, shortened, and the names nearest to a wrong one."""
 
 import difflib
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ def counted(number: int, noun: str) -> str:
 
 def first_lines(error: Exception, lines: int = 2, width: int = 200) -> str:
     """The head of a message to which torch gives a line for each tensor, or a line with the names of them all."""
-    said = str(error).splitlines() or [type(error).__name__]
+    said = re.sub(r'\x1b\[[0-9;]*m', '', str(error)).splitlines() or [type(error).__name__]  # without colours
     head, *rest = [textwrap.shorten(line, width, placeholder=' ...') for line in said]
     more = f' ... and {len(rest) - lines} more' if len(rest) > lines else ''
     return ' '.join([head, *rest[:lines]]) + more

@@ -31,7 +31,7 @@ from _export.dense import build_dense
 from _export.deployable import Deployable, prepare
 from _export.int8 import QUANTISERS
 from _export.running import difference, times
-from _export.targets import TARGETS
+from _export.targets import TARGETS, write_onnx
 from _tables import insert_table, markdown_table
 
 from sk_plugins import fold_batch_norm
@@ -149,7 +149,10 @@ def _time(target: str, name: str, peers: tuple[str, ...], repeats: int) -> dict[
         for net in (name, *peers):
             deployable = _deployable(net, target) if net == name else _peer(net, target)
             path = Path(folder, f'{net}{TARGETS[target].suffix}')
-            TARGETS[target].write(deployable, path)
+            write = (
+                functools.partial(write_onnx, width=1) if net != name and target == 'onnx' else TARGETS[target].write
+            )
+            write(deployable, path)
             runners[net] = TARGETS[target].run(path, 2)
             if net != name and not _runs(runners[net], deployable, _batches(target)):
                 del runners[net]  # ExecuTorch takes a plain ShuffleNet's split for one of the example's batch
@@ -203,7 +206,7 @@ def _measure_accuracy(target: str, model: str, images: Path) -> dict[str, float]
 
 
 def _peer(name: str, target: str) -> Deployable:
-    """One of timm's as it would be exported without this project, but for the folded BatchNorms."""
+    """One of timm's as it is, with its BatchNorms folded."""
     torch.manual_seed(0)
     net = timm.create_model(name, exportable=True).eval()
     data = timm.data.resolve_model_data_config(net)

@@ -20,11 +20,13 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from _arguments import Parser
@@ -37,6 +39,8 @@ from sk_plugins.weights import CheckpointError, HubError
 
 HUB = 'hub'
 BATCHES = (1, 8)
+FOLDERS = ('coreml', 'ncnn')
+OPSETS = ('onnx', 'tensorrt')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,12 +89,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f'argument --{name.replace("_", "-")}: {value} must be at least 1')
-    if args.opset is not None and args.target not in ('onnx', 'tensorrt'):
-        parser.error(f'argument --opset: for onnx and tensorrt, not {args.target}')
+    if args.opset is not None and args.target not in OPSETS:
+        parser.error(f'argument --opset: for {_listed(OPSETS)}, not {args.target}')
     if args.int8 is not None and args.target not in INT8:
         parser.error(f'argument --int8: for {_listed(INT8)}, not {args.target}')
-    if args.int8_float is not None and args.int8 is None:
-        parser.error('argument --int8-float: needs --int8 FOLDER')
+    for name in ('int8_float', 'int8_images'):
+        if args.int8 is None and _is_given(parser, args, name):
+            parser.error(f'argument --{name.replace("_", "-")}: needs --int8 FOLDER')
+    if args.json is not None and not args.json.resolve().parent.is_dir():
+        parser.error(f'argument --json: {args.json.parent} is no folder')
     if args.batch is not None and args.dynamic:
         parser.error('argument --batch: not with --dynamic, which leaves the batch open')
     if args.features and (args.int8 or args.accuracy):
@@ -118,6 +125,10 @@ def _check_target(args: argparse.Namespace) -> frozenset[str]:
     target = TARGETS[args.target]
     if args.out.suffix != target.suffix and target.suffix:
         raise ValueError(f'{args.out} must end in {target.suffix} for the target {args.target}')
+    if args.out.is_file() and args.target in FOLDERS:
+        raise FileExistsError(f'{args.out}: is a file, and {args.target} writes a folder')
+    if args.out.parent.exists() and not args.out.parent.is_dir():
+        raise NotADirectoryError(f'{args.out}: {args.out.parent} is no folder')
     if args.dynamic and target.dynamic != {'batch', 'size'}:
         can = 'leaves the batch open, not the size' if target.dynamic else 'is of one batch and size'
         raise ValueError(f'--dynamic: a file for {args.target} {can}')
@@ -187,7 +198,7 @@ def _export(args: argparse.Namespace) -> None:
     from _export.dense import Heads
     from _export.deployable import build_named, prepare
     from _export.running import TOLERANCE, difference, times
-    from _export.targets import TARGETS, can_build_engines, trtexec, write_onnx
+    from _export.targets import TARGETS, can_build_engines, trtexec
 
     target = TARGETS[args.target]
     images = int8.find_images(args.int8) if args.int8 else []
@@ -195,33 +206,40 @@ def _export(args: argparse.Namespace) -> None:
     if args.accuracy and isinstance(net, Heads):
         raise ValueError(f'--accuracy: for classifiers, and {args.model} is a {type(net.model).__name__}')
     deployable = prepare(net, preprocessing, args.model, args.size, args.batch, dynamic, args.preprocess, args.features)
+    channels = preprocessing['input_size'][0]
+    if (args.int8 or args.accuracy) and channels != 3:
+        raise ValueError(
+            f'--{"int8" if args.int8 else "accuracy"}: reads RGB images, and {args.model} has {channels} input channels'
+        )
     labels = json.loads(deployable.metadata.get('labels', 'null'))
-    examples = int8.labelled(args.accuracy, labels) if args.accuracy else []
+    examples = []
+    if args.accuracy:
+        classes = _eager(deployable)(deployable.random(1, *deployable.size)).shape[1]
+        examples = int8.labelled(args.accuracy, labels, classes)
     found: dict[str, object] = {'model': args.model, 'target': args.target, 'dynamic': sorted(dynamic)}
-    write = functools.partial(write_onnx, opset=args.opset) if args.target == 'onnx' else target.write
+    options: dict[str, Any] = {'opset': args.opset} if args.target in OPSETS else {}
+    write = functools.partial(target.write, **options)
     if args.int8:
         step = max(1, len(images) // args.int8_images)
-        chosen = list(int8.read_images(images[::step][: args.int8_images], deployable))
-        default = int8.FLOAT[args.target]
-        keep = {'nothing': [], 'both': ['attention', 'select']}.get(
-            args.int8_float or default, [args.int8_float or default]
-        )
-        write = functools.partial(int8.QUANTISERS[args.target], images=chosen, keep=frozenset(keep))
-        found['int8'] = args.int8_float or default
+        number = 1 if 'batch' in dynamic else len(deployable.image)
+        read = int8.read_images(images[::step][: args.int8_images], deployable)
+        chosen = [image.expand(number, *image.shape[1:]).contiguous() for image in read]
+        found['int8'] = args.int8_float or 'nothing'
+        keep = int8.KEEP[found['int8']]
+        write = functools.partial(int8.QUANTISERS[args.target], images=chosen, keep=keep, **options)
     with _whole(args.out) as partial:
         try:
             write(deployable, partial)
         except (ValueError, OSError):
             raise
         except Exception as error:  # each exporter's own kinds
-            raise ValueError(f'{target.title} cannot take {args.model}: {first_lines(error)}') from error
+            hint = '; --no-dynamic writes a file of one batch and size' if dynamic else ''
+            raise ValueError(f'{target.title} cannot take {args.model}: {first_lines(error)}{hint}') from error
         if args.check and target.load is None:
             print(f'{target.inspect(deployable, partial)}: converted, and not run on this machine')
         elif args.check:
             # A quantised file is for images like those that it was calibrated by, not for noise.
-            number = 1 if 'batch' in dynamic else len(deployable.image)
-            own = [image.expand(number, *image.shape[1:]).contiguous() for image in chosen[:16]] if args.int8 else None
-            apart = difference(deployable, target.run(partial, args.threads), own)
+            apart = difference(deployable, target.run(partial, args.threads), chosen[:16] if args.int8 else None)
             found['difference'] = apart
             of = ', '.join('x'.join(map(str, shape)) for shape in deployable.shapes())
             of = 'calibration images' if args.int8 else of
@@ -241,7 +259,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.target == 'tensorrt' and not can_build_engines():
         onnx = args.out.with_suffix('.onnx')
         print(f'{onnx}; no GPU with trtexec here: on a machine that has them')
-        print(' '.join(trtexec(deployable, onnx, args.out)))
+        print(shlex.join(trtexec(deployable, onnx, args.out)))
     else:
         print(args.out)
     if args.json:

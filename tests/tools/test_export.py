@@ -12,8 +12,9 @@ import pytest
 import timm
 import torch
 from _export import INT8, TARGET_NAMES
+from _export.blocks import in_blocks
 from _export.deployable import prepare
-from _export.graphs import merge_groups, pad_depthwise
+from _export.running import difference
 from _export.targets import TARGETS, slice_splits, trtexec
 from _export.targets import exported as exported_program
 from _networks import _from_config, build
@@ -156,16 +157,27 @@ def test_nodes_of_sknet50(tmp_path):
 
 @pytest.mark.parametrize(
     ('groups', 'width', 'together'),
-    [(8, 1, 1), (8, 4, 1), (8, 16, 4), (8, 64, 8), (6, 16, 6), (12, 6, 2), (12, 16, 4), (12, 20, 6)],
+    [
+        (8, 1, 1),
+        (8, 4, 1),
+        (8, 16, 4),
+        (8, 64, 8),
+        (6, 16, 6),
+        (12, 6, 2),
+        (12, 16, 4),
+        (7, 16, 7),
+        (19, 16, 1),
+        (22, 16, 2),
+    ],
 )
 @torch.no_grad()
-def test_merge_groups(groups, width, together):
-    """Groups of four channels, put together until they are wide enough, by a number that divides theirs."""
+def test_groups_in_blocks(groups, width, together):
+    """Groups of four channels, put together until they are wide enough, or as far as their number allows."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(4 * groups, 8 * groups, 3, padding=2, dilation=2, groups=groups)
     depthwise = torch.nn.Conv2d(8 * groups, 8 * groups, 3, groups=8 * groups)
     net = torch.nn.Sequential(conv, depthwise).eval()
-    merged = merge_groups(net, width)
+    merged = in_blocks(net, width, 1)
     assert (conv.groups, merged[0].groups, merged[1].groups) == (groups, groups // together, 8 * groups)
     assert merged[0].weight.count_nonzero() == conv.weight.numel()
     x = torch.randn(2, 4 * groups, 9, 9)
@@ -178,14 +190,14 @@ def test_merge_groups(groups, width, together):
     ids=str,
 )
 @torch.no_grad()
-def test_pad_depthwise(kwargs):
+def test_depthwise_in_blocks(kwargs):
     """Branches of 9, 17 and 33 channels, in 16s."""
     shape = dict(SHUFFLE, channels=(18, 34, 66))
     name = 'skshufflenetv2_x1_0' if kwargs != 'se' else 'seshufflenetv2_x1_0'
     torch.manual_seed(0)
     net = randomise(zoo.MODELS[name].build(**shape, **({} if kwargs == 'se' else dict(sk_kwargs=kwargs))))
     lean = simplify(net)
-    padded = pad_depthwise(lean, 16)
+    padded = in_blocks(lean, 1, 16)
 
     def channels(model):
         convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.groups == m.out_channels > 1]
@@ -285,7 +297,7 @@ def test_static_shape(tool, folder, tmp_path):
 def test_eight_bits(tool, folder, sknet, pictures, tmp_path, capsys, monkeypatch):
     from _export import int8
 
-    monkeypatch.setattr(int8, 'write_onnx', lambda deployable, path, width: shutil.copy(sknet[0], path))
+    monkeypatch.setattr(int8, 'write_onnx', lambda deployable, path, opset, width: shutil.copy(sknet[0], path))
     out = tmp_path / 'int8.onnx'
     words = [f'local-dir:{folder}', 'onnx', str(out), '--size', '64', '--int8', str(pictures), '--int8-images', '4']
     tool.main([*words, '--check', '--accuracy', str(pictures)])
@@ -308,6 +320,56 @@ def test_eight_bits_of_other_runtimes(tool, folder, pictures, tmp_path, capsys, 
     tool.main([*words, *options, '--check'])
     said = capsys.readouterr().out.splitlines()
     assert 1e-4 < float(said[-2].split()[5]) < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('words', [['tensorrt', 'a.engine'], ['onnx', 'a.onnx', '--int8', 'PICTURES']], ids=str)
+def test_opset(tool, folder, pictures, tmp_path, words):
+    onnx = pytest.importorskip('onnx')
+    target, out, *others = [str(pictures) if word == 'PICTURES' else word for word in words]
+    tool.main([f'local-dir:{folder}', target, str(tmp_path / out), '--size', '64', '--opset', '18', *others])
+    opsets = {opset.domain: opset.version for opset in onnx.load(tmp_path / 'a.onnx').opset_import}
+    assert opsets[''] == 18
+
+
+@pytest.mark.slow
+def test_opset_that_is_not_there(tool, folder, tmp_path):
+    onnx = pytest.importorskip('onnx')
+    newest = onnx.defs.onnx_opset_version()
+    with pytest.raises(ValueError, match=rf'^--opset 99: onnx {onnx.__version__} has operator sets up to {newest}$'):
+        tool.main([f'local-dir:{folder}', 'onnx', str(tmp_path / 'a.onnx'), '--opset', '99'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('target', INT8)
+def test_eight_bits_of_a_fixed_batch(tool, folder, pictures, tmp_path, capsys, target):
+    """Of two images, and ten that are told."""
+    for package in (*TARGETS[target].packages, *INT8[target]):
+        pytest.importorskip(package)
+    out = tmp_path / f'int8{TARGETS[target].suffix}'
+    words = ['--int8', str(pictures), '--int8-images', '3', '--batch', '3', '--accuracy', str(pictures)]
+    tool.main([f'local-dir:{folder}', target, str(out), '--size', '64', *words])
+    assert 'top-1 on 10 images: ' in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_small_images(tmp_path):
+    """The example is larger than the network's images, the file is for theirs."""
+    net = small('skresnet18')
+    deployable = prepare(net, {**PREPROCESSING, **NORMALISE}, 'net', 32, dynamic=BOTH)
+    assert tuple(deployable.image.shape) == (2, 3, 64, 64)
+    assert deployable.size == (32, 32)
+    assert deployable.shapes() == [(1, 32, 32), (1, 65, 32), (3, 32, 32), (3, 65, 32)]
+    TARGETS['torchscript'].write(deployable, tmp_path / 'a.ts')
+    assert difference(deployable, TARGETS['torchscript'].run(tmp_path / 'a.ts', 1)) < 1e-4
+    assert '--minShapes=image:1x3x32x32' in trtexec(deployable, tmp_path / 'a.onnx', tmp_path / 'a.engine')
+
+
+def test_check_of_a_network_of_one_size(tool, tmp_path):
+    net = ['vit_tiny_patch16_224', 'torchscript', str(tmp_path / 'a.ts'), '--check']
+    with pytest.raises(ValueError, match=r'takes no images of \(1, 3, 257, 193\): .*; --no-dynamic'):
+        tool.main(net)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -334,7 +396,7 @@ def test_tensorrt_without_a_gpu(tool, folder, tmp_path, capsys, monkeypatch):
     from _export import targets
 
     pytest.importorskip('onnxscript')
-    monkeypatch.setattr(targets, 'write_onnx', lambda deployable, path, width: path.write_text('graph'))
+    monkeypatch.setattr(targets, 'write_onnx', lambda deployable, path, opset, width: path.write_text('graph'))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     tool.main([f'local-dir:{folder}', 'tensorrt', str(tmp_path / 'a.engine'), '--size', '64'])
     said = capsys.readouterr().out.splitlines()

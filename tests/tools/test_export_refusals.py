@@ -36,6 +36,17 @@ WRONG = [
     ([NET, 'onnx', 'a.onnx', '--int8', 'broken'], r'broken/a\.png: is no image that can be read'),
     ([NET, 'torchscript', 'a.ts', '--accuracy', 'empty'], 'empty: has no images'),
     (['retinanet', 'torchscript', 'a.ts'], 'retinanet has no classifier: --features exports the feature maps of the'),
+    (
+        [NET, 'torchscript', 'a.ts', '--accuracy', 'broken'],
+        'broken: has no folders, of which there is to be one',
+    ),
+    (
+        [NET, 'torchscript', 'a.ts', '--accuracy', '.'],
+        r'\.: has 3 folders, and the network 1000 classes',
+    ),
+    ([NET, 'ncnn', 'seven.pth'], r'seven\.pth: is a file, and ncnn writes a folder'),
+    ([NET, 'torchscript', 'seven.pth/a.ts'], r'seven\.pth/a\.ts: seven\.pth is no folder'),
+    (['grey', 'onnx', 'a.onnx', '--int8', 'broken'], '--int8: reads RGB images, and grey has 1 input channels'),
     (['grey', 'torchscript', 'a.ts', '--preprocess'], '--preprocess: takes RGB images, and grey has 1 input channels'),
     (['seven.pth', 'torchscript', 'a.ts'], r'seven\.pth: its weights do not fit'),
     ([FCN, 'torchscript', 'a.ts', '--checkpoint', 'nothing.pth'], r'nothing\.pth: no such checkpoint file'),
@@ -132,6 +143,8 @@ def test_missing_quantiser(tool, place, tmp_path, monkeypatch):
             [NET, 'onnx', 'a.onnx', '--int8-float', 'both'],
             'argument --int8-float: needs --int8 FOLDER',
         ),
+        ([NET, 'onnx', 'a.onnx', '--int8-images', '5'], 'argument --int8-images: needs --int8 FOLDER'),
+        ([NET, 'onnx', 'a.onnx', '--json', 'nowhere/a.json'], 'argument --json: nowhere is no folder'),
         (
             [NET, 'onnx', 'a.onnx', '--batch', '2', '--dynamic'],
             'argument --batch: not with --dynamic',

@@ -63,6 +63,7 @@ class Deployable:
         metadata: what goes into the file, or beside it: texts.
         preprocessing: timm's data config.
         uint8: whether the input is (B, H, W, 3) uint8.
+        size: height and width of the network's images, where the example is larger.
     """
 
     model: nn.Module
@@ -73,6 +74,11 @@ class Deployable:
     metadata: dict[str, str]
     preprocessing: dict[str, Any] = field(default_factory=dict)
     uint8: bool = False
+    size: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        if self.size == (0, 0):
+            self.size = tuple(self.image.shape[1:3] if self.uint8 else self.image.shape[2:])
 
     def random(self, batch: int, height: int, width: int, seed: int = 0) -> Tensor:
         """Random images."""
@@ -80,12 +86,6 @@ class Deployable:
         if self.uint8:
             return torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, generator=generator)
         return torch.randn(batch, self.image.shape[1], height, width, generator=generator)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the example."""
-        height, width = self.image.shape[1:3] if self.uint8 else self.image.shape[2:]
-        return height, width
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """(batch, height, width) of what ``--check`` runs: two batches and two sizes where they are open."""
@@ -165,6 +165,7 @@ def prepare(
         {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()},
         {**preprocessing, 'input_size': (channels, height, width)},
         preprocess,
+        (height, width),
     )
 
 

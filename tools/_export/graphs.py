@@ -1,100 +1,13 @@
-"""ONNX: the graph that torch writes, without what asks for shapes, of convolutions that its runtime has kernels for."""
+"""ONNX: the graph that torch writes, without what asks for shapes."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
-from sk_plugins.lean import LeanSelectiveKernel
 
 from .deployable import Deployable
 
-__all__ = ['merge_groups', 'pad_depthwise', 'write']
-
-
-def merge_groups(model: nn.Module, width: int) -> nn.Module:
-    """A copy whose grouped convolutions have at least ``width`` channels a group, and the same outputs.
-
-    Neighbouring groups are put together, with zeros where there was no weight: more multiplications, and less time
-    where a runtime has fast kernels for wide groups only. Convolutions of one channel a group stay.
-    """
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, conv in list(parent.named_children()):
-            if type(conv) is nn.Conv2d and 1 < conv.in_channels // conv.groups < width:
-                wanted = -(-width // (conv.in_channels // conv.groups))
-                together = next(m for m in range(min(wanted, conv.groups), conv.groups + 1) if conv.groups % m == 0)
-                setattr(parent, name, _merged(conv, together))
-    return model
-
-
-@torch.no_grad()
-def _merged(conv: nn.Conv2d, together: int) -> nn.Conv2d:
-    """The convolution with so many groups in one."""
-    merged = copy.copy(conv)
-    merged._parameters = dict(conv._parameters)
-    merged.groups = conv.groups // together
-    blocks = conv.weight.unflatten(0, (merged.groups, together, -1))  # (groups, together, out, in, height, width)
-    weight = blocks.new_zeros(*blocks.shape[:3], together, *blocks.shape[3:])
-    for i in range(together):
-        weight[:, i, :, i] = blocks[:, i]
-    merged.weight = nn.Parameter(weight.flatten(3, 4).flatten(0, 2), requires_grad=False)
-    return merged
-
-
-def pad_depthwise(model: nn.Module, multiple: int) -> nn.Module:
-    """A copy whose depthwise convolutions between two 1x1 have a multiple of so many channels, and the same outputs.
-
-    The channels that are added are zero. Looks into the branches of ShuffleNetV2's units, with SK convolutions or plain
-    ones, as :func:`sk_plugins.simplify` leaves them.
-    """
-    model = copy.deepcopy(model)
-    for branch in model.modules():
-        if isinstance(branch, nn.Sequential):
-            layers = [layer for layer in branch if type(layer) not in (nn.Identity, nn.ReLU)]
-            for before, middle, after in zip(layers, layers[1:], layers[2:]):
-                if all(type(conv) is nn.Conv2d and conv.groups == 1 for conv in (before, after)):
-                    _pad(before, middle, after, -before.out_channels % multiple)
-    return model
-
-
-@torch.no_grad()
-def _pad(before: nn.Conv2d, middle: nn.Module, after: nn.Conv2d, number: int) -> None:
-    """Add so many channels between two convolutions."""
-    channels = before.out_channels
-    convs = [middle]
-    if type(middle) is LeanSelectiveKernel and not len(middle.after):
-        convs = [path.conv for path in middle.paths]
-    if not (number and all(type(conv) is nn.Conv2d and conv.groups == conv.out_channels == channels for conv in convs)):
-        return
-    _add_outputs(before, number)
-    _add_inputs(after, number)
-    for conv in convs:
-        _add_outputs(conv, number)
-        conv.in_channels = conv.groups = conv.out_channels
-    if middle not in convs and middle.attends:
-        _add_inputs(middle.reduce[0], number)
-        if not middle.shared:
-            _add_outputs(middle.select, number, parts=middle.select.out_channels // channels)
-
-
-def _add_outputs(conv: nn.Conv2d, number: int, parts: int = 1) -> None:
-    """Zeros at the end of each of the parts that the output channels are in."""
-    for name in ('weight', 'bias'):
-        values = getattr(conv, name)
-        if values is not None:
-            blocks = values.unflatten(0, (parts, -1))
-            zeros = blocks.new_zeros(parts, number, *blocks.shape[2:])
-            setattr(conv, name, nn.Parameter(torch.cat([blocks, zeros], 1).flatten(0, 1), requires_grad=False))
-    conv.out_channels += parts * number
-
-
-def _add_inputs(conv: nn.Conv2d, number: int) -> None:
-    zeros = conv.weight.new_zeros(conv.out_channels, number, *conv.kernel_size)
-    conv.weight = nn.Parameter(torch.cat([conv.weight, zeros], 1), requires_grad=False)
-    conv.in_channels += number
+__all__ = ['write']
 
 
 def write(deployable: Deployable, path: Path, opset: int | None = None) -> None:
@@ -103,6 +16,11 @@ def write(deployable: Deployable, path: Path, opset: int | None = None) -> None:
     Raises:
         ValueError: torch cannot write this ``opset``.
     """
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and opset > newest:
+        raise ValueError(f'--opset {opset}: onnx {onnx.__version__} has operator sets up to {newest}')
     shapes: dict[int, str] = {}
     first = 1 if deployable.uint8 else 2
     if 'batch' in deployable.dynamic:

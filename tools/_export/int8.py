@@ -19,12 +19,17 @@ from .deployable import Deployable
 from .pt2e import quantise_aoti, quantise_executorch
 from .targets import TARGETS, beside, convert_openvino, import_, require, write_litert, write_onnx
 
-__all__ = ['FLOAT', 'QUANTISERS', 'find_images', 'labelled', 'read_images']
+__all__ = ['KEEP', 'QUANTISERS', 'find_images', 'labelled', 'read_images']
 
 GROUP_WIDTH_8 = 32  # onnxruntime's convolutions of 8 bits multiply a matrix for every group
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
-# What of SK units is left in float by default, by target: docs/deployment.md has what was measured.
-FLOAT = dict.fromkeys(('onnx', 'openvino', 'aoti', 'executorch', 'litert'), 'nothing')
+# What of SK units stays in float, by --int8-float: docs/deployment.md has what was measured.
+KEEP = {
+    'nothing': frozenset(),
+    'attention': frozenset({'attention'}),
+    'select': frozenset({'select'}),
+    'both': frozenset({'attention', 'select'}),
+}
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -41,17 +46,23 @@ def find_images(folder: Path) -> list[Path]:
     return found
 
 
-def labelled(folder: Path, labels: list[str] | None) -> list[tuple[Path, int]]:
-    """The images of FOLDER/CLASS/*, each with its class's number: the network's where it names its classes.
+def labelled(folder: Path, labels: list[str] | None, classes: int) -> list[tuple[Path, int]]:
+    """The images of FOLDER/CLASS/*, each with its class's number among so many: the network's where it names them.
 
     Raises:
         ValueError: folders that are no classes of the network.
     """
     find_images(folder)
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not names:
+        raise ValueError(f'{folder}: has no folders, of which there is to be one for each class')
+    if not labels and len(names) != classes:
+        raise ValueError(
+            f'{folder}: has {len(names)} folders, and the network {classes} classes, which it does not name'
+        )
     order = labels or names
     unknown = [name for name in names if name not in order]
-    if unknown or not names:
+    if unknown:
         raise ValueError(f'{folder}: its folders {names[:5]} are not among the classes of the network, {order[:5]}')
     return [(path, order.index(name)) for name in names for path in find_images(folder / name)]
 
@@ -63,7 +74,8 @@ def read_images(paths: list[Path], deployable: Deployable) -> Iterator[Tensor]:
         ValueError: a file that is no image.
     """
     preprocessing = deployable.preprocessing
-    transform = create_transform(**preprocessing, is_training=False)
+    settings = {key: value for key, value in preprocessing.items() if key != 'label_names'}
+    transform = create_transform(**settings, is_training=False)
     mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ('mean', 'std'))
     for path in paths:
         try:
@@ -76,7 +88,9 @@ def read_images(paths: list[Path], deployable: Deployable) -> Iterator[Tensor]:
         yield tensor[None]
 
 
-def quantise_onnx(deployable: Deployable, path: Path, images: list[Tensor], keep: frozenset[str]) -> None:
+def quantise_onnx(
+    deployable: Deployable, path: Path, images: list[Tensor], keep: frozenset[str], opset: int | None = None
+) -> None:
     """QDQ by onnxruntime: activations and weights of 8 bits, weights by channel."""
     require('onnxruntime', extra='onnx')
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -92,7 +106,7 @@ def quantise_onnx(deployable: Deployable, path: Path, images: list[Tensor], keep
 
     with tempfile.TemporaryDirectory() as folder:
         plain, ready = Path(folder, 'float.onnx'), Path(folder, 'ready.onnx')
-        write_onnx(_in_products(deployable), plain, width=GROUP_WIDTH_8)
+        write_onnx(_in_products(deployable), plain, opset, width=GROUP_WIDTH_8)
         quant_pre_process(plain, ready, skip_symbolic_shape=True)
         quantize_static(
             ready,

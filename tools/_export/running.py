@@ -33,7 +33,13 @@ def difference(deployable: Deployable, run: Callable, images: Sequence[torch.Ten
     if images is None:
         images = [deployable.random(*shape) for shape in deployable.shapes()]
     for image in images:
-        expected = deployable.reference(image)
+        try:
+            expected = deployable.reference(image)
+        except Exception as error:  # each network's own kinds
+            hint = '; --no-dynamic writes a file of one batch and size' if deployable.dynamic else ''
+            raise ValueError(
+                f'--check: the network takes no images of {tuple(image.shape)}: {first_lines(error)}{hint}'
+            ) from error
         expected = [expected] if isinstance(expected, torch.Tensor) else list(expected)
         try:
             found = run(image)

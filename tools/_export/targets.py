@@ -140,9 +140,10 @@ def _arrays(outputs: Any) -> list[np.ndarray]:
 
 def write_onnx(deployable: Deployable, path: Path, opset: int | None = None, width: int = GROUP_WIDTH) -> None:
     """With at least ``width`` channels in a group of a convolution, and whole blocks of them in depthwise ones."""
-    from .graphs import merge_groups, pad_depthwise, write
+    from .blocks import in_blocks
+    from .graphs import write
 
-    model = pad_depthwise(merge_groups(deployable.model, width), min(width, GROUP_WIDTH))
+    model = in_blocks(deployable.model, width, min(width, GROUP_WIDTH))
     write(dataclasses.replace(deployable, model=model), path, opset)
 
 
@@ -345,10 +346,10 @@ def load_litert(path: Path, threads: int) -> Runner:
     return run
 
 
-def write_tensorrt(deployable: Deployable, path: Path) -> None:
+def write_tensorrt(deployable: Deployable, path: Path, opset: int | None = None) -> None:
     """The ONNX file, and the engine where TensorRT and a GPU are."""
     onnx = path.with_suffix('.onnx')
-    write_onnx(deployable, onnx, width=1)
+    write_onnx(deployable, onnx, opset, width=1)
     if can_build_engines():
         done = subprocess.run(trtexec(deployable, onnx, path), capture_output=True, text=True)
         if done.returncode:

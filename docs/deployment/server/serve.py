@@ -21,6 +21,8 @@ def open_model(path: str, threads: int) -> onnxruntime.InferenceSession:
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     if session.get_modelmeta().custom_metadata_map.get('input') != 'uint8 RGB, NHWC':
         raise ValueError('it takes no uint8 images: export it with --preprocess')
+    if isinstance(session.get_inputs()[0].shape[0], int):
+        raise ValueError('it is of one batch: export it without --no-dynamic and --batch')
     return session
 
 
@@ -94,6 +96,8 @@ if __name__ == '__main__':
     parser.add_argument('--host', default='127.0.0.1', help='default: 127.0.0.1, this machine alone')
     parser.add_argument('--port', type=int, default=8000, help='default: 8000')
     args = parser.parse_args()
+    if min(args.batch, args.threads) < 1 or args.wait < 0:
+        parser.error('--batch and --threads are at least 1, --wait is at least 0')
     try:
         open_model(args.model, args.threads)
     except Exception as error:  # of ONNX Runtime's own kinds
