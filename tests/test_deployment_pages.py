@@ -169,12 +169,16 @@ def softmax(logits):
 @pytest.mark.parametrize(('words', 'said'), [
     (['nothing.onnx'], 'serve.py: error: nothing.onnx: '),
     (['floats.onnx'], 'serve.py: error: floats.onnx: it takes no uint8 images: export it with --preprocess'),
+    (['one.onnx'], 'serve.py: error: one.onnx: it is of one batch: export it without --no-dynamic and --batch'),
+    (['one.onnx', '--batch', '0'], 'serve.py: error: --batch and --threads are at least 1'),
 ])  # fmt: skip
 @pytest.mark.slow
 def test_server_refuses(flowers, words, said):
     for package in ('mmpretrain', *NEEDS['server']):
         pytest.importorskip(package)
-    start(['-m', 'sk_plugins', 'export', 'work_dirs/flowers', 'onnx', 'floats.onnx'], flowers)
+    for name, *options in (('floats.onnx',), ('one.onnx', '--preprocess', '--no-dynamic')):
+        if words[0] == name:
+            start(['-m', 'sk_plugins', 'export', 'work_dirs/flowers', 'onnx', name, *options], flowers)
     command = [sys.executable, str(ROOT / 'docs' / 'deployment' / 'server' / 'serve.py'), *words]
     done = subprocess.run(command, cwd=flowers, env=environment(), capture_output=True, text=True)
     assert done.returncode == 2
