@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,9 @@ def train(load_tool):
     def run(config, work_dir, *options, arguments=()):
         # mmengine keeps logs and figures by experiment, which it names by the second.
         options = [*options, f'experiment_name=tools_{next(number)}']
+        # So is the folder of a run's logs: one that goes on in the second in which the other began would share it.
+        while (Path(work_dir) / time.strftime('%Y%m%d_%H%M%S')).exists():
+            time.sleep(0.05)
         load_tool('train').main([config, '--work-dir', str(work_dir), *arguments, '--cfg-options', *options])
         return Path(work_dir)
 
