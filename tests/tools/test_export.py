@@ -343,7 +343,7 @@ def test_opset_that_is_not_there(tool, folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('target', INT8)
 def test_eight_bits_of_a_fixed_batch(tool, folder, pictures, tmp_path, capsys, target):
-    """Of two images, and ten that are told."""
+    """Of three images, and ten that are told."""
     for package in (*TARGETS[target].packages, *INT8[target]):
         pytest.importorskip(package)
     out = tmp_path / f'int8{TARGETS[target].suffix}'

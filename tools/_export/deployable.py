@@ -61,9 +61,9 @@ class Deployable:
         dynamic: of 'batch' and 'size', what stays open.
         outputs: names of the outputs.
         metadata: what goes into the file, or beside it: texts.
+        size: height and width of the network's images; the example's may be larger.
         preprocessing: timm's data config.
         uint8: whether the input is (B, H, W, 3) uint8.
-        size: height and width of the network's images, where the example is larger.
     """
 
     model: nn.Module
@@ -72,13 +72,9 @@ class Deployable:
     dynamic: frozenset[str]
     outputs: list[str]
     metadata: dict[str, str]
+    size: tuple[int, int]
     preprocessing: dict[str, Any] = field(default_factory=dict)
     uint8: bool = False
-    size: tuple[int, int] = (0, 0)
-
-    def __post_init__(self) -> None:
-        if self.size == (0, 0):
-            self.size = tuple(self.image.shape[1:3] if self.uint8 else self.image.shape[2:])
 
     def random(self, batch: int, height: int, width: int, seed: int = 0) -> Tensor:
         """Random images."""
@@ -163,9 +159,9 @@ def prepare(
         dynamic,
         outputs,
         {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()},
+        (height, width),
         {**preprocessing, 'input_size': (channels, height, width)},
         preprocess,
-        (height, width),
     )
 
 
