@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import private
 from .reference import Attention, Branches, fuse, refuse_single_values, strided_like
 
 __all__ = ['NAME', 'backward', 'forward', 'norm_act', 'norm_act_backward', 'pays', 'saved_like', 'statistics']
@@ -31,6 +32,7 @@ def forward(spec, branches: Branches) -> tuple[Tensor, list[Tensor | None]]:
     ys, weights, biases, means, variances, attention = branches
     if spec.batch and ys[0].numel() == ys[0].shape[1]:
         refuse_single_values(ys[0])
+    private.add_one(spec.batches)
     us, saved = [], []
     for m, y in enumerate(ys):
         running = (means[m], variances[m]) if means else spec.running[m] if spec.running else (None, None)
@@ -66,6 +68,7 @@ def norm_act(spec, shortcut: None, *norm: Tensor | None) -> tuple[Tensor, list[T
     if spec.batch:
         if y.numel() == y.shape[1]:
             refuse_single_values(y)
+        private.add_one(spec.batches)
         running = spec.running[0]
     z, *saved = torch.native_batch_norm(y, weight, bias, *running, spec.batch, spec.momentum, spec.eps)
     return z, saved

@@ -33,6 +33,7 @@ class BranchSpec(NamedTuple):
         momentum: of the running statistics.
         eps: added to the variances.
         running: running mean and variance of every branch and of the attention, to update; empty where none are.
+        batches: the number of batches that each of those has seen, to count; empty where there are none.
     """
 
     engine: ModuleType
@@ -42,6 +43,7 @@ class BranchSpec(NamedTuple):
     momentum: float
     eps: float
     running: Sequence[tuple[Tensor, Tensor]]
+    batches: Sequence[Tensor] = ()
 
     def flatten(self, branches: Branches) -> list[Tensor | None]:
         tensors = [*branches.ys, *branches.weights, *branches.biases, *branches.means, *branches.variances]
@@ -87,6 +89,7 @@ class NormSpec(NamedTuple):
     momentum: float
     eps: float
     running: Sequence[tuple[Tensor, Tensor]]
+    batches: Sequence[Tensor] = ()
 
 
 class NormAct(torch.autograd.Function):

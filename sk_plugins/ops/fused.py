@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from . import gpu, operators, private
+from . import gpu, operators
 from .functions import BranchSpec, NormAct, NormPoolRelu, NormReluSelect, NormSpec
 from .reference import Attention, Branches
 
@@ -50,7 +50,7 @@ def norm_act(
         tensors[0] = shortcut.expand_as(tensors[1])
     if folded:
         return engine.norm_act(NormSpec(engine, relu, False, 0.0, 0.0, ()), *tensors)[0]
-    spec = NormSpec(engine, relu, batch, first.momentum, first.eps, _running(norms) if batch else ())
+    spec = NormSpec(engine, relu, batch, first.momentum, first.eps, *(_updated(norms) if batch else ((), ())))
     return NormAct.apply(spec, *tensors) if torch.is_grad_enabled() else engine.norm_act(spec, *tensors)[0]
 
 
@@ -61,7 +61,7 @@ def norm_act_pool(
     if not torch.is_grad_enabled():
         return pool(norm_act(engine, ((x, conv, norm),)))
     parameters, buffers, batch = norm._parameters, norm._buffers, norm.training
-    spec = NormSpec(engine, False, batch, norm.momentum, norm.eps, _running([norm]) if batch else ())
+    spec = NormSpec(engine, False, batch, norm.momentum, norm.eps, *(_updated([norm]) if batch else ((), ())))
     tensors = [_convolve(conv, x, True), parameters['weight'], parameters['bias']]
     tensors += [None, None] if batch else [buffers['running_mean'], buffers['running_var']]
     window = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
@@ -106,8 +106,8 @@ def norm_relu_select(
         if not batch:
             means.append(buffers['running_mean'])
             variances.append(buffers['running_var'])
-    updated = _running(every) if batch else ()
-    spec = BranchSpec(engine, num, attention is not None, batch, first.momentum, first.eps, updated)
+    updated = _updated(every) if batch else ((), ())
+    spec = BranchSpec(engine, num, attention is not None, batch, first.momentum, first.eps, *updated)
     branches = Branches(ys, weights, biases, means, variances, of_attention)
     if engine is operators:
         return operators.apply(spec, branches)
@@ -138,12 +138,11 @@ def _folded(ys: list[Tensor], convs: Sequence[nn.Conv2d], attention: tuple | Non
     return Branches(ys, none, [conv._parameters['bias'] for conv in convs], none, none, of_attention)
 
 
-def _running(norms: Sequence[nn.BatchNorm2d]) -> list[tuple[Tensor, Tensor]]:
-    """The running statistics to update, after the count of batches, as ``nn.BatchNorm2d`` has it."""
-    counts, running = [], []
+def _updated(norms: Sequence[nn.BatchNorm2d]) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """What a training step updates: running means and variances, and the numbers of batches that they have seen."""
+    running, batches = [], []
     for norm in norms:
         buffers = norm._buffers
-        counts.append(buffers['num_batches_tracked'])
         running.append((buffers['running_mean'], buffers['running_var']))
-    private.add_one(counts)
-    return running
+        batches.append(buffers['num_batches_tracked'])
+    return running, batches

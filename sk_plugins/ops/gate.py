@@ -127,6 +127,7 @@ def _agree(norms: list[nn.BatchNorm2d]) -> bool:
         and norm.running_mean is not None
         and norm.running_var is not None
         and norm.num_batches_tracked is not None
+        and norm.num_batches_tracked.device == norm.running_mean.device
         for norm in norms
     )
 

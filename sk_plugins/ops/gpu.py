@@ -77,9 +77,9 @@ def forward(spec, branches: Branches) -> tuple[Tensor, list[Tensor]]:
     if spec.batch:
         if ys[0].numel() == ys[0].shape[1]:
             refuse_single_values(ys[0])
-        saved += kernels.statistics(ys, spec.eps, spec.momentum, spec.running[: len(ys)])
+        saved += kernels.statistics(ys, spec.eps, spec.momentum, spec.running[: len(ys)], spec.batches[: len(ys)])
         means, variances = saved[:1], saved[1:]
-    norms = _norms(weights, biases, means, variances, spec, 4)
+    norms = _norms(weights, biases, means, variances, spec)
     if attention is None:
         return kernels.select(ys, norms, None), saved
     pooled, s = kernels.moments(ys, norms)
@@ -95,7 +95,7 @@ def backward(spec, branches: Branches, saved, grad: Tensor, needs_maps: bool) ->
     if grad.stride() != y.stride():
         (grad,) = _dense([grad], y)
     statistics = (saved[:1], saved[1:2]) if spec.batch else (means, variances)
-    norms = _norms(weights, biases, *statistics, spec, 4)
+    norms = _norms(weights, biases, *statistics, spec)
     given, grad_a = kernels.moments(ys, norms, grad)
     a = level = pooled = None
     grads: list[Tensor | None] = []
@@ -141,9 +141,9 @@ def norm_act(spec, shortcut: Tensor | None, *norms: Tensor | None) -> tuple[Tens
     if spec.batch:
         if ys[0].numel() == ys[0].shape[1]:
             refuse_single_values(ys[0])
-        saved += kernels.statistics(ys, spec.eps, spec.momentum, spec.running)
+        saved += kernels.statistics(ys, spec.eps, spec.momentum, spec.running, spec.batches)
         means, variances = saved[:1], saved[1:]
-    out = kernels.norm_act(ys, _norms(weights, biases, means, variances, spec, 2), shortcut, spec.relu)
+    out = kernels.norm_act(ys, _norms(weights, biases, means, variances, spec), shortcut, spec.relu)
     # The output, which the next convolution keeps too, tells where the ReLU was open; without a shortcut y does.
     if spec.relu and (shortcut is not None or len(ys) > 1):
         saved.append(out)
@@ -158,7 +158,7 @@ def norm_act_backward(
     if grad.stride() != ys[0].stride():
         (grad,) = _dense([grad], ys[0])
     statistics = (saved[:1], saved[1:2]) if spec.batch else (norms[3::5], norms[4::5])
-    pointers = _norms(weights, biases, *statistics, spec, 2)
+    pointers = _norms(weights, biases, *statistics, spec)
     out = saved[-1] if len(saved) == (3 if spec.batch else 1) else None
     if out is not None and out.stride() != ys[0].stride():  # hooks on saved tensors may change it
         (out,) = _dense([out], ys[0])
@@ -175,16 +175,11 @@ def norm_act_backward(
     return grads
 
 
-def _norms(weights, biases, means, spreads, spec, most: int):
-    """The kernels' view of norms: ``most`` pointers of each kind."""
-    pads = most - len(biases)
-    biases = [*biases, *biases[:1] * pads]
+def _norms(weights, biases, means, spreads, spec):
+    """The kernels' view of norms."""
     if weights[0] is None:
-        return biases * 4, 0.0, 'folded'
-    pointers = [*weights, *weights[:1] * pads, *biases]
-    pads = most - len(means)
-    pointers += [*means, *means[:1] * pads, *spreads, *spreads[:1] * pads]
-    return pointers, spec.eps, 'batch' if spec.batch else 'running'
+        return biases, 0.0, 'folded'
+    return [*weights, *biases, *means, *spreads], spec.eps, 'batch' if spec.batch else 'running'
 
 
 def _refuse_norm(channels: int) -> None:
@@ -206,10 +201,11 @@ def _attend(spec, attention: Attention, s: Tensor, num_branches: int) -> tuple[T
             z = attention.bias.float().addmm(s, reduce.t()).relu_()
         else:
             r = s.mm(reduce.t())
-            norm = attention.weight, attention.bias, running, spec.batch, spec.momentum, spec.eps
-            if any(map(r.shape[1].__ne__, map(Tensor.numel, (*norm[:2], *(running or ()))))):
+            affine = attention.weight, attention.bias
+            if any(map(r.shape[1].__ne__, map(Tensor.numel, (*affine, *(running or ()))))):
                 _refuse_norm(r.shape[1])
-            z, mean, invstd = kernels.norm_relu_rows(r, *norm)
+            batches = spec.batches[-1] if spec.batches else None
+            z, mean, invstd = kernels.norm_relu_rows(r, *affine, running, spec.batch, spec.momentum, spec.eps, batches)
         bias = attention.select_bias
         logits = z.mm(select.t()) if bias is None else bias.float().addmm(z, select.t())
     finally:

@@ -25,21 +25,22 @@ This module imports triton: import it only where triton is installed and its ker
 """
 
 # ruff: noqa: N803 - constants of a kernel and sizes of a tensor are capitals, as everywhere in Triton
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
-from operator import attrgetter, or_
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gpu_launch import Launch, compile_launched, launch
+
 __all__ = [
     'Norms',
+    'compile_launched',
     'input_grads',
+    'launch',
     'moments',
     'norm_act',
     'norm_act_grads',
@@ -63,14 +64,13 @@ _CHANNELS_LAST_BLOCK_C = 64
 _CONTIGUOUS_BLOCK_HW = 256
 # Elements of an image from which on places in it take 64 bits.
 _WIDE = 2**31
-_ROWS_BLOCK_B = 64
-_ROWS_BLOCK_D = 16
+_MOST_LAYOUTS = 10_000
+_ROWS = dict(BLOCK_B=64, BLOCK_D=16, num_warps=4)
 
 
 # The norms of M branches as kernels take them, a plain tuple since a class costs a call:
-# - scales, shifts, means and spreads, as many of each as the kernel has pointers for; those beyond M are never read.
-#   The first mean and spread are (M, C) statistics where the norm is 'batch', a spread being 1 / sqrt(variance + eps);
-#   else all are (C,), running means and variances;
+# - the tensors: M scales (C,), M shifts, then one (M, C) mean and one 1 / sqrt(variance + eps) where the norm is
+#   'batch', or M running means (C,) and M variances; of a 'folded' norm the M shifts alone;
 # - eps, added to running variances;
 # - NORM: 'batch', 'running' or 'folded'.
 Norms = tuple[Sequence[Tensor], float, str]
@@ -166,9 +166,9 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=['HW', 'rows', 'splits', 'num_partials', 'count', 'momentum'])
 def _merge_statistics_kernel(
-    partials, mean, invstd, mean0, mean1, mean2, mean3, var0, var1, var2, var3,
+    partials, mean, invstd, mean0, mean1, mean2, mean3, var0, var1, var2, var3, batches0, batches1, batches2, batches3,
     C, HW, rows, splits, num_partials, count, eps, momentum,
-    HAS_RUNNING: tl.constexpr, M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_RUNNING: tl.constexpr, COUNTS: tl.constexpr, M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Merge :func:`_statistics_kernel`'s partials (Chan, Golub and LeVeque 1983) into (M, C) statistics."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -201,12 +201,20 @@ def _merge_statistics_kernel(
             unbiased = variance * (count / (count - 1.0))
             _update(_pick(mean0, mean1, mean2, mean3, m) + channels, found, momentum, c_mask)
             _update(_pick(var0, var1, var2, var3, m) + channels, unbiased, momentum, c_mask)
+        if COUNTS:
+            _count(_pick(batches0, batches1, batches2, batches3, m))
 
 
 @triton.jit
 def _update(running, value, momentum, mask):
     old = tl.load(running, mask=mask, other=0.0).to(tl.float32)
     tl.store(running, (old + momentum * (value - old)).to(running.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _count(batches):
+    if tl.program_id(0) == 0:
+        tl.store(batches, tl.load(batches) + 1)
 
 
 @triton.jit
@@ -479,8 +487,9 @@ def _norm_act_grads_kernel(
 
 @triton.jit(do_not_specialize=['rows', 'momentum'])
 def _norm_relu_rows_kernel(
-    r, weight, bias, running_mean, running_var, z, mean, invstd, rows, D, eps, momentum,
-    BATCH: tl.constexpr, HAS_RUNNING: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    r, weight, bias, running_mean, running_var, batches, z, mean, invstd, rows, D, eps, momentum,
+    BATCH: tl.constexpr, HAS_RUNNING: tl.constexpr, COUNTS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """ReLU(BN(r)) of (rows, D): by the statistics of the rows, or by running ones."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -506,6 +515,8 @@ def _norm_relu_rows_kernel(
         if HAS_RUNNING:
             _update(running_mean + d, mu, momentum, d_mask)
             _update(running_var + d, variance * (rows / (rows - 1.0)), momentum, d_mask)
+        if COUNTS:
+            _count(batches)
     else:
         mu = tl.load(running_mean + d, mask=d_mask, other=0.0).to(tl.float32)
         inv = 1.0 / tl.sqrt(tl.load(running_var + d, mask=d_mask, other=0.0).to(tl.float32) + eps)
@@ -555,113 +566,42 @@ def _norm_relu_rows_grads_kernel(
         tl.store(grad_r + at, g * scale, mask=mask)
 
 
-# By all that a launch consists of but addresses: Triton's launcher, with what it takes before and after them.
-_launchers: dict[tuple, tuple] = {}
-_MOST_LAUNCHERS = 10_000  # as sizes of images change, so do launches
-_address, _dtype = Tensor.data_ptr, attrgetter('dtype')
-
-
-def launch(
-    kernel: Any, grid: tuple[int, ...], tensors: Sequence[Tensor], numbers: Sequence[float], **constants: Any
-) -> None:
-    """The one place from which kernels start.
-
-    At every launch Triton looks at each argument's type, alignment and divisibility to find the compiled kernel, which
-    takes the host longer than all else that a unit does. What it found is kept here for launches of the same kind.
-    """
-    addresses = list(map(_address, tensors))
-    device = tensors[0].get_device()
-    if device < 0 or reduce(or_, addresses) % 16:  # not on a GPU; or beside what kernels are compiled for
-        launched = getattr(_collecting, 'launched', None)
-        if launched is None:
-            kernel[grid](*tensors, *numbers, **constants)
-        else:
-            launched.append((kernel, grid, tensors, numbers, constants))
-        return
-    key = kernel.fn, device, grid, *numbers, *constants.values(), *map(_dtype, tensors)
-    launcher = _launchers.get(key)
-    if launcher is None:
-        launcher = _launchers[key] = _prepare(kernel, grid, tensors, numbers, constants)
-    if not launcher:
-        kernel[grid](*tensors, *numbers, **constants)
-        return
-    run, x, y, stream, function, packed, rest, _ = launcher
-    run(x, y, 1, stream(device), function, packed, None, None, None, *addresses, *rest)
-
-
-_collecting = threading.local()  # a thread's launches, while they are collected
-
-
-def compile_launched(function: Callable[[], object], device: torch.device) -> None:
-    """Compile for ``device``, in parallel, what ``function`` launches on CPU tensors, for which nothing is computed.
-
-    Most of a compilation is outside Python.
-    """
-    _collecting.launched = []
-    try:
-        function()
-    finally:
-        launched = _collecting.__dict__.pop('launched')
-    kinds = {(launch[0].fn, *map(_dtype, launch[2]), *launch[4].values()): launch for launch in launched}
-
-    def compile_one(launch: tuple) -> None:
-        kernel, grid, tensors, numbers, constants = launch
-        with torch.cuda.device(device):
-            kernel.warmup(*tensors, *numbers, grid=grid, **constants)
-
-    with ThreadPoolExecutor(8) as executor:
-        list(executor.map(compile_one, kinds.values()))
-
-
-def _prepare(
-    kernel: Any,
-    grid: tuple[int, ...],
-    tensors: Sequence[Tensor],
-    numbers: Sequence[float],
-    constants: dict[str, Any],
-) -> tuple:
-    """A launcher; empty where Triton is not as it is known, or the GPU of another kind: its own launch is taken."""
-    if len(_launchers) >= _MOST_LAUNCHERS:
-        _launchers.clear()
-    driver = triton.runtime.driver.active
-    try:
-        if driver.get_current_target().backend != 'cuda':
-            return ()
-        compiled = kernel.warmup(*tensors, *numbers, grid=grid, **constants)
-        launcher = compiled.run, *grid, *[1] * (2 - len(grid)), driver.get_current_stream
-        names = kernel.arg_names[len(tensors) + len(numbers) :]
-        launcher += compiled.function, compiled.packed_metadata, (*numbers, *map(constants.__getitem__, names))
-    except (AttributeError, KeyError):
-        return ()
-    return *launcher, compiled  # which is unloaded once nobody has it
-
-
 def statistics(
-    ys: Sequence[Tensor], eps: float, momentum: float, running: Sequence[tuple[Tensor, Tensor]]
+    ys: Sequence[Tensor],
+    eps: float,
+    momentum: float,
+    running: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps) of every channel of every branch, each (M, C) float32.
 
-    ``running`` means and variances, a pair for every branch or none at all, are updated.
+    ``running`` means and variances, a pair for every branch or none at all, are updated, and so are the numbers of
+    ``batches`` that they have seen.
     """
     y, num = ys[0], len(ys)
-    layout = (y.shape, y.stride(), _REDUCTION_TILE, True)
-    grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    channels, positions, _, _, rows, splits = place
-    batch = y.shape[0]
-    partials = y.new_empty((batch * splits, 2, num, channels), dtype=torch.float32)
-    mean = y.new_empty((num, channels), dtype=torch.float32)
+    laid = y.shape, y.stride(), _REDUCTION_TILE, True
+    layout = _layouts.get(laid) or _lay_out(y, laid)
+    partials = y.new_empty((layout.images * layout.splits, 2, num, layout.channels), dtype=torch.float32)
+    mean = y.new_empty((num, layout.channels), dtype=torch.float32)
     invstd = torch.empty_like(mean)
-    ys = [*ys, *[y] * (4 - num)]
-    launch(_statistics_kernel, grid, [*ys, partials], place, M=num, **blocks, num_warps=4)
-    means, variances = zip(*running) if running else ((mean,), (mean,))
-    pads = 4 - len(means)
-    # Eight channels are a 32-byte sector, and few enough to spread the merge over many programs.
-    launch(
-        _merge_statistics_kernel, (-(-channels // 8),),
-        [partials, mean, invstd, *means, *means[:1] * pads, *variances, *variances[:1] * pads],
-        [channels, positions, rows, splits, batch * splits, float(batch * positions), eps, momentum],
-        HAS_RUNNING=bool(running), M=num, BLOCK_P=128, BLOCK_C=8, num_warps=4,
-    )  # fmt: skip
+    has_running, counts = bool(running), bool(batches)
+
+    def describe() -> Launch:
+        return layout.grid, [*_first(0, num), num], layout.place, dict(M=num, **layout.blocks, num_warps=4)
+
+    def describe_merge() -> Launch:
+        channels, positions, _, _, rows, splits = layout.place
+        images = layout.images
+        pointers = [0, 1, 2, *_first(3, num, 2), *_first(4, num, 2)] if has_running else [0, 1, 2, *[1] * 8]
+        pointers += _first(3 + 2 * num, num) if counts else [1] * 4
+        numbers = [channels, positions, rows, splits, images * splits, float(images * positions), eps, momentum]
+        constants = dict(HAS_RUNNING=has_running, COUNTS=counts, M=num, BLOCK_P=128, BLOCK_C=8, num_warps=4)
+        # Eight channels are a 32-byte sector, and few enough to spread the merge over many programs.
+        return (-(-channels // 8),), pointers, numbers, constants
+
+    launch(_statistics_kernel, [*ys, partials], (layout, num), describe)
+    updated = [partials, mean, invstd, *chain.from_iterable(running), *batches]
+    launch(_merge_statistics_kernel, updated, (layout, num, eps, momentum, has_running, counts), describe_merge)
     return mean, invstd
 
 
@@ -671,33 +611,46 @@ def moments(ys: Sequence[Tensor], norms: Norms, grad: Tensor | None = None) -> t
     With a gradient g (B, C, H, W) that is the sum of g u_m, (B, M, C); without, g is 1 and it is s, (B, C).
     """
     y, num = ys[0], len(ys)
-    layout = (y.shape, y.stride(), _REDUCTION_TILE if num <= 2 else _REDUCTION_TILE // 2, True)
-    grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    pointers, eps, norm = norms
-    batch, channels, splits = y.shape[0], place[0], place[-1]
-    partials = y.new_empty((splits, 2, batch, num, channels), dtype=torch.float32)
-    of_maps = (splits, batch, channels) if grad is None else (splits, batch, num, channels)
-    values = y.new_empty(of_maps, dtype=torch.float32)
-    launch(
-        _moments_kernel, grid,
-        [*ys, *[y] * (4 - num), *pointers, y if grad is None else grad, partials, values], [eps, batch, *place],
-        HAS_GRAD=grad is not None, NORM=norm, M=num, **blocks, num_warps=4,
-    )  # fmt: skip
+    laid = y.shape, y.stride(), _REDUCTION_TILE if num <= 2 else _REDUCTION_TILE // 2, True
+    layout = _layouts.get(laid) or _lay_out(y, laid)
+    given, eps, norm = norms
+    images, channels, splits = layout.images, layout.channels, layout.splits
+    partials = y.new_empty((splits, 2, images, num, channels), dtype=torch.float32)
+    tensors = [*ys, *given, partials]
+    if grad is None:
+        values = y.new_empty((splits, images, channels), dtype=torch.float32)
+        tensors.append(values)
+    else:
+        values = y.new_empty((splits, images, num, channels), dtype=torch.float32)
+        tensors += values, grad
+
+    def describe() -> Launch:
+        pointers, end = _point(num, norm, 4)
+        pointers += [0 if grad is None else end + 2, end, end + 1]
+        constants = dict(HAS_GRAD=grad is not None, NORM=norm, M=num, **layout.blocks, num_warps=4)
+        return layout.grid, pointers, [eps, images, *layout.place], constants
+
+    launch(_moments_kernel, tensors, (layout, num, norm, eps, grad is None), describe)
     return (partials[0], values[0]) if splits == 1 else (partials.sum(0), values.sum(0))
 
 
 def select(ys: Sequence[Tensor], norms: Norms, attention: Tensor | None) -> Tensor:
     """V (B, C, H, W), the sum of relu(z_m), weighted where there is an attention (B, M, C or 1)."""
     y, num = ys[0], len(ys)
-    layout = (y.shape, y.stride(), _ELEMENTWISE_TILE if num <= 2 else _ELEMENTWISE_TILE // 2, False)
-    grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    pointers, eps, norm = norms
+    laid = y.shape, y.stride(), _ELEMENTWISE_TILE if num <= 2 else _ELEMENTWISE_TILE // 2, False
+    layout = _layouts.get(laid) or _lay_out(y, laid)
+    given, eps, norm = norms
     out = torch.empty_like(y)
-    given, strides = _strides(attention, y)
-    launch(
-        _select_kernel, grid, [*ys, *[y] * (4 - num), *pointers, out, given], [*strides, eps, *place],
-        ATTENDS=attention is not None, NORM=norm, M=num, **blocks, num_warps=8,
-    )  # fmt: skip
+    strides = _strides(attention)
+
+    def describe() -> Launch:
+        pointers, end = _point(num, norm, 4)
+        pointers += [end, 0 if attention is None else end + 1]
+        constants = dict(ATTENDS=attention is not None, NORM=norm, M=num, **layout.blocks, num_warps=8)
+        return layout.grid, pointers, [*strides, eps, *layout.place], constants
+
+    tensors = [*ys, *given, out] if attention is None else [*ys, *given, out, attention]
+    launch(_select_kernel, tensors, (layout, num, norm, eps, attention is None, strides), describe)
     return out
 
 
@@ -706,15 +659,17 @@ def weigh_moments(given: Tensor, attention: Tensor | None, level: Tensor | None,
 
     They are the gradients of the norms' shifts and scales. Without attention they are the sums of ``given``.
     """
-    _, images, num, channels = given.shape
+    _, images, num, channels = shape = given.shape
     sums = given.new_empty((2, num, channels))
-    weights, strides = _strides(attention, given)
-    attends = attention is not None
-    launch(
-        _weigh_moments_kernel, (-(-channels // 64), 2 * num),
-        [weights, given, level if attends else given, pooled if attends else given, sums], [*strides, images, channels],
-        ATTENDS=attends, M=num, BLOCK_B=32, BLOCK_C=64, num_warps=4,
-    )  # fmt: skip
+    strides = _strides(attention)
+
+    def describe() -> Launch:
+        pointers = [0, 0, 0, 0, 1] if attention is None else [2, 0, 3, 4, 1]
+        constants = dict(ATTENDS=attention is not None, M=num, BLOCK_B=32, BLOCK_C=64, num_warps=4)
+        return (-(-channels // 64), 2 * num), pointers, [*strides, images, channels], constants
+
+    tensors = [given, sums] if attention is None else [given, sums, attention, level, pooled]
+    launch(_weigh_moments_kernel, tensors, (shape, attention is None, strides), describe)
     return sums
 
 
@@ -726,32 +681,43 @@ def input_grads(
     The terms with ``sums`` (2, M, C) are for statistics of the batch alone.
     """
     y, num = ys[0], len(ys)
-    layout = (y.shape, y.stride(), _ELEMENTWISE_TILE if num <= 2 else _ELEMENTWISE_TILE // 2, False)
-    grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    pointers, eps, norm = norms
+    laid = y.shape, y.stride(), _ELEMENTWISE_TILE if num <= 2 else _ELEMENTWISE_TILE // 2, False
+    layout = _layouts.get(laid) or _lay_out(y, laid)
+    given, eps, norm = norms
     grads = list(map(torch.empty_like, ys))
-    given, strides = _strides(attention, y)
-    pads = 4 - num
-    launch(
-        _input_grads_kernel, grid,
-        [*ys, *[y] * pads, *pointers, *grads, *grads[:1] * pads, grad, given, y if level is None else level, sums],
-        [*strides, eps, float(y.shape[0] * place[1]), *place],
-        ATTENDS=attention is not None, NORM=norm, M=num, **blocks, num_warps=8,
-    )  # fmt: skip
+    strides = _strides(attention)
+
+    def describe() -> Launch:
+        pointers, end = _point(num, norm, 4)
+        last = end + num
+        pointers += [*_first(end, num), last, *([0, 0] if attention is None else [last + 2, last + 3]), last + 1]
+        numbers = [*strides, eps, float(layout.images * layout.place[1]), *layout.place]
+        constants = dict(ATTENDS=attention is not None, NORM=norm, M=num, **layout.blocks, num_warps=8)
+        return layout.grid, pointers, numbers, constants
+
+    tensors = [*ys, *given, *grads, grad, sums]
+    if attention is not None:
+        tensors += attention, level
+    launch(_input_grads_kernel, tensors, (layout, num, norm, eps, attention is None, strides), describe)
     return grads
 
 
 def norm_act(ys: Sequence[Tensor], norms: Norms, shortcut: Tensor | None, relu: bool) -> Tensor:
     """act(sum_m BN_m(y_m) + shortcut), (B, C, H, W), of one norm or of two."""
-    y = ys[0]
-    layout = (y.shape, y.stride(), _ELEMENTWISE_TILE, False)
-    grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    pointers, eps, norm = norms
+    y, num = ys[0], len(ys)
+    laid = y.shape, y.stride(), _ELEMENTWISE_TILE, False
+    layout = _layouts.get(laid) or _lay_out(y, laid)
+    given, eps, norm = norms
     out = torch.empty_like(y)
-    launch(
-        _norm_act_kernel, grid, [y, ys[-1], *pointers, y if shortcut is None else shortcut, out], [eps, *place],
-        RELU=relu, HAS_SHORTCUT=shortcut is not None, NORM=norm, M=len(ys), **blocks, num_warps=8,
-    )  # fmt: skip
+
+    def describe() -> Launch:
+        pointers, end = _point(num, norm, 2)
+        pointers += [0 if shortcut is None else end + 1, end]
+        constants = dict(RELU=relu, HAS_SHORTCUT=shortcut is not None, NORM=norm, M=num, **layout.blocks, num_warps=8)
+        return layout.grid, pointers, [eps, *layout.place], constants
+
+    tensors = [*ys, *given, out] if shortcut is None else [*ys, *given, out, shortcut]
+    launch(_norm_act_kernel, tensors, (layout, num, norm, eps, relu, shortcut is None), describe)
     return out
 
 
@@ -761,15 +727,19 @@ def norm_act_moments(ys: Sequence[Tensor], norms: Norms, grad: Tensor, out: Tens
     Where ``out``, the ReLU's output, is None, the only norm's result says where it was open.
     """
     y, num = ys[0], len(ys)
-    layout = (y.shape, y.stride(), _REDUCTION_TILE, True)
-    grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    pointers, eps, norm = norms
-    partials = y.new_empty((y.shape[0] * place[-1], 1 + num, place[0]), dtype=torch.float32)
-    launch(
-        _norm_act_moments_kernel, grid,
-        [y, ys[-1], *pointers, grad, y if out is None else out, partials], [eps, *place],
-        RELU=relu, HAS_OUT=out is not None, NORM=norm, M=num, **blocks, num_warps=4,
-    )  # fmt: skip
+    laid = y.shape, y.stride(), _REDUCTION_TILE, True
+    layout = _layouts.get(laid) or _lay_out(y, laid)
+    given, eps, norm = norms
+    partials = y.new_empty((layout.images * layout.splits, 1 + num, layout.channels), dtype=torch.float32)
+
+    def describe() -> Launch:
+        pointers, end = _point(num, norm, 2)
+        pointers += [end, 0 if out is None else end + 2, end + 1]
+        constants = dict(RELU=relu, HAS_OUT=out is not None, NORM=norm, M=num, **layout.blocks, num_warps=4)
+        return layout.grid, pointers, [eps, *layout.place], constants
+
+    tensors = [*ys, *given, grad, partials] if out is None else [*ys, *given, grad, partials, out]
+    launch(_norm_act_moments_kernel, tensors, (layout, num, norm, eps, relu, out is None), describe)
     return partials.sum(0)
 
 
@@ -783,20 +753,30 @@ def norm_act_grads(
     relu: bool,
 ) -> tuple[list[Tensor], Tensor | None]:
     """The gradients of y_m, and of the shortcut where it is given, all (B, C, H, W)."""
-    y = ys[0]
-    layout = (y.shape, y.stride(), _ELEMENTWISE_TILE, False)
-    grid, place, blocks = _layouts.get(layout) or _lay_out(y, layout)
-    pointers, eps, norm = norms
+    y, num = ys[0], len(ys)
+    laid = y.shape, y.stride(), _ELEMENTWISE_TILE, False
+    layout = _layouts.get(laid) or _lay_out(y, laid)
+    given, eps, norm = norms
     grads = list(map(torch.empty_like, ys))
-    grad_shortcut = None if shortcut is None else torch.empty_like(y, dtype=shortcut.dtype)
-    launch(
-        _norm_act_grads_kernel, grid,
-        [y, ys[-1], *pointers, grad, y if out is None else out, grads[0], grads[-1],
-         y if shortcut is None else grad_shortcut, sums],
-        [eps, float(y.shape[0] * place[1]), *place],
-        RELU=relu, HAS_OUT=out is not None, HAS_SHORTCUT=shortcut is not None, NORM=norm, M=len(ys),
-        **blocks, num_warps=8,
-    )  # fmt: skip
+    tensors = [*ys, *given, grad, *grads, sums]
+    if out is not None:
+        tensors.append(out)
+    grad_shortcut = None
+    if shortcut is not None:
+        grad_shortcut = torch.empty_like(y, dtype=shortcut.dtype)
+        tensors.append(grad_shortcut)
+
+    def describe() -> Launch:
+        pointers, end = _point(num, norm, 2)
+        sums_at = end + 1 + num
+        pointers += [end, 0 if out is None else sums_at + 1, *_first(end + 1, num, 1, 2)]
+        pointers += [0 if shortcut is None else len(tensors) - 1, sums_at]
+        numbers = [eps, float(layout.images * layout.place[1]), *layout.place]
+        constants = dict(RELU=relu, HAS_OUT=out is not None, HAS_SHORTCUT=shortcut is not None)
+        return layout.grid, pointers, numbers, dict(**constants, NORM=norm, M=num, **layout.blocks, num_warps=8)
+
+    kind = layout, num, norm, eps, relu, out is None, shortcut is None
+    launch(_norm_act_grads_kernel, tensors, kind, describe)
     return grads, grad_shortcut
 
 
@@ -808,19 +788,29 @@ def norm_relu_rows(
     batch: bool,
     momentum: float,
     eps: float,
+    batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z = ReLU(BN(r)), (B, d) float32, and the mean and 1 / sqrt(variance + eps) it took, (d,).
 
-    ``running`` statistics are updated where ``batch``, else they are what is taken.
+    ``running`` statistics, and the number of ``batches`` that they have seen, are updated where ``batch``, else they
+    are what is taken.
     """
-    rows, dim = r.shape
+    rows, dim = shape = r.shape
     z = torch.empty_like(r)
     mean, invstd = r.new_empty(dim), r.new_empty(dim)
-    launch(
-        _norm_relu_rows_kernel, (-(-dim // _ROWS_BLOCK_D),),
-        [r, weight, bias, *(running or (mean, invstd)), z, mean, invstd], [rows, dim, eps, momentum],
-        BATCH=batch, HAS_RUNNING=running is not None, BLOCK_B=_ROWS_BLOCK_B, BLOCK_D=_ROWS_BLOCK_D, num_warps=4,
-    )  # fmt: skip
+    tensors = [r, weight, bias, z, mean, invstd]
+    if running is not None:
+        tensors += running
+    if batches is not None:
+        tensors.append(batches)
+    kind = shape, batch, running is None, batches is None, eps, momentum
+
+    def describe() -> Launch:
+        pointers = [0, 1, 2, *([4, 5] if running is None else [6, 7]), 4 if batches is None else 8, 3, 4, 5]
+        constants = dict(BATCH=batch, HAS_RUNNING=running is not None, COUNTS=batches is not None, **_ROWS)
+        return (-(-dim // _ROWS['BLOCK_D']),), pointers, [rows, dim, eps, momentum], constants
+
+    launch(_norm_relu_rows_kernel, tensors, kind, describe)
     return z, mean, invstd
 
 
@@ -828,25 +818,63 @@ def norm_relu_rows_grads(
     grad: Tensor, z: Tensor, r: Tensor, weight: Tensor, mean: Tensor, invstd: Tensor, batch: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of r (B, d), of the scale and of the shift (d,), in float32."""
-    rows, dim = r.shape
+    rows, dim = shape = r.shape
     grad_r = torch.empty_like(r)
     grad_weight, grad_bias = r.new_empty(dim), r.new_empty(dim)
-    launch(
-        _norm_relu_rows_grads_kernel, (-(-dim // _ROWS_BLOCK_D),),
-        [grad, z, r, weight, mean, invstd, grad_r, grad_weight, grad_bias], [rows, dim],
-        BATCH=batch, BLOCK_B=_ROWS_BLOCK_B, BLOCK_D=_ROWS_BLOCK_D, num_warps=4,
-    )  # fmt: skip
+
+    def describe() -> Launch:
+        return (-(-dim // _ROWS['BLOCK_D']),), range(9), [rows, dim], dict(BATCH=batch, **_ROWS)
+
+    tensors = [grad, z, r, weight, mean, invstd, grad_r, grad_weight, grad_bias]
+    launch(_norm_relu_rows_grads_kernel, tensors, (shape, batch), describe)
     return grad_r, grad_weight, grad_bias
 
 
-# By a map's shape and strides, a tile's elements and whether the kernel sums: its grid, the numbers that place a
-# program in the map, and its blocks. Looked up without a call, since there are some twenty launches a unit.
-_layouts: dict[tuple, tuple[tuple[int], tuple[int, ...], dict[str, int]]] = {}
+def _first(start: int, count: int, step: int = 1, most: int = 4) -> list[int]:
+    """Where ``count`` tensors are among those of a launch, for ``most`` pointers; those left over are never read."""
+    return [start + step * (m if m < count else 0) for m in range(most)]
 
 
-def _lay_out(y: Tensor, layout: tuple) -> tuple[tuple[int], tuple[int, ...], dict[str, int]]:
-    """``_layouts[layout]``, made. A 1x1 map is dense in both formats, and wide tiles are the better ones for it."""
-    _, _, elements, reduces = layout
+def _point(num: int, norm: str, most: int) -> tuple[list[int], int]:
+    """Where a kernel's pointers to the maps and to ``Norms`` are among [*ys, *norms], and how many those are."""
+    pointers = _first(0, num, most=most)
+    if norm == 'folded':
+        return pointers + 4 * _first(num, num, most=most), 2 * num
+    count = 1 if norm == 'batch' else num
+    for start, given in ((num, num), (2 * num, num), (3 * num, count), (3 * num + count, count)):
+        pointers += _first(start, given, most=most)
+    return pointers, 3 * num + 2 * count
+
+
+@dataclass(eq=False)  # told apart by which it is: hashing its numbers at every launch would take time
+class _Layout:
+    """How a kernel's programs are laid over a map.
+
+    Attributes:
+        grid: the number of programs.
+        place: the numbers by which a program finds its part of the map.
+        blocks: the sizes of its tiles.
+        images: B.
+        channels: C.
+        splits: among how many programs an image's positions are split.
+    """
+
+    grid: tuple[int]
+    place: tuple[int, ...]
+    blocks: dict[str, int]
+    images: int
+    channels: int
+    splits: int
+
+
+# By a map's shape and strides, a tile's elements and whether the kernel sums. Looked up without a call, since there are
+# some twenty launches a unit.
+_layouts: dict[tuple, _Layout] = {}
+
+
+def _lay_out(y: Tensor, laid: tuple) -> _Layout:
+    """``_layouts[laid]``, made. A 1x1 map is dense in both formats, and wide tiles are the better ones for it."""
+    _, _, elements, reduces = laid
     batch, channels, height, width = y.shape
     positions = height * width
     if y.is_contiguous(memory_format=torch.channels_last):
@@ -862,8 +890,9 @@ def _lay_out(y: Tensor, layout: tuple) -> tuple[tuple[int], tuple[int, ...], dic
     splits = -(-positions // rows)
     place = (channels, positions, *strides, rows, splits) if reduces else (channels, positions, *strides, splits)
     blocks = dict(BLOCK_HW=block_hw, BLOCK_C=block_c, WIDE=channels * positions >= _WIDE)
-    made = (batch * splits * columns,), place, blocks
-    _layouts[layout] = made
+    if len(_layouts) >= _MOST_LAYOUTS:
+        _layouts.clear()
+    made = _layouts[laid] = _Layout((batch * splits * columns,), place, blocks, batch, channels, splits)
     return made
 
 
@@ -872,9 +901,9 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _strides(attention: Tensor | None, otherwise: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """A pointer and the strides of an image, a branch and a channel of an attention (B, M, C or 1), or of none."""
+def _strides(attention: Tensor | None) -> tuple[int, int, int]:
+    """The strides of an image, a branch and a channel of an attention (B, M, C or 1), or of none."""
     if attention is None:
-        return otherwise, (0, 0, 0)
+        return 0, 0, 0
     batch, branch, channel = attention.stride()
-    return attention, (batch, branch, 0 if attention.shape[2] == 1 else channel)
+    return batch, branch, 0 if attention.shape[2] == 1 else channel

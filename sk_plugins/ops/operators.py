@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import cpu, gpu
+from . import cpu, gpu, private
 from .functions import BranchSpec
 from .reference import Attention, Branches, norm_relu_select, update_running
 
@@ -32,6 +32,7 @@ def apply(spec: BranchSpec, branches: Branches) -> Tensor:
     tensors = [ys, weights, biases, means, variances, *attention]
     v, saved = torch.ops.sk_plugins.norm_relu_select(*tensors, spec.batch, spec.eps)
     if spec.running:
+        private.add_one(spec.batches)
         y = ys[0]
         counts = [y.shape[0] * y.shape[2] * y.shape[3]] * spec.num_branches + [y.shape[0]]
         engine = _spec(ys, attention[0], spec.batch, spec.eps).engine

@@ -6,6 +6,8 @@ Where torch no longer has a name that tells, :func:`is_ordinary` is False, and t
 ``nn.Module.__getattr__``, would cost the host a Python call each time.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
@@ -101,8 +103,10 @@ def children(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
-def add_one(counts: list[Tensor]) -> None:
+def add_one(counts: Sequence[Tensor]) -> None:
     """Add one to every tensor, in one launch where torch has it."""
+    if not counts:
+        return
     if _foreach_add_ is not None:
         _foreach_add_(counts, 1)
     else:
@@ -128,4 +132,4 @@ def softmax_backward(grad: Tensor, softmax: Tensor, dim: int) -> Tensor:
     return softmax * (grad - (softmax * grad).sum(dim, keepdim=True))
 
 
-_softmax_backward = getattr(torch.ops.aten, '_softmax_backward_data', None)
+_softmax_backward = getattr(torch, '_softmax_backward_data', None)

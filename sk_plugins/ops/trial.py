@@ -217,6 +217,7 @@ class _Work:
         self.leaves = [*self.maps, *self.scales, *self.shifts, *self.attention]
         sizes = *[channels] * 3, dim
         self.running = [(draw(n, scale=0.0), draw(n, scale=0.0, shift=1.0)) for n in sizes]
+        self.batches = [torch.zeros((), dtype=torch.int64, device=device) for _ in sizes]
         self.grad = draw(*shape).to(dtype).to(memory_format=memory_format)
 
     def branches(self, norm: str, second: Tensor) -> Branches:
@@ -239,8 +240,12 @@ class _Work:
     def engine(self, norm: str) -> Tensor:
         """A norm and its ReLU, of which a branch is made, V, and the end of a unit, by the kernels."""
         batch = norm == 'batch'
-        spec = BranchSpec(gpu, 2, True, batch, 0.1, 1e-5, [*self.running[:2], self.running[3]] if batch else [])
-        end = NormSpec(gpu, True, batch, 0.1, 1e-5, self.running[2:3] if batch else [])
+        updated, last_updated = ([], []), ([], [])
+        if batch:
+            updated = [[*of[:2], of[3]] for of in (self.running, self.batches)]
+            last_updated = self.running[2:3], self.batches[2:3]
+        spec = BranchSpec(gpu, 2, True, batch, 0.1, 1e-5, *updated)
+        end = NormSpec(gpu, True, batch, 0.1, 1e-5, *last_updated)
         first, last = [None, self.maps[1], *self.norm(norm)], [self.maps[2], *self.norm(norm)]
         if torch.is_grad_enabled():
             branches = self.branches(norm, NormAct.apply(end, *first))
@@ -264,7 +269,7 @@ class _Work:
 
     def engine_of_two(self) -> Tensor:
         """The end of a unit whose shortcut has a norm too, by the kernels."""
-        end = NormSpec(gpu, True, True, 0.1, 1e-5, self.running[:2])
+        end = NormSpec(gpu, True, True, 0.1, 1e-5, self.running[:2], self.batches[:2])
         norms = zip(self.maps, self.scales[:2], self.shifts)
         return NormAct.apply(end, None, *[t for norm in norms for t in (*norm, None, None)])
 

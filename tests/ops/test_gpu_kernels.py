@@ -18,6 +18,7 @@ import torch
 from sk_plugins.ops import gpu, stubbed_launches
 
 triton = pytest.importorskip('triton')
+gpu_launch = pytest.importorskip('sk_plugins.ops.gpu_launch')
 pytestmark = [
     pytest.mark.skipif(gpu.INTERPRETS, reason='needs the compiler of triton'),
     pytest.mark.skipif(not hasattr(triton, 'knobs'), reason='hears of what is compiled through knobs, of triton 3.4'),
@@ -58,7 +59,8 @@ class H100:
 def variants(monkeypatch, tmp_path):
     """A context that collects the distinct variants of the kernels that are launched in it, each with a launch of it.
 
-    A variant is what Triton compiles: a kernel, the constants, dtypes and divisible arguments of a launch.
+    A variant is what Triton compiles: a kernel, the constants, dtypes and divisible arguments of a launch. Launches of
+    one kind must be described alike, since they are not described again on a GPU.
     """
     from triton.runtime import driver
 
@@ -73,11 +75,14 @@ def variants(monkeypatch, tmp_path):
 
     @contextlib.contextmanager
     def collect():
-        found = {}
+        found, descriptions = {}, {}
         with stubbed_launches(), monkeypatch.context() as patch:
 
-            def launch(kernel, grid, tensors, numbers, **meta):
-                args = *tensors, *numbers
+            def launch(kernel, tensors, kind, describe):
+                grid, pointers, numbers, meta = describe()
+                description = grid, list(pointers), list(numbers), meta
+                assert description == descriptions.setdefault((kernel.fn, kind), description)
+                args = *(tensors[i] for i in pointers), *numbers
 
                 def say(key, **_):
                     found.setdefault((kernel.fn.__name__, key), (kernel, grid, args, meta))
@@ -210,13 +215,13 @@ def test_odd_and_huge_maps_compile(num, shape, memory_format, variants, tmp_path
     wide = math.prod(shape[1:]) >= 2**31
     ys = [torch.empty(shape, dtype=torch.float16, device='meta', memory_format=memory_format) for _ in range(num)]
     row = torch.empty(shape[1])
-    norms = [row] * 16, 1e-5, 'running'
+    norms = [row] * 4 * num, 1e-5, 'running'
     attention = torch.empty(shape[0], num, shape[1])
     with variants() as found:
         gpu.kernels.moments(ys, norms)
         gpu.kernels.moments(ys, norms, ys[0])
         gpu.kernels.select(ys, norms, attention)
-        gpu.kernels.norm_act(ys[:1], ([row] * 8, 1e-5, 'running'), ys[0], True)
+        gpu.kernels.norm_act(ys[:1], ([row] * 4, 1e-5, 'running'), ys[0], True)
     assert len(found) == 4
     for name, (_, _, _, meta) in zip(found, found.values()):
         assert meta['WIDE'] == wide, name
@@ -249,9 +254,9 @@ def started(variants, monkeypatch):
     monkeypatch.setattr(H100, 'launcher_cls', Launcher, raising=False)
     monkeypatch.setattr(H100, 'utils', Utils(), raising=False)
     monkeypatch.setattr(torch.Tensor, 'get_device', lambda self: 0)
-    monkeypatch.setattr(gpu.kernels, '_launchers', {})
+    monkeypatch.setattr(gpu_launch, '_launchers', {})
     yield calls
-    gpu.kernels._launchers.clear()
+    gpu_launch._launchers.clear()
     for kernel in vars(gpu.kernels).values():
         if isinstance(kernel, triton.JITFunction):
             kernel.device_caches.clear()
@@ -271,32 +276,57 @@ def aligned_maps(num, offset=0):
     return [row[at : at + 1024].view(2, 32, 4, 4) for row, at in zip(flat, skipped)]
 
 
+def launch_of(maps, grid=(2,), eps=1e-5, channels=32):
+    """A launch of BN, ReLU and nothing else by running statistics, of ten maps and rows and an output."""
+    pointers, numbers = [*range(10), 0, 10], [eps, channels, 16, 32, 1, 1]
+    constants = dict(RELU=True, HAS_SHORTCUT=False, NORM='running', M=1, BLOCK_HW=16, BLOCK_C=32, WIDE=False)
+    constants['num_warps'] = 8
+    kernel, tensors = gpu.kernels._norm_act_kernel, maps[:11]
+
+    def by_triton():
+        kernel[grid](*[tensors[i] for i in pointers], *numbers, **constants)
+
+    def ours():
+        kind = grid, eps, channels
+        gpu_launch.launch(kernel, tensors, kind, lambda: (grid, pointers, numbers, constants))
+
+    return by_triton, ours
+
+
 def test_launches_of_a_kind_go_past_tritons_search(started, monkeypatch):
     """The compiled kernel is started as Triton itself starts it, with other addresses and another grid too."""
-    kernel, numbers = gpu.kernels._norm_act_kernel, [1e-5, 32, 16, 32, 1, 1]
-    constants = dict(RELU=True, HAS_SHORTCUT=False, NORM='running', M=1, BLOCK_HW=16, BLOCK_C=32, WIDE=False)
-    maps = aligned_maps(26)
-    launches = [(maps[:12], (2,), numbers), (maps[12:24], (2,), numbers), (maps[:12], (4,), numbers)]
-    launches += [(maps[:12], (2,), [1e-3, *numbers[1:]]), (maps[:12], (2,), [1e-5, 24, *numbers[2:]])]
+    kernel, maps = gpu.kernels._norm_act_kernel, aligned_maps(26)
+    launches = [launch_of(maps), launch_of(maps[12:]), launch_of(maps, grid=(4,)), launch_of(maps, eps=1e-3)]
+    launches.append(launch_of(maps, channels=24))
     searched = []
     warmup = type(kernel).warmup
     monkeypatch.setattr(type(kernel), 'warmup', lambda *a, **k: searched.append(1) or warmup(*a, **k))
-    for tensors, grid, given in [*launches, *launches]:
-        kernel[grid](*tensors, *given, **constants, num_warps=8)
-        gpu.kernels.launch(kernel, grid, tensors, given, **constants, num_warps=8)
+    for by_triton, ours in [*launches, *launches]:
+        by_triton()
+        ours()
         expected, found = map(kernel_arguments, started)
         assert found == expected
         started.clear()
-    assert len(searched) == len(gpu.kernels._launchers) == 4  # by grid and numbers
+    assert len(searched) == len(gpu_launch._launchers) == 4  # by grid and numbers
+
+
+def test_launches_differ_by_their_tensors_dtypes(started):
+    for dtype in (torch.float32, torch.bfloat16):
+        maps = [m.to(dtype) for m in aligned_maps(10)]
+        by_triton, ours = launch_of([*maps, aligned_maps(1)[0]])
+        by_triton()
+        ours()
+        expected, found = map(kernel_arguments, started)
+        assert found == expected
+        started.clear()
+    assert len(gpu_launch._launchers) == 2
 
 
 def test_unaligned_maps_are_left_to_triton(started):
     """Kernels are compiled for addresses that 16 divides: a map that is a part of another may begin elsewhere."""
-    kernel, numbers = gpu.kernels._norm_act_kernel, [1e-5, 32, 16, 32, 1, 1]
-    constants = dict(RELU=True, HAS_SHORTCUT=False, NORM='running', M=1, BLOCK_HW=16, BLOCK_C=32, WIDE=False)
     for offset, kept in ((0, 1), (4, 1)):
-        gpu.kernels.launch(kernel, (2,), aligned_maps(12, offset), numbers, **constants, num_warps=8)
-        assert len(gpu.kernels._launchers) == kept
+        launch_of(aligned_maps(12, offset))[1]()
+        assert len(gpu_launch._launchers) == kept
     aligned, unaligned = started
     assert [type(call[9]) for call in started] == [int, torch.Tensor]
     assert aligned[4] == unaligned[4]  # one function's name; two binaries
@@ -305,18 +335,17 @@ def test_unaligned_maps_are_left_to_triton(started):
 def test_gpus_of_other_kinds_are_left_to_triton_and_asked_once(started, monkeypatch):
     from triton.backends.compiler import GPUTarget
 
-    kernel = gpu.kernels._norm_act_kernel
-    constants = dict(RELU=True, HAS_SHORTCUT=False, NORM='running', M=1, BLOCK_HW=16, BLOCK_C=32, WIDE=False)
     asked, counts = [], []
 
     def get_current_target(self):
         asked.append(1)
         return GPUTarget('hip', 'gfx942', 64)
 
-    kernel.warmup(*aligned_maps(12), 1e-5, 32, 16, 32, 1, 1, grid=(2,), **constants, num_warps=8)
+    launch_of(aligned_maps(12))[0]()
+    started.clear()
     monkeypatch.setattr(H100, 'get_current_target', get_current_target)
     for _ in range(3):
-        gpu.kernels.launch(kernel, (2,), aligned_maps(12), [1e-5, 32, 16, 32, 1, 1], **constants, num_warps=8)
+        launch_of(aligned_maps(12))[1]()
         counts.append(len(asked))
     assert [type(call[9]) for call in started] == [torch.Tensor] * 3
     assert counts[0] >= 1  # Triton 3.6 asks for itself when it loads a kernel
@@ -324,10 +353,8 @@ def test_gpus_of_other_kinds_are_left_to_triton_and_asked_once(started, monkeypa
 
 
 def test_the_launchers_kept_are_not_endless(started, monkeypatch):
-    monkeypatch.setattr(gpu.kernels, '_MOST_LAUNCHERS', 3)
-    kernel = gpu.kernels._norm_act_kernel
-    constants = dict(RELU=True, HAS_SHORTCUT=False, NORM='running', M=1, BLOCK_HW=16, BLOCK_C=32, WIDE=False)
+    monkeypatch.setattr(gpu_launch, '_MOST_LAUNCHERS', 3)
     for size in range(1, 8):
-        gpu.kernels.launch(kernel, (size,), aligned_maps(12), [1e-5, 32, 16, 32, 1, 1], **constants, num_warps=8)
-        assert len(gpu.kernels._launchers) <= 3
+        launch_of(aligned_maps(12), grid=(size,))[1]()
+        assert len(gpu_launch._launchers) <= 3
     assert len(started) == 7
