@@ -70,9 +70,8 @@ def forward(spec, branches: Branches) -> tuple[Tensor, list[Tensor]]:
     """V, (B, C, H, W), and what the backward pass needs beside the branches."""
     ys, weights, biases, means, variances, attention = branches
     ys = _dense(ys)
-    given = biases if weights[0] is None else chain(weights, biases, means, variances, *spec.running[: len(ys)])
-    if any(map(ys[0].shape[1].__ne__, map(Tensor.numel, given))):
-        _refuse_norm(ys[0].shape[1])
+    given = biases if weights[0] is None else [*weights, *biases, *means, *variances, *chain(*spec.running[: len(ys)])]
+    _check_norms(ys[0], given, spec.batches)
     saved: list[Tensor] = []
     if spec.batch:
         if ys[0].numel() == ys[0].shape[1]:
@@ -132,9 +131,7 @@ def norm_act(spec, shortcut: Tensor | None, *norms: Tensor | None) -> tuple[Tens
     """
     ys, weights, biases, means, variances = _dense(norms[::5]), norms[1::5], norms[2::5], norms[3::5], norms[4::5]
     running = spec.running if spec.batch else (means, variances)
-    given = biases if weights[0] is None else chain(weights, biases, *running)
-    if any(map(ys[0].shape[1].__ne__, map(Tensor.numel, given))):
-        _refuse_norm(ys[0].shape[1])
+    _check_norms(ys[0], biases if weights[0] is None else [*weights, *biases, *chain(*running)], spec.batches)
     if shortcut is not None and shortcut.stride() != ys[0].stride():
         (shortcut,) = _dense([shortcut], ys[0])
     saved: list[Tensor] = []
@@ -182,9 +179,14 @@ def _norms(weights, biases, means, spreads, spec):
     return [*weights, *biases, *means, *spreads], spec.eps, 'batch' if spec.batch else 'running'
 
 
-def _refuse_norm(channels: int) -> None:
-    # Kernels would read, and with running statistics write, beyond a shorter tensor's end.
-    raise RuntimeError(f'a BatchNorm of another number of channels than its maps, which have {channels}')
+def _check_norms(y: Tensor, tensors: Sequence[Tensor], batches: Sequence[Tensor] = ()) -> None:
+    """Raise RuntimeError for what a kernel would read, or with running statistics write, beyond a tensor's end."""
+    channels, device = y.shape[1], y.get_device()
+    if any(map(channels.__ne__, map(Tensor.numel, tensors))):
+        raise RuntimeError(f'a BatchNorm of another number of channels than its maps, which have {channels}')
+    if any(map(device.__ne__, map(Tensor.get_device, chain(tensors, batches)))):
+        devices = ', '.join(sorted({str(tensor.device) for tensor in chain(tensors, batches)}))
+        raise RuntimeError(f'a BatchNorm with tensors on {devices}, and maps on {y.device}: they must be on one device')
 
 
 def _attend(spec, attention: Attention, s: Tensor, num_branches: int) -> tuple[Tensor | None, ...]:
@@ -202,8 +204,7 @@ def _attend(spec, attention: Attention, s: Tensor, num_branches: int) -> tuple[T
         else:
             r = s.mm(reduce.t())
             affine = attention.weight, attention.bias
-            if any(map(r.shape[1].__ne__, map(Tensor.numel, (*affine, *(running or ()))))):
-                _refuse_norm(r.shape[1])
+            _check_norms(r, [*affine, *(running or ())])
             batches = spec.batches[-1] if spec.batches else None
             z, mean, invstd = kernels.norm_relu_rows(r, *affine, running, spec.batch, spec.momentum, spec.eps, batches)
         bias = attention.select_bias

@@ -170,6 +170,15 @@ REPLACED = {
 }
 
 
+def test_batches_counted_on_another_device(engine_of):
+    """torch counts them wherever they are; a kernel would not."""
+    engine_of('triton')
+    unit = make_unit()
+    unit.conv2.paths[0].bn.num_batches_tracked = torch.zeros((), dtype=torch.int64, device='meta')
+    run(unit, True)
+    assert unit._way == 'plain'
+
+
 @each_case
 @pytest.mark.parametrize('change', REPLACED.values(), ids=REPLACED.keys())
 @pytest.mark.parametrize('ran', [False, True], ids=['new', 'ran before'])

@@ -262,6 +262,21 @@ class TestBranches:
         with pytest.raises(RuntimeError, match='an attention of 3 channels for maps of 5'):
             NormReluSelect.apply(case.spec, *case.tensors())
 
+    def test_norms_on_another_device_are_refused(self, monkeypatch):
+        """A kernel would take an address of that device for one of its own."""
+        for place in ('running', 'batches', 'weights', 'attention'):
+            case = Case(2, (2, 5, 4, 3))
+            elsewhere = {
+                'running': case.spec.running[1][0],
+                'batches': case.spec.batches[2],
+                'weights': case.norms[0][1],
+                'attention': case.attention[1],
+            }[place]
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, 'get_device', lambda t, other=elsewhere: -1 if t is not other else 7)
+                with pytest.raises(RuntimeError, match=r'BatchNorm with tensors on .* must be on one device'):
+                    NormReluSelect.apply(case.spec, *case.tensors())
+
     def test_branches_of_different_shapes_are_refused(self):
         case = Case(2, (2, 5, 4, 3), batch=False)
         case.ys[1] = draw(2, 5, 4, 4)
@@ -453,7 +468,7 @@ class TestKernels:
             assert_near(ours, theirs, rows)
 
 
-@pytest.mark.parametrize(('chosen', 'number'), [('not slow', 45), pytest.param('slow', 38, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(('chosen', 'number'), [('not slow', 46), pytest.param('slow', 38, marks=pytest.mark.slow)])
 def test_numbers_in_tritons_interpreter(chosen, number):
     """By default each kernel once, in float32 and bfloat16, a unit of either kind, and an odd shape."""
     if RUNS or not gpu.HAS_TRITON:
