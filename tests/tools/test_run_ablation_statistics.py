@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip('mmpretrain')
 
 from _ablation.claims import CLAIMS, Claim
-from _ablation.deciding import Answer, bound, components, crossed, decide, holm_levels, seeds_needed
+from _ablation.deciding import UNDER, Answer, bound, components, crossed, decide, holm_levels, seeds_needed
 from _ablation.networks import NETWORKS, SELECTED, SUMMED
 from _ablation.reporting import markdown
 
@@ -98,9 +98,37 @@ def test_holm_by_hand():
         running = max(running, min(1, alone[i].p * (6 - rank)))
         assert together[i].p == pytest.approx(running)
     # A claim is decided where its interval leaves zero out, and only there.
-    verdicts = [answer.verdict for answer in together]
+    verdicts = [answer.verdict if answer.p < 0.05 else 'not decided' for answer in together]
     assert verdicts == ['holds' if a.low > 0 else 'contradicted' if a.high < 0 else 'not decided' for a in together]
     assert {'holds', 'not decided'} <= set(verdicts)
+
+
+def test_a_difference_too_small_to_matter_is_bounded():
+    """Not told from zero, and under half a point, by an interval at the level of all claims together."""
+    pytest.importorskip('statsmodels')
+    from scipy.stats import t
+
+    values = np.array([0.1, -0.2, 0.15, -0.1, 0.05, 0.1, -0.05, 0.0])
+    claims = [A, *(Claim('x', str(i), f'n{i}', 'two') for i in range(9))]
+    rows = rows_of(one=70 + values, two=[70.0] * 8, **{f'n{i}': 72 + values for i in range(9)})
+    answer, *others = decide(claims, rows)
+    most = values.mean() + t.ppf(1 - 0.05 / 10 / 2, 7) * values.std(ddof=1) / 8**0.5
+    assert answer.most == pytest.approx(most)
+    assert most < 0.5
+    assert answer.verdict == UNDER == 'under 0.5 points'
+    assert {other.verdict for other in others} == {'holds'}
+    # Three times as far apart, they are under half a point by an interval for one claim, and not by one for ten.
+    claims, rows = claims[:1], rows_of(one=70 + 3 * values, two=[70.0] * 8)
+    assert decide(claims, rows)[0].verdict == UNDER
+    rows += rows_of(**{f'n{i}': 72 + values for i in range(9)})
+    assert decide([A, *(Claim('x', str(i), f'n{i}', 'two') for i in range(9))], rows)[0].verdict == 'not decided'
+    # A network that is worse by more is contradicted; one that is worse by a little is under half a point too.
+    assert decide([A], rows_of(one=69 + values, two=[70.0] * 8))[0].verdict == 'contradicted'
+    worse = np.array([-3.0, 0.5, -2.0, 0.2, -2.5, 0.1, -0.5, -0.3])
+    (answer,) = decide([A], rows_of(one=70 + worse, two=[70.0] * 8))
+    assert answer.low < -2
+    assert 0 < answer.high < 0.5
+    assert answer.verdict == UNDER
 
 
 def test_correlations_are_tested_on_fishers_scale():

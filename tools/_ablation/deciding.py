@@ -10,12 +10,13 @@ from scipy import stats
 
 from sk_plugins._resources import how_to_install
 
-from .claims import Claim
+from .claims import MARGIN, Claim
 from .data import SCALES
 from .rows import Row
 
 ALPHA = 0.05  # for all claims of a data set and a size together
 POWER = 0.8
+UNDER = f'under {MARGIN:g} points'
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Answer:
             for fewer than two seeds that differ.
         low, high: the interval at the level at which Holm's procedure tested this claim: where p is below ALPHA and
             only there, it lies beyond 0, or within the margin.
+        most: what the difference may come to at most: the end of an interval at Bonferroni's level, ALPHA by the number
+            of claims that are tested, so that all these bounds hold together.
     """
 
     claim: Claim
@@ -36,6 +39,7 @@ class Answer:
     p: float | None = None
     low: float | None = None
     high: float | None = None
+    most: float | None = None
 
     @property
     def values(self) -> list[float]:
@@ -52,7 +56,7 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        """'holds', 'contradicted', 'not decided' or 'not run'."""
+        """'holds', 'contradicted', 'not decided' or 'not run', or UNDER: one is not better by so much as MARGIN."""
         margin = self.claim.margin
         if not self.differences:
             return 'not run'
@@ -62,6 +66,8 @@ class Answer:
             return 'holds' if margin is not None or self.mean > 0 else 'contradicted'
         if margin is not None and (self.low > margin or self.high < -margin):
             return 'contradicted'
+        if margin is None and self.claim.unit == 'points' and self.most < MARGIN:
+            return UNDER
         return 'not decided'
 
 
@@ -73,12 +79,15 @@ def decide(claims: Sequence[Claim], rows: Sequence[Row], corrected: bool = True)
     if not tested:
         return found
     raw = [_p(answer) for answer in tested]
-    adjusted, levels = raw, [ALPHA] * len(raw)
+    adjusted, levels, least = raw, [ALPHA] * len(raw), ALPHA
     if corrected:
+        least = ALPHA / len(raw)
         adjusted = _statsmodels('stats.multitest').multipletests(raw, ALPHA, method='holm')[1]
         levels = holm_levels(raw)
     done = {
-        answer.claim: Answer(answer.claim, answer.differences, float(p), *_interval(answer, level))
+        answer.claim: Answer(
+            answer.claim, answer.differences, float(p), *_interval(answer, level), _interval(answer, least)[1]
+        )
         for answer, p, level in zip(tested, adjusted, levels)
     }
     return [done.get(answer.claim, answer) for answer in found]

@@ -9,10 +9,10 @@ from scipy import stats
 
 from .claims import UNITS
 from .data import SCALES
-from .deciding import Answer
+from .deciding import UNDER, Answer
 from .rows import Row
 
-COLORS = {'holds': 'tab:green', 'contradicted': 'tab:red', 'not decided': 'tab:gray'}
+COLORS = {'holds': 'tab:green', 'contradicted': 'tab:red', UNDER: 'tab:blue', 'not decided': 'tab:gray'}
 
 
 def draw_forest(answers: Sequence[Answer], path: Path) -> None:

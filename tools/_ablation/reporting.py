@@ -12,9 +12,9 @@ from _tables import markdown_table
 from sk_plugins._files import write_atomically
 
 from .attention import CURVE_IMAGES, IMAGES
-from .claims import CLAIMS, UNITS
+from .claims import CLAIMS, MARGIN, UNITS
 from .data import DATA, NEW_SCALES, SCALES
-from .deciding import ALPHA, POWER, Answer, bound, components, crossed, decide, seeds_needed
+from .deciding import ALPHA, POWER, UNDER, Answer, bound, components, crossed, decide, seeds_needed
 from .drawing import draw_attention, draw_forest, draw_learning
 from .networks import NETWORKS, SELECTED, SIZES, SUMMED
 from .rows import OPTIONS, Row, Settings, read_rows
@@ -76,7 +76,8 @@ def markdown(rows: Sequence[Row], variance: Sequence[Row], folder: str, out: str
         parts += [
             f'![All claims: mean, seeds and corrected interval]({folder}/forest.png)',
             '*A square is the mean, a tick a seed, a line the corrected interval, a grey bar the margin of a claim of '
-            'equivalence. Green claims hold, red ones are contradicted, grey ones are not decided.*',
+            'equivalence. Green claims hold, red ones are contradicted, blue ones are of differences '
+            f'{UNDER}, grey ones are not decided.*',
         ]
     parts += _elsewhere(rows)
     parts += ['## Attention against scale', *_attention(main, folder)]
@@ -100,7 +101,7 @@ def _of(rows: Sequence[Row], data: str, size: str, longer: bool = False) -> list
 
 def _summary(answers: Sequence[Answer], main: Sequence[Row]) -> str:
     lines = []
-    for verdict in ('holds', 'contradicted', 'not decided', 'not run'):
+    for verdict in ('holds', 'contradicted', UNDER, 'not decided', 'not run'):
         found = [f'({a.claim.key}) {a.claim.text}' for a in answers if a.verdict == verdict]
         if found:
             lines.append(f'- **{verdict.capitalize()}** ({len(found)} of {len(answers)}): {"; ".join(found)}.')
@@ -142,11 +143,13 @@ def _method(rows: Sequence[Row]) -> list[str]:
         'canvas, and loses 3 pixels on each side.',
         f'**Statistics.** Differences are paired by seed, in points of top-1. A claim that one network is better is '
         'tested by the two-sided paired t-test, and a claim that says "little", "as well" or "does not" by two '
-        'one-sided tests (TOST) against a margin: 0.5 points, and 0.1 for a correlation, '
+        f'one-sided tests (TOST) against a margin: {MARGIN:g} points, and 0.1 for a correlation, '
         "which is tested by Fisher's transformation. All claims of a data set and "
         f"size that have rows share a level of {ALPHA:g} by Holm's procedure. An interval is at the level at which the "
         'procedure tested its claim, so that it lies beyond 0 (or within the margin) where the '
-        "claim is decided, and only there. Tests and power are statsmodels' and scipy's.",
+        'claim is decided, and only there. A claim that one network is better that is not decided so is '
+        f'"{UNDER}" where the difference is below {MARGIN:g} by an interval at Bonferroni\'s level, {ALPHA:g} by the '
+        "number of claims: these bounds share a level of their own. Tests and power are statsmodels' and scipy's.",
     ]
 
 
@@ -367,7 +370,8 @@ def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
         if settings.test_images < full.test_images:
             lines.append(f'- The test has {settings.test_images:,} of {full.test_images:,} objects.')
     lines.append(
-        '- Seeds that are added after a look at this page make its level too favourable: choose their number before.'
+        '- Seeds that are added after a look at this page make its level too favourable. Their number was chosen '
+        f'before the first run: {WANTED_SEEDS}.'
     )
     lines.append('- Where a claim is not decided, its interval says how large an effect may still be, either way.')
     return '\n'.join(lines)
