@@ -1,5 +1,6 @@
 """What is read from folders and lists of images, how it is split, and what is said of it."""
 
+import gc
 import json
 import time
 
@@ -240,10 +241,17 @@ def test_split_of_many_images_and_classes(tmp_path):
         names = tuple(f'{i:04}' for i in range(number // 50))
         items = tuple(data.Item(f'{i}.png', (names[i % len(names)],)) for i in range(number))
         images = data.ImageSet(tmp_path, tmp_path, names, items)
-        start = time.process_time()
-        found = data.split(images, 0.2)
+        times = []
+        gc.disable()  # a collection goes through all that other tests left
+        try:
+            for _ in range(3):
+                start = time.process_time()
+                found = data.split(images, 0.2)
+                times.append(time.process_time() - start)
+        finally:
+            gc.enable()
         assert {*found.counts(found.val).values()} == {10}
-        return time.process_time() - start
+        return min(times)
 
     assert measure(40_000) < 8 * measure(10_000) + 0.1
 
