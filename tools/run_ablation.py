@@ -9,7 +9,7 @@ python tools/run_ablation.py --time                   # how fast: one by one, ma
 python tools/run_ablation.py --report                 # the page from the rows that are there
 python tools/run_ablation.py --verify k3 0            # train one again, as its row says, and compare
 
-Objects lie at random sizes and places on canvases: garments on textures, garments on photographs, digits. Every run
+Objects of random sizes lie on canvases: garments on black, on textures and on photographs, and digits. Every run
 appends a row to OUT/runs.jsonl as it ends; after a kill, the same command goes on with what is missing. Runs come in
 the order of what they are worth, so that a study that is stopped (--minutes) has decided the first claims.
 """
@@ -20,7 +20,7 @@ import torch
 from _ablation.data import DATA
 from _ablation.networks import NETWORKS, SIZES
 from _ablation.reporting import OUT, report
-from _ablation.rows import OPTIONS, Run, Settings
+from _ablation.rows import LENGTHS, OPTIONS, Run, Settings
 from _ablation.running import plan, plan_variance, run_missing, verify
 from _ablation.timing import time_ways
 from _ablation.training import check_device, set_up
@@ -48,9 +48,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--threads', type=int, help="of each process on the CPU (default: torch's choice)")
     parser.add_argument('--together', type=int,
                         help='seeds of a network to train at once (default: 10 on a GPU, 1 on a CPU)')  # fmt: skip
+    own = {name: dict(zip(LENGTHS, column)) for name, column in zip(OPTIONS, zip(*LENGTHS.values()))}
     for name in OPTIONS:
         value = getattr(defaults, name)
-        parser.add_argument(f'--{name.replace("_", "-")}', type=int, default=value, help=f'default: {value}')
+        told = value or ', '.join(f'{count} for {data}' for data, count in own[name].items())
+        parser.add_argument(f'--{name.replace("_", "-")}', type=int, default=value, help=f'default: {told}')
     parser.add_argument('--amp', action='store_true', help='bfloat16 where autocast takes it')
     parser.add_argument('--compile', action='store_true', help='torch.compile: half a minute for every network')
     parser.add_argument('--minutes', type=float, help='after which no run is begun')
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not args.report:
         runs = (
-            plan_variance(*args.variance)
+            plan_variance(*args.variance, args.sets[0])
             if args.variance
             else plan(args.networks, args.sets, args.sizes, args.seeds, together)
         )

@@ -17,10 +17,10 @@ import torch
 from _ablation import data as canvases
 from _ablation import running, timing
 from _ablation.attention import differences, measure_attention, replaced_attention
-from _ablation.data import Data
+from _ablation.data import DATA, Data
 from _ablation.measuring import logits_of, measure
 from _ablation.networks import CORE, NETWORKS, SELECTED, cost, initialise
-from _ablation.rows import Run, Settings, append_row, find, read_rows
+from _ablation.rows import LENGTHS, Run, Settings, append_row, check_same_settings, find, read_rows
 from _ablation.running import plan, plan_variance
 from _ablation.together import Alone, Together
 from _ablation.training import fit, rate
@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 SHORT = ('--train-images', '32', '--batch-size', '8', '--epochs', '1', '--test-images', '24')
-ONE_PLACE = ('--sets', 'garments', '--sizes', 'narrow')
+ONE_PLACE = ('--sets', 'scaled', '--sizes', 'narrow')
 TINY = Settings(32, 1, 24, 8)
 
 
@@ -108,21 +108,22 @@ def test_shared_tensors_begin_alike():
 
 
 def test_plan():
-    runs = plan(list(NETWORKS), ('garments', 'scenes', 'digits'), ('narrow', 'wide'), range(10))
+    runs = plan(list(NETWORKS), list(DATA), ('narrow', 'wide'), range(10))
     # Claim (a) first, seed by seed; twice as long for three seeds of its two networks; elsewhere the core alone.
     assert [(run.network, run.seed) for run in runs[:3]] == [(SELECTED, 0), ('k3_k5_summed', 0), (SELECTED, 1)]
     assert {run.network for run in runs[20:40]} == set(CORE[2:4])
-    at_once = plan(list(NETWORKS), ('garments',), ('narrow',), range(10), together=10)
+    at_once = plan(list(NETWORKS), ('scaled',), ('narrow',), range(10), together=10)
     assert [run.seed for run in at_once[:10]] == list(range(10))
     assert set(at_once) < set(runs)
-    main = [run for run in runs if (run.data, run.size) == ('garments', 'narrow')]
-    assert (len(main), len(runs)) == (180 + 6, 180 + 6 + 3 * 80)
+    main = [run for run in runs if (run.data, run.size) == ('scaled', 'narrow')]
+    assert (len(main), len(runs)) == (180 + 6, 180 + 6 + 4 * 80)
     assert {(run.network, run.seed) for run in main if run.longer} == {
         (name, seed) for name in (SELECTED, 'k3_k5_summed') for seed in range(3)
     }
     assert len(set(runs)) == len(runs)
-    crossed = plan_variance(2, 3)
+    crossed = plan_variance(2, 3, 'digits')
     assert len(crossed) == 12
+    assert {run.data for run in crossed} == {'digits'}
     assert {(run.seed, run.images) for run in crossed} == {(i, j) for i in range(2) for j in range(3)}
     assert Run('k3', 4).images == 4
 
@@ -156,6 +157,28 @@ def test_tests_at_scales(data):
     differ = [(one[0].int() - small[0].int()).abs().gt(8).double().mean().item() for one in (large, larger)]
     assert 0.3 < differ[0] < differ[1]
     assert larger[2].tolist() == [2.5] * 24
+
+
+def test_scaled_garments_differ_in_size_alone(garments):
+    data = Data(Path(garments), TINY, name='scaled')
+    images, _, scales = data.test(1.0)
+    assert set(scales.tolist()) == {1.0}
+    inside = images[..., 18:46, 18:46]
+    assert torch.equal(inside, data.objects['test'][:24])
+    assert images.long().sum() == inside.long().sum() > 0
+    sizes = (data.test()[0].amax(2) > 0).sum(-1).flatten()
+    assert spearmanr(sizes, data.test()[2]).statistic > 0.8
+
+
+def test_a_data_set_has_its_own_length(garments):
+    assert LENGTHS.keys() == DATA.keys()
+    settings = Data(Path(garments), Settings(32, test_images=24), name='scaled').settings
+    assert (settings.train_images, settings.epochs) == (32, LENGTHS['scaled'][1])
+    rows = [fake_row(Run('k3', 0, name), Settings().on(name)) for name in ('scaled', 'garments')]
+    assert [(row['settings']['train_images'], row['settings']['epochs']) for row in rows] == [(6000, 40), (60000, 16)]
+    check_same_settings(Path('runs.jsonl'), rows, Settings())
+    with pytest.raises(ValueError, match='has runs of epochs=16, and this is epochs=40: choose'):
+        check_same_settings(Path('runs.jsonl'), rows, Settings(epochs=40))
 
 
 def test_digits_come_several_times(garments):
@@ -314,8 +337,8 @@ def test_page(finished):
     text = (finished / 'page.md').read_text()
     assert '- **Not run** (' in text
     assert '(b) two kernels, selected, beat K3' in text
-    assert 'Not run: scenes, narrow; digits, narrow; garments, wide.' in text
-    assert '--networks k3_k5_selected k3 --sets garments --sizes narrow --seeds 0 --train-images 32' in text
+    assert 'Not run: garments, narrow; scenes, narrow; digits, narrow; scaled, wide.' in text
+    assert '--sets scaled --sizes narrow --networks k3_k5_selected k3 --seeds 0 --train-images 32' in text
     assert text.count('\n| SK_') == 12
     from PIL import Image
 
@@ -433,12 +456,16 @@ def test_verify_here_and_elsewhere(tool, tmp_path, monkeypatch, no_data, capsys)
 def test_variance_rows(tool, garments, tmp_path, monkeypatch):
     monkeypatch.setitem(tool.main.__globals__, 'report', lambda out, page: [])
     monkeypatch.setitem(
-        tool.main.__globals__, 'plan_variance', lambda weights, orders: [Run('k3', seed, order=1) for seed in (0, 1)]
+        tool.main.__globals__,
+        'plan_variance',
+        lambda weights, orders, data: [Run('k3', seed, data, order=1) for seed in (0, 1)],
     )
-    words = ['--data', garments, '--out', str(tmp_path), *SHORT, '--variance', '2', '2', '--together', '2']
+    words = ['--data', garments, '--sets', 'garments', '--out', str(tmp_path), *SHORT]
+    words += ['--variance', '2', '2', '--together', '2']
     tool.main(words)
     first, second = read_rows(tmp_path / 'variance.jsonl')
     assert (first['seed'], first['order'], second['seed'], second['order']) == (0, 1, 1, 1)
+    assert first['data'] == second['data'] == 'garments'
     assert first['together'] == second['together'] == [0, 1]
     assert first['first'] != second['first']
     for row in (first, second):

@@ -14,7 +14,7 @@ SETTINGS = dict(
     train_images=9, epochs=1, test_images=9, batch_size=2, learning_rate=0.1, weight_decay=0, scale=[0.6, 2], ema=0.1,
     amp=False,
 )  # fmt: skip
-ABOUT = dict(data='garments', size='narrow', order=None, longer=False, seconds=1800.0, device='cpu', hardware='a CPU',
+ABOUT = dict(data='scaled', size='narrow', order=None, longer=False, seconds=1800.0, device='cpu', hardware='a CPU',
              threads=1, torch='2', parameters=1000, mflops=2.5, together=[0], compiled=False)  # fmt: skip
 SCALES = ('0.5', '0.6', '0.8', '1.1', '1.5', '2', '2.5')
 
@@ -237,14 +237,35 @@ def test_page():
     )
     assert 'There are 10 seeds' in text
     assert 'it is met.' in text
-    assert 'What twice the training adds: `k3_k5_selected` +0.20 points (1 seed)' in text
+    assert '| scaled | narrow | `k3_k5_selected` | 1 | +0.20 | +0.20 |' in text
+    assert 'The aim is at most 1 point on `scaled`, narrow: it is met.' in text
     assert '2 seeds of the weights crossed with 3 of the images' in text
     assert 'changes by 1.00 points in the middle of the training, and by 0.00 at its end' in text
     assert '+1.00 points better than the last' in text
     assert '70.00 % with each image' in text
     assert '| `k3_k5_selected` | 1,000 | 2.50 | 10 | 71.00 ± 0.18 | 71.0 | 72.0 |' in text
-    assert '--variance 2 3 --train-images 9 --epochs 1 --test-images 9 --batch-size 2 --threads 1 --together 1' in text
+    options = '--train-images 9 --epochs 1 --test-images 9 --batch-size 2 --threads 1 --together 1'
+    assert f'--variance 2 3 --sets scaled {options}' in text
     assert text.count('![') == 3
+
+
+def test_page_of_two_data_sets():
+    pytest.importorskip('statsmodels')
+    rows, variance = known()
+    # As on the first set, but for claim (a): its difference is turned round.
+    other = [dict(r, data='garments', settings=dict(SETTINGS, epochs=2)) for r in rows if not r['longer']]
+    for one in other:
+        if one['network'] == SUMMED:
+            one.update(top1=72.0)
+    text = markdown(rows + other, variance, '.')
+    assert '- On `garments`, narrow, 15 claims have rows (contradicted: 1, ' in text
+    assert '14 of the 15 that have rows on `scaled` too have the same answer.' in text
+    assert '1 x 9 images on `scaled`, 2 x 9 images on `garments`; AdamW' in text
+    assert '### On garments, narrow' in text
+    assert 'Not run: scenes, narrow; digits, narrow; scaled, wide.' in text
+    for data, epochs in (('scaled', 1), ('garments', 2)):
+        assert f'--sets {data} --sizes narrow --networks k3_k5_selected k3_k5_summed k3 --seeds 0 1 2 3 4' in text
+        assert f'--epochs {epochs} --test-images 9' in text
 
 
 def test_page_of_a_trial():
@@ -264,7 +285,7 @@ def test_page_without_runs():
     assert '- **Not run** (30 of 30)' in text
     assert 'Claim (a) for M = 2 has no interval yet' in text
     assert '![' not in text
-    assert 'claim (a), M = 2, in the study of the variance | 6 |' in text
+    assert 'claim (a), M = 2, on `scaled`, in the study of the variance | 6 |' in text
 
 
 def test_answers_say_not_run():

@@ -19,13 +19,14 @@ from .rows import Settings
 SCALES = (0.6, 0.8, 1.1, 1.5, 2.0)  # of the test sets: all the trained range
 NEW_SCALES = (0.5, 2.5)  # never trained on; at 2.5 an object's 70 pixels lose 3 on each side to the canvas' 64
 DATA = {
-    'garments': 'scaled Fashion-MNIST: garments on textures',
+    'scaled': 'Fashion-MNIST on black, in the middle, so that nothing of an object varies but its size',
+    'garments': 'Fashion-MNIST on textures',
     'scenes': 'garments on photographs, of which those of the test set are others',
     'digits': "scikit-learn's digits on textures",
 }
 SIZE = 64
 BACKGROUNDS = 1024
-MEAN, DEVIATION = 91, 48  # of the canvases with garments
+MEAN, DEVIATION = 91, 48  # of the canvases of `garments`, for all
 
 
 class Data:
@@ -38,7 +39,7 @@ class Data:
     """
 
     def __init__(self, root: Path, settings: Settings, device: str = 'cpu', name: str = 'garments') -> None:
-        self.settings, self.device, self.name = settings, device, name
+        self.settings, self.device, self.name = settings.on(name), device, name
         if name != 'digits' and not root.is_dir():
             raise FileNotFoundError(f'--data {root}: no such folder; tools/prepare_fashion_mnist.py fills it')
         self.objects, self.labels, self.backgrounds = {}, {}, {}
@@ -47,14 +48,15 @@ class Data:
                 dataset = Digits(split, serialize_data=False)
             else:
                 dataset = FashionMNIST(str(root), split, test_mode=split == 'test', serialize_data=False)
-            wanted = getattr(settings, f'{split}_images')
+            wanted = getattr(self.settings, f'{split}_images')
             # There are few digits, each of which comes several times.
             if name != 'digits' and len(dataset) < wanted:
                 raise ValueError(f'--{split}-images {wanted}: {root} has {len(dataset)}, which must be enough')
             images, labels = zip(*((info['img'], int(info['gt_label'])) for info in dataset.data_list))
             self.objects[split] = torch.from_numpy(np.stack(images))[:, None].to(device)
             self.labels[split] = torch.tensor(labels, device=device)
-            self.backgrounds[split] = (_photographs if name == 'scenes' else _textures)(split).to(device)
+            make = {'scaled': _black, 'scenes': _photographs}.get(name, _textures)
+            self.backgrounds[split] = make(split).to(device)
         self.test = functools.lru_cache(maxsize=len(SCALES) + len(NEW_SCALES) + 1)(self._test)
 
     def batches(self, seeds: Sequence[int], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -91,10 +93,11 @@ class Data:
 
     def _draw(self, split: str, chosen: Tensor, chances: Tensor, scale: tuple[float, float]) -> tuple[Tensor, ...]:
         sides = 28 * (scale[0] + (scale[1] - scale[0]) * chances[:, :1])
-        corners = (SIZE - sides) * chances[:, 1:3]
+        places = torch.full_like(chances[:, 1:3], 0.5) if self.name == 'scaled' else chances[:, 1:3]
+        corners = (SIZE - sides) * places
         backgrounds = self.backgrounds[split]
         background = backgrounds[(chances[:, 3] * len(backgrounds)).long()]
-        if self.name != 'scenes':
+        if self.name in ('garments', 'digits'):
             brightness, contrast = chances[:, 4:, None, None, None].unbind(1)
             background = shade(background, brightness, contrast)
         canvases = paste(self.objects[split][chosen], corners, sides, background)
@@ -111,6 +114,11 @@ def _generator(*numbers: int) -> torch.Generator:
     """One for each tuple of numbers."""
     (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed) >> 1)
+
+
+def _black(split: str) -> Tensor:
+    """(1, 1, 64, 64): there is but one."""
+    return torch.zeros(1, 1, SIZE, SIZE)
 
 
 def _textures(split: str) -> Tensor:

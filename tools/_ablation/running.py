@@ -17,7 +17,9 @@ from .rows import Row, Run, Settings, append_row, check_same_settings, read_rows
 from .training import check_device, set_up, train
 
 LONGER_SEEDS = 3
-MAIN = ('garments', 'narrow')
+MAIN = ('scaled', 'narrow')
+# Where networks are trained: on every data set in the narrow size, and in the wide one on MAIN's.
+PLACES = [(data, size) for size in SIZES for data in DATA if size == MAIN[1] or data == MAIN[0]]
 _PAIRS = [list(NETWORKS)[:2], list(NETWORKS)[2:4], *([name] for name in list(NETWORKS)[4:])]
 FIRST_LOSS = 1e-3  # relative: how far rounding may carry the first batch's loss on another machine
 
@@ -30,10 +32,10 @@ def plan(
     All ``networks`` where both data and size are MAIN, those of CORE elsewhere, and of claim (a) for twice as long. The
     seeds that are trained together come after one another, and so do both networks of a pair of claim (a).
     """
-    places = [(one, size) for size in SIZES for one in DATA if one in data and size in sizes]
-    places = [(one, size) for one, size in places if size == MAIN[1] or one == MAIN[0]]
     runs = []
-    for one, size in places:
+    for one, size in PLACES:
+        if one not in data or size not in sizes:
+            continue
         main = (one, size) == MAIN
         names = [name for name in NETWORKS if name in networks and (main or name in CORE)]
         for pair in ([name for name in names if name in pair] for pair in _PAIRS):
@@ -45,10 +47,10 @@ def plan(
     return runs
 
 
-def plan_variance(weights: int, orders: int) -> list[Run]:
+def plan_variance(weights: int, orders: int, data: str = MAIN[0]) -> list[Run]:
     """Every seed of the weights with every one of the images' order, for both networks of claim (a)."""
     pairs = [(seed, order) for seed in range(weights) for order in range(orders)]
-    return [Run(name, seed, *MAIN, order=order) for seed, order in pairs for name in (SELECTED, SUMMED)]
+    return [Run(name, seed, data, MAIN[1], order=order) for seed, order in pairs for name in (SELECTED, SUMMED)]
 
 
 def run_missing(
