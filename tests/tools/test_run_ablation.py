@@ -116,7 +116,7 @@ def test_plan():
     assert [run.seed for run in at_once[:10]] == list(range(10))
     assert set(at_once) < set(runs)
     main = [run for run in runs if (run.data, run.size) == ('scaled', 'narrow')]
-    assert (len(main), len(runs)) == (180 + 6, 180 + 6 + 4 * 80)
+    assert (len(main), len(runs)) == (180 + 6, 180 + 6 + 4 * (80 + 2))
     assert {(run.network, run.seed) for run in main if run.longer} == {
         (name, seed) for name in (SELECTED, 'k3_k5_summed') for seed in range(3)
     }

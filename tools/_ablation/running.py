@@ -16,7 +16,7 @@ from .networks import CORE, NETWORKS, SELECTED, SIZES, SUMMED
 from .rows import Row, Run, Settings, append_row, check_same_settings, read_rows
 from .training import check_device, set_up, train
 
-LONGER_SEEDS = 3
+LONGER_SEEDS = {True: 3, False: 1}  # where both data and size are MAIN, and elsewhere
 MAIN = ('scaled', 'narrow')
 # Where networks are trained: on every data set in the narrow size, and in the wide one on MAIN's.
 PLACES = [(data, size) for size in SIZES for data in DATA if size == MAIN[1] or data == MAIN[0]]
@@ -29,7 +29,7 @@ def plan(
 ) -> list[Run]:
     """The runs of the study, in the order of what they are worth, so that it may be stopped at any time.
 
-    All ``networks`` where both data and size are MAIN, those of CORE elsewhere, and of claim (a) for twice as long. The
+    All ``networks`` where both data and size are MAIN, those of CORE elsewhere, and claim (a)'s for twice as long. The
     seeds that are trained together come after one another, and so do both networks of a pair of claim (a).
     """
     runs = []
@@ -41,9 +41,8 @@ def plan(
         for pair in ([name for name in names if name in pair] for pair in _PAIRS):
             for i in range(0, len(seeds), together):
                 runs += [Run(name, seed, one, size) for name in pair for seed in seeds[i : i + together]]
-        if main:
-            longer = [name for name in (SELECTED, SUMMED) if name in names]
-            runs += [Run(name, seed, one, size, longer=True) for name in longer for seed in seeds[:LONGER_SEEDS]]
+        longer = [name for name in (SELECTED, SUMMED) if name in names]
+        runs += [Run(name, seed, one, size, longer=True) for name in longer for seed in seeds[: LONGER_SEEDS[main]]]
     return runs
 
 
@@ -174,7 +173,7 @@ def verify(run: Run, path: Path, data_root: Path, device: str | None, threads: i
             raise ValueError(f'--verify {run.network} {run.seed}: {", ".join(differ)} differ, all on {now}')
         print('the same to the last digit')
         return
-    allowed = bound(rows)
+    allowed = bound([row for row in rows if (row['data'], row['size']) == (run.data, run.size)])
     where = f'the row was made on {made}, this on {now}'
     if abs(again['first'] - found['first']) > FIRST_LOSS * found['first']:
         raise ValueError(f'--verify {run.network} {run.seed}: the first loss differs by more than rounding; {where}')
