@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     set_up(args.threads)
     together = args.together or (10 if devices[0].startswith('cuda') else 1)
     settings = Settings(args.train_images, args.epochs, args.test_images, args.batch_size, amp=args.amp)
-    settings.check()
+    for name in args.sets:
+        settings.on(name).check()
     if args.time:
         time_ways(devices, settings, max(together, 2), args.sizes[0], args.compile)
         return

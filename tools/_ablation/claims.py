@@ -80,7 +80,7 @@ CLAIMS = (
     ),
     Claim(
         'e',
-        f'it does not in the last unit, {UNITS[-1]}',
+        f'it does not go with scale in the last unit, {UNITS[-1]}',
         SELECTED,
         margin=0.1,
         figure=f'attention.units.{UNITS[-1]}.rho',

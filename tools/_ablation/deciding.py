@@ -16,7 +16,7 @@ from .rows import Row
 
 ALPHA = 0.05  # for all claims of a data set and a size together
 POWER = 0.8
-UNDER = f'under {MARGIN:g} points'
+UNDER = f'not better by {MARGIN:g} points'
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Answer:
         p: Holm's, of the two-sided paired t-test, or of both one-sided ones (TOST) where the claim has a margin; None
             for fewer than two seeds that differ.
         low, high: the interval at the level at which Holm's procedure tested this claim: where p is below ALPHA and
-            only there, it lies beyond 0, or within the margin.
+            only there, it lies beyond 0, or within the margin. Where it lies beyond the margin, a claim of equivalence
+            is contradicted.
         most: what the difference may come to at most: the end of an interval at Bonferroni's level, ALPHA by the number
             of claims that are tested, so that all these bounds hold together.
     """
@@ -69,6 +70,10 @@ class Answer:
         if margin is None and self.claim.unit == 'points' and self.most < MARGIN:
             return UNDER
         return 'not decided'
+
+    @property
+    def decided(self) -> bool:
+        return self.verdict in ('holds', 'contradicted', UNDER)
 
 
 def decide(claims: Sequence[Claim], rows: Sequence[Row], corrected: bool = True) -> list[Answer]:
@@ -134,7 +139,14 @@ def _back(claim: Claim, value: float) -> float:
     return np.tanh(value) if claim.unit == 'rho' else value
 
 
-def seeds_needed(deviation: float, difference: float = 0.5, tests: int = 1) -> int:
+def power_of(seeds: int, deviation: float, difference: float = MARGIN, tests: int = 1) -> float:
+    """The power of so many seeds to show a difference: see :func:`seeds_needed`."""
+    if deviation == 0:
+        return 1.0
+    return float(_statsmodels('stats.power').TTestPower().power(difference / deviation, seeds, ALPHA / tests))
+
+
+def seeds_needed(deviation: float, difference: float = MARGIN, tests: int = 1) -> int:
     """Seeds that show a difference with a power of POWER, where differences have this deviation from seed to seed.
 
     At the level that Holm's procedure has for the first of so many ``tests``.
@@ -195,8 +207,8 @@ def crossed(rows: Sequence[Row], network: str) -> tuple[np.ndarray, np.ndarray] 
 def bound(rows: Sequence[Row]) -> float | None:
     """How far top-1 may be from a row's on another machine, in points; None where no network has two seeds.
 
-    Training makes a difference in the last digit as large as another draw. Two draws differ by less than
-    3 sqrt(2) deviations in 99.7 % of cases; the deviation is that over seeds, pooled over networks.
+    Training makes a difference in the last digit as large as another draw, and two draws differ by less in 99.7 % of
+    cases: by Student's t, since the deviation over seeds, pooled over networks, is an estimate.
     """
     groups: dict[tuple, list[float]] = {}
     for row in rows:
@@ -205,7 +217,8 @@ def bound(rows: Sequence[Row]) -> float | None:
     if not several:
         return None
     squares = sum((len(values) - 1) * np.var(values, ddof=1) for values in several)
-    return float(3 * (2 * squares / sum(len(values) - 1 for values in several)) ** 0.5)
+    freedom = sum(len(values) - 1 for values in several)
+    return float(stats.t.ppf(1 - 0.003 / 2, freedom) * (2 * squares / freedom) ** 0.5)
 
 
 def _statsmodels(name: str) -> ModuleType:

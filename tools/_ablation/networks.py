@@ -68,17 +68,21 @@ def build(name: str, size: str = 'narrow') -> SKResNet:
 def initialise(name: str, size: str, seed: int) -> SKResNet:
     """:func:`build` with the weights of a seed: what tensors it shares with the others have the same values in them.
 
-    Those are of the same name and shape as one of the network with three selected kernels.
+    Those are of the same name and shape as one of the network with three selected kernels, or else with two.
     """
-    torch.manual_seed(seed)
-    common = build('k3_k5_k7_selected', size).state_dict()
-    torch.manual_seed(seed)
-    model = build(name, size)
-    own = model.state_dict()
-    model.load_state_dict(
-        {key: common[key] if key in common and common[key].shape == own[key].shape else own[key] for key in own}
-    )
+    model = _seeded(name, size, seed)
+    state = model.state_dict()
+    for common in (SELECTED, 'k3_k5_k7_selected'):  # the last one's where both have it
+        for key, value in _seeded(common, size, seed).state_dict().items():
+            if key in state and state[key].shape == value.shape:
+                state[key] = value
+    model.load_state_dict(state)
     return model
+
+
+def _seeded(name: str, size: str, seed: int) -> SKResNet:
+    torch.manual_seed(seed)
+    return build(name, size)
 
 
 @functools.cache

@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 OPTIONS = ('train_images', 'epochs', 'test_images', 'batch_size')
-# Images of the training and epochs, by data set. `scaled` is short of images, not of steps: twice the steps add little.
+# Images of the training and epochs, by data set; for `scaled` such that twice the epochs add less than a point.
 LENGTHS = {'scaled': (6000, 40), 'garments': (60000, 16), 'scenes': (60000, 16), 'digits': (60000, 16)}
 
 Row = dict[str, Any]
@@ -48,7 +48,8 @@ class Settings:
     """What all runs of a results file on one data set share.
 
     ``epochs`` times ``train_images`` objects, which a seed chooses, each drawn anew every epoch; the test sets are of
-    the first ``test_images`` objects. What is None of the first two is that of LENGTHS: see :meth:`on`.
+    the first ``test_images`` objects. Where a data set has fewer, they come several times. What is None of the first
+    two is that of LENGTHS: see :meth:`on`.
     """
 
     train_images: int | None = None
@@ -76,14 +77,12 @@ class Settings:
         )
 
     def check(self) -> None:
-        """Raises ValueError for what cannot be run."""
+        """Raises ValueError for what cannot be run; where something is None, see :meth:`on`."""
         for name in ('train_images', 'epochs', 'test_images'):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f'--{name.replace("_", "-")} {value}: must be at least 1')
-        fewest = self.train_images or min(images for images, _ in LENGTHS.values())
-        if not 2 <= self.batch_size <= fewest:
-            raise ValueError(f'--batch-size {self.batch_size}: must be from 2 to --train-images {fewest}')
+            if getattr(self, name) < 1:
+                raise ValueError(f'--{name.replace("_", "-")} {getattr(self, name)}: must be at least 1')
+        if not 2 <= self.batch_size <= self.train_images:
+            raise ValueError(f'--batch-size {self.batch_size}: must be from 2 to --train-images {self.train_images}')
 
 
 def find(row: Row, path: str) -> Any:
@@ -130,16 +129,19 @@ def append_row(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def check_same_settings(path: Path, rows: Sequence[Row], settings: Settings) -> None:
-    """Raises ValueError where rows were made with other settings: they can't stand in one table.
+def check_same_settings(path: Path, rows: Sequence[Row], settings: Settings, data: Collection[str]) -> None:
+    """Raises ValueError where rows of these data sets were made with other settings: they can't stand in one table.
 
     What a row does not tell of was no setting yet when it was made, by another protocol.
     """
     for row in rows:
-        ours = json.loads(json.dumps(asdict(settings.on(row.get('data', 'garments')))))
+        where = row.get('data', 'garments')
+        if where not in data:
+            continue
+        ours = json.loads(json.dumps(asdict(settings.on(where))))
         for name in {**ours, **row['settings']}:
             value, own = row['settings'].get(name), ours.get(name)
             if value != own:
                 raise ValueError(
-                    f'{path} has runs of {name}={value!r}, and this is {name}={own!r}: choose another --out'
+                    f'{path} has runs on {where} of {name}={value!r}, and this is {name}={own!r}: choose another --out'
                 )

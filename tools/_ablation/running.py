@@ -75,7 +75,7 @@ def run_missing(
         **kwargs: of :func:`~.training.train`.
     """
     rows = read_rows(path)
-    check_same_settings(path, rows, settings)
+    check_same_settings(path, rows, settings, {run.data for run in runs})
     done = {Run.of(row) for row in rows}
     todo = [run for run in runs if run not in done]
     print(f'{len(runs) - len(todo)} of {len(runs)} runs are done', flush=True)
@@ -156,7 +156,8 @@ def verify(run: Run, path: Path, data_root: Path, device: str | None, threads: i
     rows = read_rows(path)
     found = next((row for row in rows if Run.of(row) == run), None)
     if found is None:
-        raise ValueError(f'--verify {run.network} {run.seed}: {path} has no such run')
+        there = sorted({f'--sets {row["data"]} --sizes {row["size"]}' for row in rows if row['order'] is None})
+        raise ValueError(f'--verify: {path} has no run {run}; there are runs of {", of ".join(there) or "nothing"}')
     device = device or found['device']
     check_device(device)
     set_up(threads or found['threads'])
@@ -181,4 +182,9 @@ def verify(run: Run, path: Path, data_root: Path, device: str | None, threads: i
         raise ValueError(
             f'--verify {run.network} {run.seed}: top1 differs by more than {allowed:.2f}, as far as seeds go; {where}'
         )
-    print(f'within {"no bound, which takes two seeds" if allowed is None else f"{allowed:.2f} points"}; {where}')
+    told = (
+        'the first loss agrees; no bound on top-1, which takes two seeds'
+        if allowed is None
+        else f'within {allowed:.2f} points'
+    )
+    print(f'{told}; {where}')
