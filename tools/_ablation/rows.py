@@ -9,7 +9,7 @@ from typing import Any
 
 OPTIONS = ('train_images', 'epochs', 'test_images', 'batch_size')
 # Images of the training and epochs, by data set; for `scaled` such that twice the epochs add less than a point.
-LENGTHS = {'scaled': (6000, 40), 'garments': (60000, 16), 'scenes': (60000, 16), 'digits': (60000, 16)}
+LENGTHS = {'scaled': (6000, 40), 'garments': (60000, 16), 'scenes': (6000, 40), 'digits': (6000, 40)}
 
 Row = dict[str, Any]
 
