@@ -266,6 +266,9 @@ def test_page_of_two_data_sets():
     assert 'Of the' not in markdown(other, variance, '.')
     assert '1 x 9 images on `scaled`, 2 x 9 images on `garments`; AdamW' in text
     assert '### On garments, narrow' in text
+    assert '(./attention.png)' in text
+    assert '### In networks for garments, narrow' in text
+    assert '(./attention_garments_narrow.png)' in text
     assert 'Not run: scenes, narrow; digits, narrow; scaled, wide.' in text
     for data, epochs in (('scaled', 1), ('garments', 2)):
         assert f'--sets {data} --sizes narrow --networks k3_k5_selected k3_k5_summed k3 --seeds 0 1 2 3 4' in text

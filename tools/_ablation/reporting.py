@@ -1,5 +1,6 @@
 """The page and its figures, from the rows that there are."""
 
+import functools
 import json
 import os
 from collections import Counter
@@ -52,11 +53,14 @@ def report(out: Path, page: Path) -> list[Path]:
     attending = [row for row in main if row['network'] == SELECTED]
     answers = decide(CLAIMS, main)
     written = [page]
-    for name, draw, has in (
+    figures = [
         ('forest.png', lambda path: draw_forest(answers, path), any(a.differences for a in answers)),
-        ('attention.png', lambda path: draw_attention(attending, path), attending),
         ('learning.png', lambda path: draw_learning(attending, path), attending),
-    ):
+    ]
+    for place in PLACES:
+        there = [row for row in _of(rows, *place) if row['network'] == SELECTED]
+        figures.append((_attention_figure(*place), functools.partial(draw_attention, there), there))
+    for name, draw, has in figures:
         if has:
             draw(out / name)
             written.append(out / name)
@@ -92,7 +96,7 @@ def markdown(rows: Sequence[Row], variance: Sequence[Row], folder: str, out: str
             'ones are not decided.*',
         ]
     parts += _elsewhere(rows)
-    parts += ['## Attention against scale', *_attention(main, folder)]
+    parts += ['## Attention against scale', *_attention(rows, folder)]
     parts += ['## How the selection learns', *_learning(main, folder)]
     parts += ['## The networks', _networks(main)]
     parts += ['## Limits', _limits(answers, rows)]
@@ -361,10 +365,36 @@ def _convergence(rows: Sequence[Row]) -> list[str]:
     return parts
 
 
-def _attention(main: Sequence[Row], folder: str) -> list[str]:
-    rows = [row for row in main if row['network'] == SELECTED]
-    if not rows:
+def _attention_figure(data: str, size: str) -> str:
+    return 'attention.png' if (data, size) == MAIN else f'attention_{data}_{size}.png'
+
+
+def _attention(rows: Sequence[Row], folder: str) -> list[str]:
+    parts = []
+    for data, size in PLACES:
+        there = [row for row in _of(rows, data, size) if row['network'] == SELECTED]
+        if there:
+            figure = f'{folder}/{_attention_figure(data, size)}'
+            parts += [
+                f'### In networks for {data}, {size}',
+                _rho_table(there),
+                f'![Attention for the 5x5 against scale, unit by unit, on {data}, {size}]({figure})',
+            ]
+    if not parts:
         return ['Not run.']
+    count = min(row['settings']['test_images'] for row in rows)
+    return [
+        f'`{SELECTED}`, unit by unit: the mean over channels of the 5x5 minus the 3x3 attention, and its Spearman '
+        f"correlation with the object's scale over {min(IMAGES, count):,} test images, each at a scale of its own. The "
+        f'rise is that of the mean attention from scale {SCALES[0]:g} to {SCALES[-1]:g}: a correlation says nothing of '
+        "size. The mean is of Fisher's transformation, as claim (e) has it, which gives intervals over seeds. In the "
+        f'figures are {min(CURVE_IMAGES, count)} objects at each scale; a thin line is a seed, a band the 95 % '
+        'interval of their mean, seeds taken as the sample.',
+        *parts,
+    ]
+
+
+def _rho_table(rows: Sequence[Row]) -> str:
     lines = [['unit', *[f'seed {row["seed"]}' for row in rows], 'mean', 'rise'], ['---', *['---:'] * (len(rows) + 2)]]
     scales = rows[0]['attention']['scales']
     first, last = scales.index(SCALES[0]), scales.index(SCALES[-1])
@@ -372,19 +402,9 @@ def _attention(main: Sequence[Row], folder: str) -> list[str]:
         units = [row['attention']['units'][unit] for row in rows]
         rho = [one['rho'] for one in units]
         rise = [one['curve'][last] - one['curve'][first] for one in units]
-        mean = np.tanh(np.mean(np.arctanh(rho)))  # as claim (e) has it
+        mean = np.tanh(np.mean(np.arctanh(rho)))
         lines.append([unit, *[f'{value:+.2f}' for value in rho], f'{mean:+.2f}', f'{np.mean(rise):+.3f}'])
-    images = min(IMAGES, rows[0]['settings']['test_images'])
-    return [
-        f'`{SELECTED}`, unit by unit: the mean over channels of the 5x5 minus the 3x3 attention, and its Spearman '
-        f"correlation with the object's scale over {images:,} test images, each at a scale of its own. The rise is "
-        f'that of the mean attention from scale {SCALES[0]:g} to {SCALES[-1]:g}: a correlation says nothing of size. '
-        "The intervals over seeds are claim (e)'s, above.",
-        markdown_table(lines),
-        f'![Attention for the 5x5 against scale, unit by unit]({folder}/attention.png)',
-        f'*{min(CURVE_IMAGES, rows[0]["settings"]["test_images"])} objects at each scale; a thin line for each seed, a '
-        'band for the 95 % interval of their mean, seeds taken as the sample.*',
-    ]
+    return markdown_table(lines)
 
 
 def _learning(main: Sequence[Row], folder: str) -> list[str]:
