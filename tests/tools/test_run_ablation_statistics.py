@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip('mmpretrain')
 
 from _ablation.claims import CLAIMS, Claim
-from _ablation.deciding import UNDER, Answer, bound, components, crossed, decide, holm_levels, seeds_needed
+from _ablation.deciding import UNDER, Answer, bound, components, crossed, decide, holm_levels, power_of, seeds_needed
 from _ablation.networks import NETWORKS, SELECTED, SUMMED
 from _ablation.reporting import markdown
 
@@ -148,6 +148,10 @@ def test_power():
     assert seeds_needed(1.0, tests=30) == pytest.approx((3.144 + 0.842) ** 2 * 4, rel=0.1)
     assert [seeds_needed(deviation) for deviation in (0.0, 0.05)] == [2, 2]
     assert seeds_needed(0.5) == 10
+    # What is needed has the power that it is needed for, and what is far from it is sure of it.
+    assert power_of(10, 0.02, tests=30) == 1
+    assert power_of(9, 0.5) < 0.8 <= power_of(10, 0.5)
+    assert [power_of(10, deviation) for deviation in (0.2, 0.02, 0.0)] == pytest.approx([1, 1, 1], abs=1e-3)
 
 
 def test_components_by_hand():

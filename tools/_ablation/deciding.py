@@ -143,7 +143,10 @@ def power_of(seeds: int, deviation: float, difference: float = MARGIN, tests: in
     """The power of so many seeds to show a difference: see :func:`seeds_needed`."""
     if deviation == 0:
         return 1.0
-    return float(_statsmodels('stats.power').TTestPower().power(difference / deviation, seeds, ALPHA / tests))
+    # Without the two-sided test's far side, which is nothing here; scipy's distribution may be nan there and for more
+    # than six deviations.
+    power = _statsmodels('stats.power').TTestPower()
+    return float(power.power(min(difference / deviation, 6.0), seeds, ALPHA / tests / 2, alternative='larger'))
 
 
 def seeds_needed(deviation: float, difference: float = MARGIN, tests: int = 1) -> int:
