@@ -266,7 +266,7 @@ def test_page_of_two_data_sets():
     text = markdown(rows + other, variance, '.')
     assert '- On `garments`, narrow, 15 claims have rows (contradicted: 1, ' in text
     # Nothing is said of those that are not decided on both.
-    assert 'Of the 3 that have an answer on `scaled` too, 2 have the same, and others: (a) selection beats' in text
+    assert 'Of the 3 that have an answer on `scaled` too, 2 have the same; not so (a) selection beats' in text
     assert 'Of the' not in markdown(other, variance, '.')
     assert '1 x 9 images on `scaled`, 2 x 9 images on `garments`; AdamW' in text
     assert '### On garments, narrow' in text

@@ -146,7 +146,7 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
             differ = [f'({a.claim.key}) {a.claim.text}' for a, b in both if a.verdict != b.verdict]
             agreement = (
                 f' Of the {len(both)} that have an answer on `{MAIN[0]}` too, {len(both) - len(differ)} have the same'
-                + (f', and others: {"; ".join(differ)}.' if differ else '.')
+                + (f'; not so {"; ".join(differ)}.' if differ else '.')
             )
             lines.append(
                 f'- On `{data}`, {size}, {len(found)} claims have rows ({told}).' + (agreement if both else '')
