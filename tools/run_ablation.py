@@ -57,14 +57,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--compile', action='store_true', help='torch.compile: half a minute for every network')
     parser.add_argument('--minutes', type=float, help='after which no run is begun')
     parser.add_argument('--variance', nargs=2, type=int, metavar=('WEIGHTS', 'ORDERS'),
-                        help='so many seeds of the weights with so many of the order, for claim (a)')  # fmt: skip
+                        help='so many seeds of the weights with so many of the images, in the first set')  # fmt: skip
     parser.add_argument('--time', action='store_true', help='train nothing to its end: how fast it would go')
     parser.add_argument('--report', action='store_true', help='train nothing: the page and its figures alone')
     parser.add_argument(
         '--verify',
         nargs=2,
         metavar=('NAME', 'SEED'),
-        help='train this run again, on its device and with its threads unless given, and compare',
+        help='train this run of the first of --sets and --sizes again, on its device and with its threads unless '
+        'others are given, and compare',
     )
     args = parser.parse_args(argv)
     if min(args.seeds) < 0:

@@ -16,7 +16,7 @@ from .networks import CORE, NETWORKS, SELECTED, SIZES, SUMMED
 from .rows import Row, Run, Settings, append_row, check_same_settings, read_rows
 from .training import check_device, set_up, train
 
-LONGER_SEEDS = {True: 3, False: 1}  # where both data and size are MAIN, and elsewhere
+LONGER_SEEDS = 3  # where both data and size are MAIN; one elsewhere
 MAIN = ('scaled', 'narrow')
 # Where networks are trained: on every data set in the narrow size, and in the wide one on MAIN's.
 PLACES = [(data, size) for size in SIZES for data in DATA if size == MAIN[1] or data == MAIN[0]]
@@ -42,7 +42,8 @@ def plan(
             for i in range(0, len(seeds), together):
                 runs += [Run(name, seed, one, size) for name in pair for seed in seeds[i : i + together]]
         longer = [name for name in (SELECTED, SUMMED) if name in names]
-        runs += [Run(name, seed, one, size, longer=True) for name in longer for seed in seeds[: LONGER_SEEDS[main]]]
+        first = seeds[: LONGER_SEEDS if main else 1]
+        runs += [Run(name, seed, one, size, longer=True) for name in longer for seed in first]
     return runs
 
 
