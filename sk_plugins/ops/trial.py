@@ -3,12 +3,15 @@
 On a card where they were never run, kernels may be slower than torch's own, or wrong. So before they are used they are
 timed against plain torch, the host included, on a small map and on a large one, and compared with it. Each kind of
 work has a trial of its own when it is first met: training, inference, and inference with folded norms. The verdict is
-kept on disk, for the device, the dtype, the memory format and the versions of everything that has a part in it.
+kept on disk, for the device, the dtype, the memory format, torch's and Triton's versions and the engine's sources.
 
 ``SK_PLUGINS_ENGINE`` set to ``plain`` or ``triton`` replaces the verdict.
 """
 
+import functools
+import hashlib
 import importlib.metadata
+import importlib.resources
 import json
 import logging
 import math
@@ -143,8 +146,18 @@ def _measured(
 
 def _key(device: torch.device, dtype: torch.dtype, kind: str, memory_format: torch.memory_format) -> str:
     names = [str(name).removeprefix('torch.') for name in (dtype, memory_format)]
-    versions = [f'{name} {_version(name)}' for name in ('torch', 'triton', 'sk-plugins')]
-    return ', '.join([torch.cuda.get_device_name(device), *names, kind, *versions])
+    versions = [f'{name} {_version(name)}' for name in ('torch', 'triton')]
+    return ', '.join([torch.cuda.get_device_name(device), *names, kind, *versions, f'engine {_fingerprint()}'])
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Of this folder's sources: a package's version stays the same from one commit to the next."""
+    digest = hashlib.sha256()
+    for file in sorted(importlib.resources.files(__package__).iterdir(), key=lambda file: file.name):
+        if file.name.endswith('.py'):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _version(name: str) -> str:

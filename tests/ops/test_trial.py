@@ -8,8 +8,10 @@ import copy
 import json
 import logging
 import math
+import shutil
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -187,20 +189,34 @@ def test_a_verdict_is_of_a_device_a_dtype_and_versions(bench, monkeypatch):
     assert len(bench.tried) == 3
     kept = json.loads(trial.cache_file().read_text())
     assert len(kept) == 3
-    assert all(key.startswith('A card, ') and ', triton ' in key and ', sk-plugins ' in key for key in kept)
+    assert all(key.startswith('A card, ') and ', triton ' in key and ', engine ' in key for key in kept)
     assert all(verdict == {'wrong': None, 'ratios': FASTER['training']} for verdict in kept.values())
-    for name, version in (('get_device_name', None), (None, '0')):
+    for owner, name, value in (
+        (torch.cuda, 'get_device_name', 'Another card'),
+        (trial, '_version', '0'),
+        (trial, '_fingerprint', '0'),
+    ):
         new_process()
-        if name:
-            monkeypatch.setattr(torch.cuda, name, lambda device: 'Another card')
-        else:
-            monkeypatch.setattr(trial, '_version', lambda name, version=version: version)
+        monkeypatch.setattr(owner, name, lambda *args, value=value: value)
         assert trial.accepts(OnGPU())
-    assert len(bench.tried) == 5
+    assert len(bench.tried) == 6
     trial.forget()
     assert not trial.cache_file().exists()
     assert trial.accepts(OnGPU())
-    assert len(bench.tried) == 6
+    assert len(bench.tried) == 7
+
+
+def test_a_change_of_the_engine_is_another_engine(tmp_path, monkeypatch):
+    shutil.copytree(Path(trial.__file__).parent, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns('*.pyc'))
+    monkeypatch.setattr(trial.importlib.resources, 'files', lambda package: tmp_path)
+    fingerprint = trial._fingerprint.__wrapped__
+    before = fingerprint()
+    assert before == trial._fingerprint()
+    (tmp_path / 'notes.txt').write_text('no part of it')
+    assert fingerprint() == before
+    with open(tmp_path / 'gpu_kernels.py', 'a') as file:
+        file.write('# another\n')
+    assert fingerprint() != before
 
 
 @pytest.fixture
