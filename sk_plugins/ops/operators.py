@@ -51,7 +51,10 @@ def _spec(ys: Sequence[Tensor], reduce: Tensor | None, batch: bool, eps: float) 
 
 
 def _branches(ys, weights, biases, means, variances, reduce, *attention) -> Branches:
-    return Branches(ys, weights, biases, means, variances, None if reduce is None else Attention(reduce, *attention))
+    # Kernels read a norm's values one after another.
+    norms = ([t.contiguous() for t in tensors] for tensors in (weights, biases, means, variances))
+    attention = [t if t is None or t.ndim > 1 else t.contiguous() for t in attention]
+    return Branches(ys, *norms, None if reduce is None else Attention(reduce, *attention))
 
 
 @torch.library.custom_op('sk_plugins::norm_relu_select', mutates_args=(), schema=f'({_BRANCHES}) -> (Tensor, Tensor[])')
@@ -82,9 +85,10 @@ def _norm_relu_select_backward(grad, saved, *args):
     branches = _branches(*tensors)
     spec = _spec(branches.ys, tensors[5], batch, eps)
     grads = spec.engine.backward(spec, branches, saved, grad, True)
-    return [g.clone() if g.storage_offset() or not g.is_contiguous() else g for g in grads[: 3 * len(branches.ys)]] + [
-        g for g in grads[3 * len(branches.ys) :] if g is not None
-    ]
+    num = len(branches.ys)
+    # Those of the norms are views of one tensor, which an operator may not return.
+    of_norms = [g.clone() if g.storage_offset() or not g.is_contiguous() else g for g in grads[num : 3 * num]]
+    return [*grads[:num], *of_norms, *(g for g in grads[3 * num :] if g is not None)]
 
 
 @_norm_relu_select_backward.register_fake
