@@ -122,7 +122,7 @@ class _SKUnit(Fusable):
         of_last = last.parts(folded) if type(last) is ConvBNAct else None
         keeps_all = self.drop_path is None or not self.drop_path.training
         plain = self.se is None and type(self.act) is nn.ReLU and keeps_all
-        if of_sk is None or of_last is None or of_last[2] or not plain:
+        if of_sk is None or of_last is None or of_last[2] or last.backend == 'plain' or not plain:
             return None
         if self.downsample is not None and type(self.downsample) is not nn.Sequential:
             return None
@@ -170,7 +170,9 @@ class SKBottleneck(_SKUnit):
     def parts(self, folded: bool) -> tuple | None:
         first = self.conv1.parts(folded) if type(self.conv1) is ConvBNAct else None
         rest = super().parts(folded)
-        return None if first is None or not first[2] or rest is None else (self.conv1, first, *rest)
+        if first is None or not first[2] or self.conv1.backend == 'plain' or rest is None:
+            return None
+        return self.conv1, first, *rest
 
     def fuse_forward(self, engine: ModuleType, x: Tensor, parts: tuple) -> Tensor:
         conv1, first, sk, of_sk, *end = parts

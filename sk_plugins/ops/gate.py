@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import chain, product, starmap
 from operator import attrgetter, contains, itemgetter
 from types import ModuleType
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ _CALLS = attrgetter('forward', '__call__')
 _TENSORS = {nn.Parameter, Tensor, type(None)}
 _known = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Softmax, nn.Sequential, nn.AvgPool2d]
 _known += [nn.MaxPool2d, nn.ModuleList]
+# A class that somebody patched before this was imported stays unknown.
+_known = [cls for cls in _known if private.is_torchs_own(cls.forward, cls.__module__)]
 _known_calls = list(map(_CALLS, _known))
 _stubbed = False
 
@@ -72,6 +75,7 @@ class Fusable(nn.Module):
     methods: tuple[str, ...] = ('forward',)
     _plan = None
     _way = 'plain'
+    _trained_way = None  # of the last call with gradients
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -86,10 +90,12 @@ class Fusable(nn.Module):
                     return self.fuse_forward(operators, x, parts)
             return super().__call__(x, *args, **kwargs)
         engine = None if args or kwargs else _choose(self, x)
+        own = self.__dict__
+        own['_way'] = way = 'plain' if engine is None else engine.NAME
+        if torch.is_grad_enabled():
+            own['_trained_way'] = way
         if engine is None:
-            self.__dict__['_way'] = 'plain'
             return super().__call__(x, *args, **kwargs)
-        self.__dict__['_way'] = engine.NAME
         return self.fuse_forward(engine, x, self._plan.parts)
 
     def parts(self, folded: bool) -> tuple | None:
@@ -110,8 +116,10 @@ class Fusable(nn.Module):
     @torch.compiler.assume_constant_result  # Dynamo asks in Python, in place of tracing what it cannot
     def _goes_by_operators(self) -> bool:
         # A compiler fuses the plain modules itself, so that its graph has operators only where they are asked for.
+        if trial.is_refused(next(self.parameters()).device):
+            return False
         plan = _Plan(self, traced=True)  # whose parameters may be fake
-        return plan.parts is not None and not plan.folded and not plan.has_hooks()
+        return plan.parts is not None and plan.norm != 'folded' and not plan.has_hooks(self)
 
 
 def _agree(norms: list[nn.BatchNorm2d]) -> bool:
@@ -133,38 +141,49 @@ def _agree(norms: list[nn.BatchNorm2d]) -> bool:
 
 
 class _Plan:
-    """What was found of a module and of all modules in it, for as long as that is so."""
+    """What was found of a module and of all modules in it, for as long as that is so.
+
+    The module keeps it. It holds what is inside the module but not the module, which would keep itself alive.
+    """
 
     def __init__(self, module: Fusable, traced: bool = False) -> None:
         modules = module.fused_modules()
-        self.module = module
+        inner = [m for m in modules if m is not module]
+        self.module = ref(module)
         self.methods = attrgetter(*module.methods)
-        self.modules = modules
-        self.states = [m.__dict__ for m in modules]
+        self.modules = inner
+        self.states = [m.__dict__ for m in inner]
         self.replacements = list(product(self.states, private.REPLACEMENTS))
-        self.norms = [m.__dict__ for m in modules if isinstance(m, nn.BatchNorm2d)]
-        self.convs = [m.__dict__ for m in modules if isinstance(m, nn.Conv2d)]
-        self.fusables = [m.__dict__ for m in modules if isinstance(m, Fusable)]
-        self.signature = self._look()
-        norms = [m for m in modules if isinstance(m, nn.BatchNorm2d)]
-        self.folded = not norms
+        self.norms = [m.__dict__ for m in inner if isinstance(m, nn.BatchNorm2d)]
+        self.convs = [m.__dict__ for m in inner if isinstance(m, nn.Conv2d)]
+        self.fusables = [m.__dict__ for m in inner if isinstance(m, Fusable)]
+        self.signature = self._look(module)
+        norms = [m for m in inner if isinstance(m, nn.BatchNorm2d)]
+        # What the norms take: the statistics of the batch, the running ones, or none where they were folded.
+        self.norm = 'folded' if not norms else 'batch' if norms[0].training else 'running'
         fits = (
             all(type(m) in _known for m in modules)
             and (traced or {type(p) for m in modules for p in m._parameters.values()} <= _TENSORS)
             and all(m._parameters.get('weight') is not None for m in modules if type(m) is nn.Conv2d)
             and all(m.padding_mode == 'zeros' for m in modules if type(m) is nn.Conv2d)
-            and (self.folded or _agree(norms))
+            and not any(name in module.__dict__ for name in module.methods)
+            and (not norms or _agree(norms))
+            and all(buffer is not None for m in norms for buffer in m._buffers.values())
         )
-        self.parts = module.parts(self.folded) if fits else None
+        self.parts = module.parts(not norms) if fits else None
 
-    def _look(self) -> tuple[list, ...]:
+    def _look(self, module: Fusable) -> tuple[list, ...]:
         """What would change the answer. Modules are compared as objects, which tells of replaced ones."""
+        own = module.__dict__
+        states = [own, *self.states]
         return (
-            self.methods(self.module),
-            list(chain.from_iterable(map(dict.values, map(_CHILDREN, self.states)))),
+            self.methods(type(module)),
+            list(map(own.__contains__, module.methods)),
+            module.backend,
+            list(chain.from_iterable(map(dict.values, map(_CHILDREN, states)))),
             list(map(type, self.modules)),
-            list(map(_TRAINING, self.states)),
-            list(map(type, chain.from_iterable(map(dict.values, map(_PARAMETERS, self.states))))),
+            list(map(_TRAINING, states)),
+            list(map(type, chain.from_iterable(map(dict.values, map(_PARAMETERS, states))))),
             list(map(type, chain.from_iterable(map(dict.values, map(_BUFFERS, self.norms))))),
             list(map(_NORM, self.norms)),
             list(map(_PADDING, self.convs)),
@@ -173,11 +192,16 @@ class _Plan:
 
     def holds(self, module: Fusable) -> bool:
         """Whether nothing has changed since."""
-        return self.module is module and self._look() == self.signature
+        return self.module() is module and self._look(module) == self.signature
 
-    def has_hooks(self) -> bool:
-        """:func:`has_hooks` of every module."""
-        return any(chain.from_iterable(map(_HOOKS, self.states))) or any(starmap(contains, self.replacements))
+    def has_hooks(self, module: Fusable) -> bool:
+        """:func:`has_hooks` of the module and of every one inside."""
+        own = module.__dict__
+        return (
+            any(chain.from_iterable(map(_HOOKS, [own, *self.states])))
+            or any(map(own.__contains__, private.REPLACEMENTS))
+            or any(starmap(contains, self.replacements))
+        )
 
     def __reduce__(self):
         """A copied or pickled module looks for itself."""
@@ -187,6 +211,10 @@ class _Plan:
 def _choose(module: Fusable, x: Tensor) -> ModuleType | None:
     """The engine for this call of a module; None for its ``forward``."""
     backend = module.backend
+    # A checkpoint computes again, in the backward pass, what it once let plain torch compute: then as plain torch does,
+    # though whoever watched, or whatever mode there was, may be gone. It must save the same tensors.
+    if module._trained_way == 'plain' and private.graph_task() != -1:
+        return None
     if backend == 'plain' or (type(x) is not Tensor and type(x) is not nn.Parameter):
         return None
     on_gpu = x.is_cuda or _stubbed or gpu.INTERPRETS
@@ -200,11 +228,18 @@ def _choose(module: Fusable, x: Tensor) -> ModuleType | None:
     plan = module._plan
     if plan is None or not plan.holds(module):
         plan = module.__dict__['_plan'] = _Plan(module)
-    if plan.parts is None or plan.has_hooks() or list(map(_CALLS, _known)) != _known_calls:
+    if plan.parts is None or plan.has_hooks(module) or list(map(_CALLS, _known)) != _known_calls:
         return None
-    if plan.folded and torch.is_grad_enabled():  # folded modules are for inference
+    if plan.norm == 'folded' and torch.is_grad_enabled():  # folded modules are for inference
         return None
-    if on_gpu and backend != 'recompute' and (_stubbed or trial.accepts(x, backend == 'triton', plan.folded)):
+    of_norms = chain(map(_PARAMETERS, plan.norms), map(_BUFFERS, plan.norms))
+    if (
+        on_gpu
+        and backend != 'recompute'
+        # The kernels take a norm's values one after another.
+        and all(map(Tensor.is_contiguous, chain.from_iterable(map(dict.values, of_norms))))
+        and (_stubbed or trial.accepts(x, plan.norm, backend == 'triton'))
+    ):
         if gpu.kernels is None:
             gpu.load()
         return gpu

@@ -184,6 +184,8 @@ def _check_norms(y: Tensor, tensors: Sequence[Tensor], batches: Sequence[Tensor]
     channels, device = y.shape[1], y.get_device()
     if any(map(channels.__ne__, map(Tensor.numel, tensors))):
         raise RuntimeError(f'a BatchNorm of another number of channels than its maps, which have {channels}')
+    if not all(map(Tensor.is_contiguous, tensors)):
+        raise RuntimeError('a BatchNorm with a tensor whose values do not lie one after another: call contiguous()')
     if any(map(device.__ne__, map(Tensor.get_device, chain(tensors, batches)))):
         devices = ', '.join(sorted({str(tensor.device) for tensor in chain(tensors, batches)}))
         raise RuntimeError(f'a BatchNorm with tensors on {devices}, and maps on {y.device}: they must be on one device')

@@ -6,7 +6,9 @@ Where torch no longer has a name that tells, :func:`is_ordinary` is False, and t
 ``nn.Module.__getattr__``, would cost the host a Python call each time.
 """
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +21,12 @@ __all__ = [
     'BatchNorm',
     'add_one',
     'children',
+    'graph_task',
     'in_backward',
     'is_compiled',
     'is_optimized',
     'is_ordinary',
+    'is_torchs_own',
     'softmax_backward',
 ]
 
@@ -33,7 +37,18 @@ except ImportError:
 # What isinstance tells of every BatchNorm, and of no InstanceNorm.
 BATCH_NORMS = (BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-MODULE_CALL = nn.Module.__call__
+
+def is_torchs_own(method: Callable, module: str) -> bool:
+    """Whether a method is from the file of torch's ``module``, or from nn.Module's: no patch by somebody else."""
+    code = getattr(method, '__code__', None)  # functools.wraps gives a patch the names of what it stands for
+    names = [os.path.basename(sys.modules[name].__file__ or '') for name in (module, _module.__name__)]
+    return code is not None and os.path.basename(code.co_filename) in names
+
+
+# What runs when a module is called, and what a convolution calls in turn, as torch has them.
+_CALLS = ((nn.Module, '__call__'), (nn.Module, '_call_impl'), (nn.Conv2d, '_conv_forward'))
+_calls = [getattr(cls, name, None) for cls, name in _CALLS]
+_calls_are_torchs = all(call is None or is_torchs_own(call, cls.__module__) for call, (cls, _) in zip(_calls, _CALLS))
 # In a module's __dict__: its hooks, and what is there only where somebody, or module.compile(), put it there.
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 COMPILED = '_compiled_call_impl'
@@ -68,13 +83,16 @@ def is_ordinary() -> bool:
     """Whether torch runs what it is given and nothing else: no tracer, mode, transform, dual level or global hook."""
     return not (
         _dispatch_modes is None
+        or not _calls_are_torchs
         or _dispatch_modes()
         or (_function_modes() and not _is_default_device())
         or _transforms()
         or _forward_ad._current_level >= 0
         or any(_global_hooks)
         or _is_tracing()
-        or nn.Module.__call__ is not MODULE_CALL
+        or nn.Module.__call__ is not _calls[0]
+        or getattr(nn.Module, '_call_impl', None) is not _calls[1]
+        or getattr(nn.Conv2d, '_conv_forward', None) is not _calls[2]
     )
 
 
@@ -119,10 +137,11 @@ _foreach_add_ = getattr(torch, '_foreach_add_', None)
 
 def in_backward() -> bool:
     """Whether autograd's backward pass calls; False where torch does not tell, which counts a repetition as a call."""
-    return _graph_task is not None and _graph_task() != -1
+    return graph_task() != -1
 
 
-_graph_task = getattr(torch._C, '_current_graph_task_id', None)
+# The number of the backward pass that calls, or -1.
+graph_task = getattr(torch._C, '_current_graph_task_id', lambda: -1)
 
 
 def softmax_backward(grad: Tensor, softmax: Tensor, dim: int) -> Tensor:

@@ -6,6 +6,7 @@
 :func:`norm_relu_select` is what an engine computes, and every engine is compared with it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -136,13 +137,16 @@ def batch_norm(
     return F.batch_norm(y, mean, var, weight, bias, mean is None, 0.0, eps)
 
 
-def norm_relu_select(branches: Branches, eps: float) -> Tensor:
-    """BatchNorm and ReLU of every branch, Fuse, and Select (Eq. 1 to 6): V, (B, C, H, W)."""
+def norm_relu_select(branches: Branches, eps: float, norm: Callable[..., Tensor] = batch_norm) -> Tensor:
+    """BatchNorm and ReLU of every branch, Fuse, and Select (Eq. 1 to 6): V, (B, C, H, W).
+
+    ``norm`` is called as :func:`batch_norm`, for the branches in their order and then for the attention.
+    """
     ys, weights, biases, means, variances, attention = branches
     us = []
     for m, y in enumerate(ys):
         mean, var = (means[m], variances[m]) if means else (None, None)
-        us.append(F.relu(batch_norm(y, weights[m], biases[m], mean, var, eps)))
+        us.append(F.relu(norm(y, weights[m], biases[m], mean, var, eps)))
     if attention is None:
         total = us[0]
         for u in us[1:]:
@@ -151,7 +155,7 @@ def norm_relu_select(branches: Branches, eps: float) -> Tensor:
     reduce, weight, bias, select_weight, select_bias, mean, var = attention
     dtype = ys[0].dtype  # lower than the parameters' where autocast was on
     z = F.conv2d(fuse(us), reduce.to(dtype))
-    z = F.relu(batch_norm(z, weight, bias, mean, var, eps))
+    z = F.relu(norm(z, weight, bias, mean, var, eps))
     logits = F.conv2d(z, select_weight.to(dtype), None if select_bias is None else select_bias.to(dtype))
     return select(us, logits.unflatten(1, (len(ys), -1)).softmax(1))
 

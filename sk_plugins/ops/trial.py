@@ -2,7 +2,8 @@
 
 On a card where they were never run, kernels may be slower than torch's own, or wrong. So before they are used they are
 timed against plain torch, the host included, on a small map and on a large one, and compared with it. Each kind of
-work has a trial of its own when it is first met: training, inference, and inference with folded norms. The verdict is
+work has a trial of its own when it is first met: training, training with frozen norms, inference, and inference with
+folded norms. The verdict is
 kept on disk, for the device, the dtype, the memory format, torch's and Triton's versions and the engine's sources.
 
 ``SK_PLUGINS_ENGINE`` set to ``plain`` or ``triton`` replaces the verdict.
@@ -17,25 +18,29 @@ import logging
 import math
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from .._files import write_atomically
 from . import gpu, private
 from .functions import BranchSpec, NormAct, NormReluSelect, NormSpec
 from .reference import Attention, Branches, batch_norm, norm_relu_select
 
-__all__ = ['accepts', 'cache_file', 'forget']
+__all__ = ['accepts', 'cache_file', 'forget', 'is_refused']
 
 logger = logging.getLogger('sk_plugins')
 
 _verdicts: dict[tuple, dict[str, Any]] = {}
+_one_at_a_time = threading.Lock()  # or trials would measure each other
 
 VARIABLE, ENGINES = 'SK_PLUGINS_ENGINE', ('plain', 'triton')
 # (B, C, H, W): a unit's map in the last stage for a batch of four small images, and in the first for a batch of 64.
@@ -45,19 +50,28 @@ SMALL, LARGE = (4, 128, 16, 16), (64, 128, 56, 56)
 CHECKED = (3, 48, 20, 20)
 _BETWEEN = math.sqrt(math.prod(SMALL) * math.prod(LARGE))  # elements from which on a map is a large one
 SIZES = {'small': SMALL, 'large': LARGE}
-NORMS = {'training': 'batch', 'inference': 'running', 'folded inference': 'folded'}  # by kind of work
+# By kind of work, what the norms take, and whether there are gradients.
+KINDS = {
+    'training': ('batch', True),
+    'frozen norms': ('running', True),
+    'inference': ('running', False),
+    'folded inference': ('folded', False),
+}
 REPEATS = 7
 # Relative, of a map's or a gradient's norm. Where plain torch in the dtype is off by more, as with TF32, twice that.
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Rounding takes some outputs past zero, and their gradients come or go: of all elements a share of about the dtype's
+# eps, whose part of the norm is its root, 3e-2 in float16 and 9e-2 in bfloat16.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 9e-2, torch.float16: 3e-2}
 
 
-def accepts(x: Tensor, wanted: bool = False, folded: bool = False) -> bool:
+def accepts(x: Tensor, norm: str, wanted: bool = False) -> bool:
     """Whether the kernels are to compute a unit whose input is ``x``.
 
     Args:
         x: (B, C, H, W), on a GPU, or on a CPU where Triton's interpreter stands in for one.
+        norm: what the unit's BatchNorms take: statistics of the 'batch', the 'running' ones, or none where they are
+            'folded' into the convolutions, for inference.
         wanted: whether they are asked for by name (``backend='triton'``): then they need be right, not faster.
-        folded: whether the unit's BatchNorms are folded into its convolutions, for inference.
 
     Raises:
         ValueError: ``SK_PLUGINS_ENGINE`` is set to what is no engine.
@@ -70,17 +84,39 @@ def accepts(x: Tensor, wanted: bool = False, folded: bool = False) -> bool:
     if x.get_device() != torch.cuda.current_device():
         _say_once(f'tensors on {x.device}, which is not the current device: torch.cuda.set_device makes it so')
         return False
-    kind = 'folded inference' if folded else 'training' if torch.is_grad_enabled() else 'inference'
+    if norm == 'batch':  # without gradients too, whose kernels are among those of a training step
+        kind = 'training'
+    elif norm == 'running':
+        kind = 'frozen norms' if torch.is_grad_enabled() else 'inference'
+    else:
+        kind = 'folded inference'
     subject = x.device, dtype, kind, x.stride(1) == 1
     verdict = _verdicts.get(subject)
     if verdict is None:
         # A trial synchronises, which ends a capture, and differentiates, for which a backward pass would wait.
         if torch.cuda.is_current_stream_capturing() or private.in_backward():
             return False
-        verdict = _verdicts[subject] = _verdict(*subject)
+        with _one_at_a_time:
+            verdict = _verdicts.get(subject)
+            if verdict is None:
+                verdict = _verdicts[subject] = _verdict(*subject)
     if verdict['wrong'] is not None:
         return False
     return wanted or verdict['ratios']['small' if x.numel() < _BETWEEN else 'large'] < 1
+
+
+def is_refused(device: torch.device) -> bool:
+    """Whether the environment, or a trial that was made on a device, says that the kernels are not to be used.
+
+    It makes no trial: a compiler asks, whose graph is to run on the device later.
+    """
+    if _engine_of_environment() == 'plain':
+        return True
+    known = [verdict for (where, dtype, *_), verdict in _verdicts.items() if where == device and dtype in TOLERANCES]
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+        known += [verdict for key, verdict in _read().items() if key.startswith(name) and key.endswith(_fingerprint())]
+    return any(verdict['wrong'] is not None for verdict in known)
 
 
 def _engine_of_environment() -> str | None:
@@ -202,7 +238,10 @@ _said: set[str] = set()
 
 
 class _Work:
-    """One unit's worth of an engine's work, and the same in plain torch, on the same tensors."""
+    """One unit's worth of an engine's work, and the same in plain torch, on the same tensors.
+
+    There are norms of two branches (0 and 1), of the layers around them (2) and of the attention (3).
+    """
 
     def __init__(
         self,
@@ -219,94 +258,98 @@ class _Work:
         channels, dim = shape[1], max(shape[1] // 16, 32)
         maps = [draw(*shape).to(dtype).to(memory_format=memory_format) for _ in range(3)]
         self.maps = [y.requires_grad_() for y in maps]
-        self.scales = [draw(channels, scale=0.2, shift=1.0).requires_grad_() for _ in range(3)]
-        self.shifts = [draw(channels, scale=0.2).requires_grad_() for _ in range(3)]
-        self.attention = [
-            draw(dim, channels, 1, 1, scale=channels**-0.5), draw(dim, scale=0.2, shift=1.0),
-            draw(dim, scale=0.2), draw(2 * channels, dim, 1, 1, scale=dim**-0.5),
-        ]  # fmt: skip
-        for tensor in self.attention:
-            tensor.requires_grad_()
-        self.leaves = [*self.maps, *self.scales, *self.shifts, *self.attention]
         sizes = *[channels] * 3, dim
-        self.running = [(draw(n, scale=0.0), draw(n, scale=0.0, shift=1.0)) for n in sizes]
+        self.scales = [draw(n, scale=0.2, shift=1.0).requires_grad_() for n in sizes]
+        self.shifts = [draw(n, scale=0.2).requires_grad_() for n in sizes]
+        self.reduce = draw(dim, channels, 1, 1, scale=channels**-0.5).requires_grad_()
+        self.select = draw(2 * channels, dim, 1, 1, scale=dim**-0.5).requires_grad_()
+        self.leaves = [*self.maps, *self.scales, *self.shifts, self.reduce, self.select]
+        self.running = [(draw(n, scale=0.1), draw(n, scale=0.1, shift=1.0)) for n in sizes]
         self.batches = [torch.zeros((), dtype=torch.int64, device=device) for _ in sizes]
         self.grad = draw(*shape).to(dtype).to(memory_format=memory_format)
 
-    def branches(self, norm: str, second: Tensor) -> Branches:
-        """What leads to V, with norms by the 'batch', by 'running' statistics, or 'folded'."""
-        none = [None, None]
-        used = dict(batch=[], running=self.running[:2], folded=[(None, None)] * 2)[norm]
-        scales = none if norm == 'folded' else self.scales[:2]
-        reduce, scale, shift, select = self.attention
-        running = self.running[3] if norm == 'running' else none
-        attention = Attention(reduce, None if norm == 'folded' else scale, shift, select, None, *running)
-        return Branches(
-            [self.maps[0], second], scales, self.shifts[:2], [m for m, _ in used], [v for _, v in used], attention
-        )
+    def statistics(self) -> list[Tensor]:
+        """What a training step updates."""
+        return [*chain(*self.running), *self.batches]
 
-    def norm(self, norm: str) -> list[Tensor | None]:
-        """Scale, shift and statistics of the norms beside those of the branches."""
-        scale = None if norm == 'folded' else self.scales[2]
-        return [scale, self.shifts[2], *(self.running[2] if norm == 'running' else (None, None))]
+    def _tensors(self, norm: str, i: int) -> list[Tensor | None]:
+        """Scale, shift, and running mean and variance of a norm, where ``norm`` has them."""
+        scale = None if norm == 'folded' else self.scales[i]
+        return [scale, self.shifts[i], *(self.running[i] if norm == 'running' else (None, None))]
+
+    def _updated(self, norm: str, *numbers: int) -> tuple[list, list]:
+        batch = norm == 'batch'
+        return ([self.running[i] for i in numbers], [self.batches[i] for i in numbers]) if batch else ([], [])
+
+    def _branches(self, norm: str, second: Tensor) -> Branches:
+        columns = list(zip(self._tensors(norm, 0), self._tensors(norm, 1)))
+        if norm == 'batch':
+            columns[2:] = [], []
+        scale, shift, *statistics = self._tensors(norm, 3)
+        attention = Attention(self.reduce, scale, shift, self.select, None, *statistics)
+        return Branches([self.maps[0], second], *map(list, columns), attention)
 
     def engine(self, norm: str) -> Tensor:
         """A norm and its ReLU, of which a branch is made, V, and the end of a unit, by the kernels."""
-        batch = norm == 'batch'
-        updated, last_updated = ([], []), ([], [])
-        if batch:
-            updated = [[*of[:2], of[3]] for of in (self.running, self.batches)]
-            last_updated = self.running[2:3], self.batches[2:3]
-        spec = BranchSpec(gpu, 2, True, batch, 0.1, 1e-5, *updated)
-        end = NormSpec(gpu, True, batch, 0.1, 1e-5, *last_updated)
-        first, last = [None, self.maps[1], *self.norm(norm)], [self.maps[2], *self.norm(norm)]
+        branches = self._branches(norm, self._norm_act(norm, [(self.maps[1], 2)]))
+        spec = BranchSpec(gpu, 2, True, norm == 'batch', 0.1, 1e-5, *self._updated(norm, 0, 1, 3))
         if torch.is_grad_enabled():
-            branches = self.branches(norm, NormAct.apply(end, *first))
-            return NormAct.apply(end, NormReluSelect.apply(spec, *spec.flatten(branches)), *last)
-        branches = self.branches(norm, gpu.norm_act(end, *first)[0])
-        return gpu.norm_act(end, gpu.forward(spec, branches)[0], *last)[0]
+            v = NormReluSelect.apply(spec, *spec.flatten(branches))
+        else:
+            v = gpu.forward(spec, branches)[0]
+        return self._norm_act(norm, [(self.maps[2], 2)], shortcut=v)
 
     def plain(self, norm: str) -> Tensor:
         """The same in plain torch."""
-        scale, shift, *statistics = self.norm(norm)
-
-        def after(y: Tensor) -> Tensor:
-            if norm == 'batch':
-                return nn.functional.batch_norm(y, *self.running[2], scale, shift, True, 0.1, 1e-5)
-            return batch_norm(y, scale, shift, *statistics, 1e-5)
-
-        v = norm_relu_select(self.branches(norm, after(self.maps[1]).relu_()), 1e-5)
-        y = after(self.maps[2])
+        numbers = iter((0, 1, 3))
+        branches = self._branches(norm, self._plain_norm(norm, 2, self.maps[1]).relu_())
+        v = norm_relu_select(branches, 1e-5, lambda y, *_: self._plain_norm(norm, next(numbers), y))
+        y = self._plain_norm(norm, 2, self.maps[2])
         y += v
         return y.relu_()
 
-    def engine_of_two(self) -> Tensor:
+    def engine_of_two(self, norm: str) -> Tensor:
         """The end of a unit whose shortcut has a norm too, by the kernels."""
-        end = NormSpec(gpu, True, True, 0.1, 1e-5, self.running[:2], self.batches[:2])
-        norms = zip(self.maps, self.scales[:2], self.shifts)
-        return NormAct.apply(end, None, *[t for norm in norms for t in (*norm, None, None)])
+        return self._norm_act(norm, [(self.maps[0], 0), (self.maps[1], 1)])
 
-    def plain_of_two(self) -> Tensor:
+    def plain_of_two(self, norm: str) -> Tensor:
         """The same in plain torch."""
-        norms = zip(self.maps, self.running, self.scales[:2], self.shifts)
-        first, second = (nn.functional.batch_norm(y, *r, w, b, True, 0.1, 1e-5) for y, r, w, b in norms)
-        return (first + second).relu_()
+        return (self._plain_norm(norm, 0, self.maps[0]) + self._plain_norm(norm, 1, self.maps[1])).relu_()
+
+    def engine_of_one(self, norm: str) -> Tensor:
+        """A norm without a ReLU, as in a stem, by the kernels."""
+        return self._norm_act(norm, [(self.maps[0], 0)], relu=False)
+
+    def plain_of_one(self, norm: str) -> Tensor:
+        """The same in plain torch."""
+        return self._plain_norm(norm, 0, self.maps[0])
+
+    def _norm_act(
+        self, norm: str, layers: list[tuple[Tensor, int]], relu: bool = True, shortcut: Tensor | None = None
+    ) -> Tensor:
+        updated = self._updated(norm, *(i for _, i in layers))
+        spec = NormSpec(gpu, relu, norm == 'batch', 0.1, 1e-5, *updated)
+        tensors = [shortcut, *chain.from_iterable((y, *self._tensors(norm, i)) for y, i in layers)]
+        return NormAct.apply(spec, *tensors) if torch.is_grad_enabled() else gpu.norm_act(spec, *tensors)[0]
+
+    def _plain_norm(self, norm: str, i: int, y: Tensor) -> Tensor:
+        if norm != 'batch':
+            return batch_norm(y, *self._tensors(norm, i), 1e-5)
+        self.batches[i].add_(1)
+        return F.batch_norm(y, *self.running[i], self.scales[i], self.shifts[i], True, 0.1, 1e-5)
 
     def run(self, function: Callable[[str], Tensor], norm: str) -> list[Tensor]:
-        """The output, and in training the gradients, of :meth:`engine` or :meth:`plain`."""
+        """The output of one of these, and the gradients of what leads to it where they are wanted."""
         output = function(norm)
-        gradients = torch.autograd.grad(output, self.leaves, self.grad) if output.requires_grad else ()
-        return [output.detach(), *gradients]
-
-    def gradients_of_two(self, output: Tensor) -> list[Tensor]:
-        leaves = [*self.maps[:2], *self.scales[:2], *self.shifts[:2]]
-        return [output.detach(), *torch.autograd.grad(output, leaves, self.grad)]
+        wanted = torch.is_grad_enabled()
+        found = torch.autograd.grad(output, self.leaves, self.grad, allow_unused=True) if wanted else ()
+        return [output.detach(), *(grad for grad in found if grad is not None)]
 
 
 def _try(device: torch.device, dtype: torch.dtype, kind: str, memory_format: torch.memory_format) -> dict[str, Any]:
     """The verdict: why the kernels are not to be used, or their time by that of plain torch, by size."""
-    norm = NORMS[kind]
-    with torch.cuda.device(device), torch.set_grad_enabled(kind == 'training'):  # a new thread's is the first
+    norm, gradients = KINDS[kind]
+    with torch.cuda.device(device), torch.set_grad_enabled(gradients):  # a new thread's is the first
         gpu.load()
         _compile(device, dtype, norm, memory_format)
         error = _error(device, dtype, norm, memory_format)
@@ -321,32 +364,32 @@ def _compile(device: torch.device, dtype: torch.dtype, norm: str, memory_format:
 
     def work() -> None:
         work = _Work(CHECKED, torch.device('cpu'), dtype, memory_format)
-        work.run(work.engine, norm)
-        if norm == 'batch':
-            work.gradients_of_two(work.engine_of_two())
+        for function in (work.engine, work.engine_of_two, work.engine_of_one):
+            work.run(function, norm)
 
     gpu.kernels.compile_launched(work, device)
 
 
 def _error(device: torch.device, dtype: torch.dtype, norm: str, memory_format: torch.memory_format) -> float:
-    """The largest relative difference from plain torch in float32 on the CPU, in training of all gradients.
+    """The largest relative difference from plain torch in float32 on the CPU, of outputs, gradients and statistics.
 
     A difference of no more than twice that of plain torch in ``dtype`` on the device counts as none.
     """
-    errors = []
-    work = _Work(CHECKED, device, dtype, memory_format)
-    expected = _Work(CHECKED, torch.device('cpu'), torch.float32, memory_format)
+    ours, theirs = (_Work(CHECKED, device, dtype, memory_format) for _ in range(2))
+    right = _Work(CHECKED, torch.device('cpu'), torch.float32, memory_format)
     with torch.no_grad():
-        for ours, theirs in zip([*work.maps, work.grad], [*expected.maps, expected.grad]):
-            theirs.copy_(ours)  # with what the low precision leaves
-    ways = [(work, work.engine), (work, work.plain), (expected, expected.plain)]
-    found = list(zip(*[w.run(function, norm) for w, function in ways]))
-    if norm == 'batch':
-        ways = [(work, work.engine_of_two), (work, work.plain_of_two), (expected, expected.plain_of_two)]
-        found += zip(*[w.gradients_of_two(function()) for w, function in ways])
-    for ours, theirs, right in found:
+        for low, full in zip([*ours.maps, ours.grad], [*right.maps, right.grad]):
+            full.copy_(low)  # with what the low precision leaves
+    found = []
+    for engine, plain in (('engine', 'plain'), ('engine_of_two', 'plain_of_two'), ('engine_of_one', 'plain_of_one')):
+        ways = (ours, engine), (theirs, plain), (right, plain)
+        found += zip(*[work.run(getattr(work, name), norm) for work, name in ways])
+    found += zip(ours.statistics(), theirs.statistics(), right.statistics())
+    errors = []
+    for tensor, other, expected in found:
         error, allowed = (
-            float((t.float().cpu() - right).norm() / right.norm().clamp(min=1e-12)) for t in (ours, theirs)
+            float((t.float().cpu() - expected).norm() / expected.float().norm().clamp(min=1e-12))
+            for t in (tensor, other)
         )
         errors.append(0.0 if error <= 2 * allowed else error)
     return max(errors, key=lambda error: float('inf') if error != error else error)

@@ -102,18 +102,18 @@ def global_hook(module, register):
 
 
 @contextmanager
-def replaced_call(module):
-    seen, original = [], nn.Module.__call__
+def replaced(kind, name):
+    seen, original = [], getattr(kind, name)
 
-    def call(self, *args, **kwargs):
+    def method(self, *args, **kwargs):
         seen.append(self)
         return original(self, *args, **kwargs)
 
-    nn.Module.__call__ = call
+    setattr(kind, name, method)
     try:
         yield seen
     finally:
-        nn.Module.__call__ = original
+        setattr(kind, name, original)
 
 
 @contextmanager
@@ -192,7 +192,9 @@ BACKWARD_WATCHES = {
 GLOBAL_WATCHES = {
     'global forward hook': lambda module: global_hook(module, 'register_module_forward_hook'),
     'global forward pre-hook': lambda module: global_hook(module, 'register_module_forward_pre_hook'),
-    'replaced call': replaced_call,
+    'replaced call': lambda module: replaced(nn.Module, '__call__'),
+    'replaced inner call': lambda module: replaced(nn.Module, '_call_impl'),
+    "a convolution's replaced inner call": lambda module: replaced(nn.Conv2d, '_conv_forward'),
 }
 GLOBAL_BACKWARD_WATCHES = {
     'global backward hook': lambda module: global_hook(module, 'register_module_full_backward_hook'),

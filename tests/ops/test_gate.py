@@ -1,8 +1,12 @@
 """The gate: an engine computes a unit only where nobody watches it and nothing in it was replaced, and says so."""
 
 import copy
+import gc
 import io
 import pickle
+import subprocess
+import sys
+import weakref
 
 import pytest
 import torch
@@ -30,6 +34,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from sk_plugins import SelectiveKernel
@@ -177,6 +182,105 @@ def test_batches_counted_on_another_device(engine_of):
     unit.conv2.paths[0].bn.num_batches_tracked = torch.zeros((), dtype=torch.int64, device='meta')
     run(unit, True)
     assert unit._way == 'plain'
+
+
+def test_a_convolution_of_another_backend_is_left_to_it(engine_of):
+    engine_of('triton')
+    for kind, names in ((SKBottleneck, ('conv1', 'conv2', 'conv3')), (SKBasicBlock, ('conv1', 'conv2'))):
+        unit = make_unit(kind)
+        for name in names:
+            part = unit.get_submodule(name)
+            part.backend = 'plain'
+            run(unit, True)
+            assert (unit._way, part._way) == ('plain', 'plain'), name
+            part.backend = 'auto'
+            run(unit, True)
+            assert unit._way == 'triton', name
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'eval'])
+def test_norms_whose_values_lie_apart(training, engine_of):
+    """A kernel takes them one after another, and would read, or write, what is another's."""
+    engine_of('triton')
+    unit = make_unit(training=training)
+    expected = run(unit, True)
+    assert unit._way == 'triton'
+    norm = unit.conv2.paths[0].bn
+    for name in ('weight', 'bias', 'running_mean', 'running_var'):
+        tensor = getattr(norm, name)
+        apart = torch.stack([tensor.detach(), torch.full_like(tensor, 7)], 1)[:, 0]
+        kept = tensor.data
+        tensor.data = apart
+        assert_equal(run(unit, True), expected)
+        assert unit._way == 'plain', name
+        tensor.data = kept
+    run(unit, True)
+    assert unit._way == 'triton'
+
+
+@each_case
+def test_a_module_is_gone_with_its_last_name(engine, training, engine_of):
+    """Without the collector of cycles, which comes when it will: a GPU's memory would be held till then."""
+    engine_of(engine)
+    module = make(engine, training)
+    run(module, training)
+    assert module._way == engine
+    watched = [weakref.ref(part) for part in module.modules()]
+    gc.disable()
+    try:
+        del module
+        assert not any(watch() for watch in watched)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize('engine', ['recompute', 'triton'])
+def test_a_checkpoint_computes_again_as_it_did(engine, engine_of):
+    """Where somebody watched the first time alone, too, as with a hook around the forward pass."""
+    engine_of(engine)
+    module, x = make(engine, True), make_input().requires_grad_()
+    expected = run(module, True)[2:]
+    sk = module if engine == 'recompute' else module.conv2
+    module.zero_grad()
+    for watched in (True, False):
+        if watched:
+            with hook(sk.attn, 'register_forward_hook') as seen:
+                output = checkpoint(module, x, use_reentrant=False)
+        else:
+            output = checkpoint(module, x, use_reentrant=False)
+        assert module._way == ('plain' if watched else engine)
+        grad = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+        found = torch.autograd.grad(output, [p for p in module.parameters() if p.requires_grad], grad)
+        assert_equal(found, expected)
+        assert len(seen) == 1
+
+
+PATCHED_BEFORE = """
+import functools
+import torch
+from torch import nn
+owner = nn.OWNER
+original = owner.NAME
+@functools.wraps(original)
+def patched(self, *args, **kwargs):
+    seen.append(self)
+    return original(self, *args, **kwargs)
+seen = []
+owner.NAME = patched
+import sk_plugins
+layer = sk_plugins.SelectiveKernel(8, groups=2).train()
+layer(torch.randn(2, 8, 4, 4))
+print(layer._way, sum(isinstance(part, nn.Conv2d) for part in seen) >= 4)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('patched', ['Conv2d.forward', 'Conv2d._conv_forward', 'Module.__call__'])
+def test_what_was_replaced_before_the_package_was_imported(patched):
+    owner, name = patched.split('.')
+    code = PATCHED_BEFORE.replace('OWNER', owner).replace('NAME', name)
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+    assert result.stdout == 'plain True\n', result.stderr
 
 
 @each_case

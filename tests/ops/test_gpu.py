@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from helpers.engines import DEVICE, RUNS, draw, runs, sizes_kept, slow, slowly
 
-from sk_plugins.ops import functions, gpu
+from sk_plugins.ops import functions, gpu, trial
 from sk_plugins.ops.functions import BranchSpec, NormAct, NormReluSelect, NormSpec
 from sk_plugins.ops.reference import fuse, norm_relu_select
 
@@ -468,7 +468,32 @@ class TestKernels:
             assert_near(ours, theirs, rows)
 
 
-@pytest.mark.parametrize(('chosen', 'number'), [('not slow', 46), pytest.param('slow', 38, marks=pytest.mark.slow)])
+@runs
+@pytest.mark.parametrize('dtype', [torch.float32, *map(slowly, HALVES)], ids=str)
+@pytest.mark.parametrize('kind', ['frozen norms', *map(slowly, ('training', 'inference', 'folded inference'))])
+def test_a_trial_finds_them_right(kind, dtype):
+    norm, gradients = trial.KINDS[kind]
+    with torch.set_grad_enabled(gradients):
+        error = trial._error(torch.device(DEVICE), dtype, norm, torch.channels_last)
+    assert error <= trial.TOLERANCES[dtype]
+
+
+@runs
+def test_a_trial_finds_running_statistics_that_are_wrong(monkeypatch):
+    """Which neither the outputs nor the gradients of a training step tell."""
+    launched = gpu.kernels.norm_relu_rows
+
+    def wrong(r, weight, bias, running, *args):
+        found = launched(r, weight, bias, running, *args)
+        running[1].mul_(1.1)
+        return found
+
+    monkeypatch.setattr(gpu.kernels, 'norm_relu_rows', wrong)
+    error = trial._error(torch.device(DEVICE), torch.float32, 'batch', torch.channels_last)
+    assert error == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize(('chosen', 'number'), [('not slow', 48), pytest.param('slow', 49, marks=pytest.mark.slow)])
 def test_numbers_in_tritons_interpreter(chosen, number):
     """By default each kernel once, in float32 and bfloat16, a unit of either kind, and an odd shape."""
     if RUNS or not gpu.HAS_TRITON:

@@ -14,6 +14,7 @@ from torch.library import opcheck
 
 from sk_plugins import SelectiveKernel
 from sk_plugins.networks.resnet import SKResNet
+from sk_plugins.ops import trial
 
 OPS = torch.ops.sk_plugins
 SETTINGS = {
@@ -204,6 +205,48 @@ def test_other_backends_leave_no_operator_in_a_graph():
         layer = set_backend(make_layer(False), backend)
         program = torch.export.export(layer, (make_input(),))
         assert not [node for node in program.graph.nodes if 'sk_plugins' in str(node.target)]
+
+
+def test_a_compiler_heeds_the_environment_and_what_a_trial_found(monkeypatch):
+    layer = set_backend(make_layer(False), 'triton')
+
+    def has_operator():
+        torch._dynamo.reset()
+        program = torch.export.export(layer, (make_input(),))
+        return any('sk_plugins' in str(node.target) for node in program.graph.nodes)
+
+    assert has_operator()
+    monkeypatch.setenv('SK_PLUGINS_ENGINE', 'plain')
+    assert not has_operator()
+    monkeypatch.delenv('SK_PLUGINS_ENGINE')
+    subject = torch.device('cpu'), torch.float32, 'inference', True
+    monkeypatch.setitem(trial._verdicts, subject, {'wrong': 'they differ', 'ratios': {}})
+    assert not has_operator()
+
+
+def test_norms_whose_values_lie_apart():
+    """In a graph, whose operators take copies of them."""
+    layer = set_backend(make_layer(False), 'triton')
+    norm = layer.paths[0].bn
+    norm.weight.data = torch.stack([norm.weight.data, torch.full_like(norm.weight, 7)], 1)[:, 0]
+    plain = set_backend(copy.deepcopy(layer), 'plain')
+    compiled = torch.compile(layer, backend='eager', fullgraph=True)
+    assert_same(outcomes(layer, compiled, make_input()), outcomes(plain, plain, make_input()))
+
+
+def test_no_gradient_of_a_map_is_copied():
+    convs, norms, attention = make_layer(dtype=torch.float32).parts(False)
+    ys = [conv(make_input(dtype=torch.float32)).detach() for conv in convs]
+    reduce, norm, matrix = attention
+    of_attention = [t.detach() for t in (reduce.weight, norm.weight, norm.bias, matrix.weight)]
+    rows = [[n.weight.detach() for n in norms], [n.bias.detach() for n in norms], [], []]
+    tensors = [ys, *rows, *of_attention, None, None, None, True, 1e-5]
+    v, saved = OPS.norm_relu_select(*tensors)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        grads = OPS.norm_relu_select_backward(torch.ones_like(v), saved, *tensors)
+    assert all(grad.is_contiguous(memory_format=torch.channels_last) for grad in grads[:2])
+    copied = [event.input_shapes[0] for event in profile.events() if event.name == 'aten::clone']
+    assert list(v.shape) not in copied
 
 
 @pytest.mark.parametrize('change', ['hook', 'norm', 'activation'])

@@ -1,5 +1,6 @@
 """torch's private names, and what runs in a release that lacks one of them."""
 
+import functools
 import subprocess
 import sys
 
@@ -60,14 +61,24 @@ def test_softmax_gradient_without_the_operator(monkeypatch):
 def test_in_backward(monkeypatch):
     asked = []
     x = torch.ones(2, requires_grad=True)
-    for name in (None, '_graph_task'):
-        if name:
-            monkeypatch.setattr(private, name, None)
+    for lacks in (False, True):
+        if lacks:
+            monkeypatch.setattr(private, 'graph_task', lambda: -1)
         y = x * 2
         y.register_hook(lambda grad: asked.append(private.in_backward()))
         y.sum().backward()
     assert asked == [True, False]
     assert not private.in_backward()
+
+
+def test_patches_are_told_from_torchs_own():
+    for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Softmax, nn.Sequential, nn.ModuleList):
+        assert private.is_torchs_own(kind.forward, kind.__module__)
+    original = nn.Conv2d.forward
+    patched = functools.wraps(original)(lambda self, x: original(self, x))
+    assert patched.__module__ == original.__module__
+    assert not private.is_torchs_own(patched, nn.Conv2d.__module__)
+    assert not private.is_torchs_own(functools.partial(original), nn.Conv2d.__module__)
 
 
 def test_batch_norms_are_told_by_their_base():

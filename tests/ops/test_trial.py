@@ -11,16 +11,20 @@ import math
 import shutil
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sk_plugins.fuse import fold_batch_norm
 from sk_plugins.ops import gpu, trial
 
 FASTER = {'training': {'small': 0.5, 'large': 0.7}, 'inference': {'small': 0.6, 'large': 0.8}}
 FASTER['folded inference'] = {'small': 0.3, 'large': 0.4}
+FASTER['frozen norms'] = {'small': 0.2, 'large': 0.1}
 
 
 class OnGPU:
@@ -60,7 +64,7 @@ def bench(monkeypatch, tmp_path):
         yield
 
     def error(device, dtype, norm, memory_format):
-        assert torch.is_grad_enabled() == (norm == 'batch')
+        assert (norm, torch.is_grad_enabled()) in trial.KINDS.values()
         found.tried.append((device, dtype, norm, memory_format))
         if isinstance(found.error, Exception):
             raise found.error
@@ -72,7 +76,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(trial, '_Work', lambda shape, *subject: shape)
 
     def ratio(norm, work, device):
-        (kind,) = (kind for kind, of_kind in trial.NORMS.items() if of_kind == norm)
+        (kind,) = (kind for kind, of_kind in trial.KINDS.items() if of_kind == (norm, torch.is_grad_enabled()))
         return found.ratios[kind]['small' if work == trial.SMALL else 'large']
 
     monkeypatch.setattr(trial, '_ratio', ratio)
@@ -80,6 +84,10 @@ def bench(monkeypatch, tmp_path):
     trial._verdicts.clear()
     yield found
     trial._verdicts.clear()
+
+
+def accepts(x, norm='batch', wanted=False):
+    return trial.accepts(x, norm, wanted)
 
 
 def new_process():
@@ -90,9 +98,9 @@ def new_process():
 def test_what_is_right_and_faster_is_taken_and_told_in_one_line(bench, caplog):
     with caplog.at_level(logging.INFO, 'sk_plugins'):
         for _ in range(3):
-            assert trial.accepts(OnGPU())
+            assert accepts(OnGPU())
             with torch.no_grad():
-                assert trial.accepts(OnGPU(trial.SMALL))
+                assert accepts(OnGPU(trial.SMALL), 'running')
     assert [norm for _, _, norm, _ in bench.tried] == ['batch', 'running']
     for record, kind in zip(caplog.records, ('training', 'inference'), strict=True):
         assert record.levelname == 'INFO'
@@ -105,38 +113,70 @@ def test_what_is_right_and_faster_is_taken_and_told_in_one_line(bench, caplog):
 def test_what_is_slower_is_not_taken_for_that_size_and_kind(bench, slow):
     bench.ratios[slow[0]][slow[1]] = 1.01
     for size, shape in trial.SIZES.items():
-        for kind in FASTER:
-            with torch.set_grad_enabled(kind == 'training'):
-                folded = kind == 'folded inference'
-                assert trial.accepts(OnGPU(shape), folded=folded) == ((kind, size) != slow)
-                assert trial.accepts(OnGPU(shape), wanted=True, folded=folded)
+        for kind, (norm, gradients) in trial.KINDS.items():
+            with torch.set_grad_enabled(gradients):
+                assert accepts(OnGPU(shape), norm) == ((kind, size) != slow)
+                assert accepts(OnGPU(shape), norm, wanted=True)
 
 
 def test_each_kind_of_work_is_tried_when_it_is_met(bench):
     """A training run does not wait for what inference would take."""
     for _ in range(2):
-        trial.accepts(OnGPU())
+        accepts(OnGPU())
     assert bench.tried == [(torch.device('cuda', 0), torch.float32, 'batch', torch.channels_last)]
-    trial.accepts(OnGPU(channels_last=False))
+    accepts(OnGPU(channels_last=False))
     assert bench.tried[1:] == [(torch.device('cuda', 0), torch.float32, 'batch', torch.contiguous_format)]
     with torch.no_grad():
-        trial.accepts(OnGPU(), folded=True)
-    assert [norm for _, _, norm, _ in bench.tried[2:]] == ['folded']
+        accepts(OnGPU(), 'folded')
+        accepts(OnGPU())  # as in reentrant checkpoints: a training step's, which are known
+    accepts(OnGPU(), 'running')  # as detectors train, whose norms are frozen
+    assert [norm for _, _, norm, _ in bench.tried[2:]] == ['folded', 'running']
+
+
+def test_threads_that_meet_a_device_at_once_make_one_trial(bench, monkeypatch):
+    begun = threading.Barrier(4)
+
+    def meet():
+        begun.wait()
+        return accepts(OnGPU())
+
+    monkeypatch.setattr(trial, '_compile', lambda *subject: time.sleep(0.05))
+    with ThreadPoolExecutor(4) as pool:
+        assert all(future.result() for future in [pool.submit(meet) for _ in range(4)])
+    assert len(bench.tried) == 1
+
+
+def test_what_a_compiler_is_told(bench, monkeypatch):
+    device = torch.device('cuda', 0)
+    assert not trial.is_refused(device)
+    assert bench.tried == []
+    accepts(OnGPU(dtype=torch.float64))  # which is no fault of theirs
+    accepts(OnGPU())
+    assert not trial.is_refused(device)
+    bench.error = 0.5
+    accepts(OnGPU(dtype=torch.float16))
+    assert trial.is_refused(device)
+    new_process()
+    assert trial.is_refused(device)
+    trial.forget()
+    assert not trial.is_refused(device)
+    monkeypatch.setenv('SK_PLUGINS_ENGINE', 'plain')
+    assert trial.is_refused(device)
 
 
 def test_sizes_part_at_the_geometric_mean(bench):
     """SMALL has 2**17 elements and LARGE 25,690,112: 1,835,008 lie between."""
     bench.ratios['training']['small'] = 2.0
-    assert not trial.accepts(OnGPU((1, 1, 1, 1_835_007)))
-    assert trial.accepts(OnGPU((1, 1, 1, 1_835_009)))
+    assert not accepts(OnGPU((1, 1, 1, 1_835_007)))
+    assert accepts(OnGPU((1, 1, 1, 1_835_009)))
 
 
 @pytest.mark.parametrize('error', [0.5, float('nan'), float('inf')])
 def test_what_is_wrong_is_refused_with_a_warning_and_remembered(bench, error, caplog):
     bench.error = error
     for _ in range(2):
-        assert not trial.accepts(OnGPU(), wanted=True)
-        assert not trial.accepts(OnGPU())
+        assert not accepts(OnGPU(), wanted=True)
+        assert not accepts(OnGPU())
         new_process()
     assert len(bench.tried) == 1
     (record,) = [r for r in caplog.records if r.levelname == 'WARNING']
@@ -147,19 +187,19 @@ def test_what_is_wrong_is_refused_with_a_warning_and_remembered(bench, error, ca
 @pytest.mark.parametrize('error', [RuntimeError('no C compiler'), torch.OutOfMemoryError('full')])
 def test_a_failure_gives_way_to_plain_torch_in_this_process_alone(bench, error, caplog):
     bench.error = error
-    assert not trial.accepts(OnGPU())
-    assert not trial.accepts(OnGPU(), wanted=True)
+    assert not accepts(OnGPU())
+    assert not accepts(OnGPU(), wanted=True)
     (record,) = caplog.records
     assert f'a kernel failed ({type(error).__name__}: {error})' in record.getMessage()
     assert len(bench.tried) == 1
     new_process()
     bench.error = 0.0
-    assert trial.accepts(OnGPU())
+    assert accepts(OnGPU())
 
 
 def test_no_trial_within_a_capture_or_a_backward_pass(bench):
     bench.capturing = True
-    assert not trial.accepts(OnGPU())
+    assert not accepts(OnGPU())
     bench.capturing = False
 
     class Meets(torch.autograd.Function):
@@ -169,23 +209,23 @@ def test_no_trial_within_a_capture_or_a_backward_pass(bench):
 
         @staticmethod
         def backward(ctx, grad):
-            assert not trial.accepts(OnGPU())
+            assert not accepts(OnGPU())
             return grad
 
     Meets.apply(torch.ones(1, requires_grad=True)).sum().backward()
     assert bench.tried == []
-    assert trial.accepts(OnGPU())
+    assert accepts(OnGPU())
     assert len(bench.tried) == 1
     bench.capturing = True
-    assert trial.accepts(OnGPU())
+    assert accepts(OnGPU())
 
 
 def test_a_verdict_is_of_a_device_a_dtype_and_versions(bench, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert trial.accepts(OnGPU(dtype=dtype))
+        assert accepts(OnGPU(dtype=dtype))
     assert [dtype for _, dtype, _, _ in bench.tried] == [torch.float32, torch.bfloat16, torch.float16]
     new_process()
-    assert trial.accepts(OnGPU())  # from disk
+    assert accepts(OnGPU())  # from disk
     assert len(bench.tried) == 3
     kept = json.loads(trial.cache_file().read_text())
     assert len(kept) == 3
@@ -198,11 +238,11 @@ def test_a_verdict_is_of_a_device_a_dtype_and_versions(bench, monkeypatch):
     ):
         new_process()
         monkeypatch.setattr(owner, name, lambda *args, value=value: value)
-        assert trial.accepts(OnGPU())
+        assert accepts(OnGPU())
     assert len(bench.tried) == 6
     trial.forget()
     assert not trial.cache_file().exists()
-    assert trial.accepts(OnGPU())
+    assert accepts(OnGPU())
     assert len(bench.tried) == 7
 
 
@@ -227,7 +267,7 @@ def autocast(monkeypatch):
 
 
 def test_autocast_says_the_dtype(bench, autocast):
-    trial.accepts(OnGPU())
+    accepts(OnGPU())
     assert [dtype for _, dtype, _, _ in bench.tried] == [torch.bfloat16]
 
 
@@ -236,7 +276,7 @@ def test_float64_is_for_plain_torch_and_said_once(bench, casts, request, caplog)
     if casts:
         request.getfixturevalue('autocast')  # which leaves float64 alone
     for _ in range(2):
-        assert not trial.accepts(OnGPU(dtype=torch.float64), wanted=True)
+        assert not accepts(OnGPU(dtype=torch.float64), wanted=True)
     (record,) = caplog.records
     assert 'torch.float64: the kernels take float32, bfloat16 and float16' in record.getMessage()
     assert not bench.tried
@@ -244,34 +284,34 @@ def test_float64_is_for_plain_torch_and_said_once(bench, casts, request, caplog)
 
 def test_without_triton_plain_torch_runs_and_says_so(bench, monkeypatch, caplog):
     monkeypatch.setattr(gpu, 'HAS_TRITON', False)
-    assert not trial.accepts(OnGPU())
+    assert not accepts(OnGPU())
     assert 'triton is not installed' in caplog.text
 
 
 def test_the_environment_overrides(bench, monkeypatch, caplog):
     bench.ratios['training'] = dict.fromkeys(trial.SIZES, 5.0)
-    assert not trial.accepts(OnGPU())
+    assert not accepts(OnGPU())
     monkeypatch.setenv('SK_PLUGINS_ENGINE', 'triton')
     new_process()
-    assert trial.accepts(OnGPU())
+    assert accepts(OnGPU())
     monkeypatch.setenv('SK_PLUGINS_ENGINE', 'plain')
     new_process()
-    assert not trial.accepts(OnGPU(), wanted=True)
+    assert not accepts(OnGPU(), wanted=True)
     assert not caplog.records
-    assert not trial.accepts(torch.zeros(1, 1, 1, 1))  # in the interpreter, too
+    assert not accepts(torch.zeros(1, 1, 1, 1))  # in the interpreter, too
     bench.error = 1.0
     monkeypatch.setenv('SK_PLUGINS_ENGINE', 'triton')
     trial.forget()
-    assert not trial.accepts(OnGPU())  # no one gets wrong numbers
+    assert not accepts(OnGPU())  # no one gets wrong numbers
 
 
 def test_an_unknown_engine_in_the_environment_is_named(bench, monkeypatch):
     monkeypatch.setenv('SK_PLUGINS_ENGINE', 'cuda')
     for x in (OnGPU(), torch.zeros(1, 1, 1, 1)):
         with pytest.raises(ValueError, match=r"SK_PLUGINS_ENGINE='cuda' .* must be 'plain' or 'triton', or unset"):
-            trial.accepts(x)
+            accepts(x)
     monkeypatch.setenv('SK_PLUGINS_ENGINE', '')
-    assert trial.accepts(OnGPU())
+    assert accepts(OnGPU())
 
 
 @pytest.mark.parametrize(
@@ -282,7 +322,7 @@ def test_an_unknown_engine_in_the_environment_is_named(bench, monkeypatch):
 def test_a_corrupt_file_is_as_good_as_none(bench, text):
     key = trial._key(torch.device('cuda', 0), torch.float32, 'training', torch.channels_last)
     trial.cache_file().write_bytes(text.replace('KEY', key).encode('utf-8', 'surrogateescape'))
-    assert trial.accepts(OnGPU())
+    assert accepts(OnGPU())
     assert len(bench.tried) == 1
     assert json.loads(trial.cache_file().read_text()) == {key: {'wrong': None, 'ratios': FASTER['training']}}
     assert [path.name for path in trial.cache_file().parent.iterdir()] == ['engines.json']
@@ -304,7 +344,7 @@ def test_where_nothing_can_be_kept_the_verdict_holds_for_the_process(bench, monk
         new_process()
         caplog.clear()
         for _ in range(2):
-            assert trial.accepts(OnGPU())
+            assert accepts(OnGPU())
         (record,) = [r for r in caplog.records if r.levelname == 'WARNING']
         assert 'cannot be kept' in record.getMessage()
     assert len(bench.tried) == 2
@@ -312,7 +352,7 @@ def test_where_nothing_can_be_kept_the_verdict_holds_for_the_process(bench, monk
 
 def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(bench, caplog):
     trial.cache_file().mkdir(parents=True)
-    assert trial.accepts(OnGPU())
+    assert accepts(OnGPU())
     assert 'cannot be kept' in caplog.text
     assert list(trial.cache_file().parent.iterdir()) == [trial.cache_file()]
 
@@ -330,11 +370,11 @@ def test_where_the_file_is(monkeypatch, tmp_path):
 
 def test_it_runs_on_the_tensors_device_in_a_thread_of_its_own(bench, monkeypatch, caplog):
     """A new thread's current device is the first one, on which kernels for another's tensors would be launched."""
-    assert not trial.accepts(OnGPU(index=1))  # cuda:0 is the current one
+    assert not accepts(OnGPU(index=1))  # cuda:0 is the current one
     assert 'tensors on cuda:1, which is not the current device' in caplog.text
     assert not bench.tried
     monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
-    assert trial.accepts(OnGPU(index=1))
+    assert accepts(OnGPU(index=1))
     ((thread, device),) = bench.devices
     assert device == torch.device('cuda', 1)
     assert thread != threading.get_ident()
@@ -342,28 +382,67 @@ def test_it_runs_on_the_tensors_device_in_a_thread_of_its_own(bench, monkeypatch
 
 def test_a_known_verdict_costs_few_calls(bench):
     x = OnGPU()
-    trial.accepts(x)
+    accepts(x)
     calls = []
     sys.setprofile(lambda frame, event, argument: calls.append(frame.f_code.co_name) if event == 'call' else None)
     try:
-        trial.accepts(x)
+        trial.accepts(x, 'batch')
     finally:
         sys.setprofile(None)
     assert [name for name in calls if name != '<lambda>'] == ['accepts', 'get_device', 'stride', 'numel']
 
 
 @pytest.mark.skipif(not gpu.HAS_TRITON, reason='triton is not installed')
-@pytest.mark.parametrize('norm', trial.NORMS.values())
-def test_the_work_is_the_same_by_the_engine_and_in_plain_torch(norm):
-    """Without a GPU: the plain way's numbers are those of the network's own equations, and the engine's launch."""
+@pytest.mark.parametrize('kind', trial.KINDS)
+def test_the_work_is_the_same_by_the_engine_and_in_plain_torch(kind):
+    """Without a GPU: what each gives has the same shapes, and both count a training step's batches or none."""
     from sk_plugins.ops import stubbed_launches
 
-    work = trial._Work((3, 40, 9, 9), torch.device('cpu'), torch.float32)
-    with stubbed_launches(), torch.set_grad_enabled(norm == 'batch'):
-        for function in (work.engine, work.plain):
-            output = function(norm)
-            assert output.shape == (3, 40, 9, 9)
-        if norm == 'batch':
-            shapes = [[g.shape for g in work.run(function, norm)] for function in (work.engine, work.plain)]
-            assert shapes[0] == shapes[1]
-            assert len(shapes[0]) == 1 + len(work.leaves)
+    norm, gradients = trial.KINDS[kind]
+    for part in ('', '_of_two', '_of_one'):
+        work = trial._Work((3, 40, 9, 9), torch.device('cpu'), torch.float32)
+        with stubbed_launches(), torch.set_grad_enabled(gradients):
+            found = [work.run(getattr(work, f'{way}{part}'), norm) for way in ('engine', 'plain')]
+        assert found[0][0].shape == (3, 40, 9, 9)
+        shapes = [[tensor.shape for tensor in tensors] for tensors in found]
+        assert shapes[0] == shapes[1]
+        assert len(shapes[0]) == 1 + gradients * {'': 13, '_of_two': 6, '_of_one': 3}[part]
+
+
+@pytest.mark.skipif(not gpu.HAS_TRITON, reason='triton is not installed')
+@pytest.mark.parametrize('kind', trial.KINDS)
+def test_a_trial_runs_the_kernels_that_are_then_used(kind):
+    """Those of units with and without a shortcut's norm and of the stem, told apart by what they are compiled for."""
+    import timm
+
+    from sk_plugins.ops import stubbed_launches
+
+    norm, gradients = trial.KINDS[kind]
+    model = timm.create_model('sknet26', num_classes=0).train(norm == 'batch')
+    if norm == 'folded':
+        model = fold_batch_norm(model)
+    work = trial._Work(trial.CHECKED, torch.device('cpu'), torch.float32)
+
+    def kernels(run):
+        """Names and constants of what is launched, but for those that follow the map's size."""
+        seen = set()
+
+        def launch(kernel, tensors, kind, describe):
+            sizes = 'BLOCK_', 'WIDE', 'num_warps'
+            constants = {name: value for name, value in describe()[3].items() if not name.startswith(sizes)}
+            seen.add((kernel.fn.__name__, *constants.items()))
+
+        with pytest.MonkeyPatch.context() as patch, stubbed_launches(), torch.set_grad_enabled(gradients):
+            patch.setattr(gpu.kernels, 'launch', launch)
+            run()
+        return seen
+
+    def use():
+        output = model(torch.randn(2, 3, 64, 64))
+        if gradients:
+            output.sum().backward()
+
+    used = kernels(use)
+    tried = kernels(lambda: [work.run(f, norm) for f in (work.engine, work.engine_of_two, work.engine_of_one)])
+    assert used
+    assert used <= tried
