@@ -14,15 +14,24 @@ from .rows import Row
 
 COLORS = {'holds': 'tab:green', 'contradicted': 'tab:red', UNDER: 'tab:blue', 'not decided': 'tab:gray'}
 
+FAR = 3.0
+
 
 def draw_forest(answers: Sequence[Answer], path: Path) -> None:
-    """A line for each claim with rows: its mean, its interval, its seeds, and the margin where it has one."""
-    panels = [[a for a in answers if a.differences and a.claim.unit == unit] for unit in ('points', 'rho')]
-    panels = [panel for panel in panels if panel]
-    heights = [len(panel) + 1.5 for panel in panels]
+    """A line for each claim with rows: its mean, its interval, its seeds, and the margin where it has one.
+
+    Claims that go further than FAR points have a panel of their own, in which half a point would not be seen.
+    """
+    panels: dict[tuple[str, bool], list[Answer]] = {('points', False): [], ('points', True): [], ('rho', False): []}
+    for answer in answers:
+        if answer.differences:
+            reach = max(map(abs, (*answer.values, answer.low or 0.0, answer.high or 0.0)))
+            panels[answer.claim.unit, answer.claim.unit == 'points' and reach > FAR].append(answer)
+    drawn = [panel for panel in panels.values() if panel]
+    heights = [len(panel) + 1.5 for panel in drawn]
     figure = Figure(figsize=(8.5, 0.3 * sum(heights) + 0.6), layout='constrained')
-    grid = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
-    for axes, panel in zip(grid[:, 0], panels):
+    grid = figure.subplots(len(drawn), 1, height_ratios=heights, squeeze=False)
+    for axes, panel in zip(grid[:, 0], drawn):
         for position, answer in enumerate(panel):
             color = COLORS[answer.verdict]
             if answer.claim.margin is not None:
