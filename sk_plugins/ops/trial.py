@@ -59,9 +59,7 @@ KINDS = {
 }
 REPEATS = 7
 # Relative, of a map's or a gradient's norm. Where plain torch in the dtype is off by more, as with TF32, twice that.
-# Rounding takes some outputs past zero, and their gradients come or go: of all elements a share of about the dtype's
-# eps, whose part of the norm is its root, 3e-2 in float16 and 9e-2 in bfloat16.
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 9e-2, torch.float16: 3e-2}
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def accepts(x: Tensor, norm: str, wanted: bool = False) -> bool:
@@ -299,22 +297,23 @@ class _Work:
             v = gpu.forward(spec, branches)[0]
         return self._norm_act(norm, [(self.maps[2], 2)], shortcut=v)
 
-    def plain(self, norm: str) -> Tensor:
-        """The same in plain torch."""
+    def plain(self, norm: str, relu: bool = True) -> Tensor:
+        """The same in plain torch, or without the last ReLU."""
         numbers = iter((0, 1, 3))
         branches = self._branches(norm, self._plain_norm(norm, 2, self.maps[1]).relu_())
         v = norm_relu_select(branches, 1e-5, lambda y, *_: self._plain_norm(norm, next(numbers), y))
         y = self._plain_norm(norm, 2, self.maps[2])
         y += v
-        return y.relu_()
+        return y.relu_() if relu else y
 
     def engine_of_two(self, norm: str) -> Tensor:
         """The end of a unit whose shortcut has a norm too, by the kernels."""
         return self._norm_act(norm, [(self.maps[0], 0), (self.maps[1], 1)])
 
-    def plain_of_two(self, norm: str) -> Tensor:
-        """The same in plain torch."""
-        return (self._plain_norm(norm, 0, self.maps[0]) + self._plain_norm(norm, 1, self.maps[1])).relu_()
+    def plain_of_two(self, norm: str, relu: bool = True) -> Tensor:
+        """The same in plain torch, or without the ReLU."""
+        y = self._plain_norm(norm, 0, self.maps[0]) + self._plain_norm(norm, 1, self.maps[1])
+        return y.relu_() if relu else y
 
     def engine_of_one(self, norm: str) -> Tensor:
         """A norm without a ReLU, as in a stem, by the kernels."""
@@ -380,6 +379,7 @@ def _error(device: torch.device, dtype: torch.dtype, norm: str, memory_format: t
     with torch.no_grad():
         for low, full in zip([*ours.maps, ours.grad], [*right.maps, right.grad]):
             full.copy_(low)  # with what the low precision leaves
+        _spare_kinks(norm, dtype, ours, theirs, right)
     found = []
     for engine, plain in (('engine', 'plain'), ('engine_of_two', 'plain_of_two'), ('engine_of_one', 'plain_of_one')):
         ways = (ours, engine), (theirs, plain), (right, plain)
@@ -393,6 +393,17 @@ def _error(device: torch.device, dtype: torch.dtype, norm: str, memory_format: t
         )
         errors.append(0.0 if error <= 2 * allowed else error)
     return max(errors, key=lambda error: float('inf') if error != error else error)
+
+
+def _spare_kinks(norm: str, dtype: torch.dtype, *works: _Work) -> None:
+    """Zero the gradient of outputs so near to zero that rounding in ``dtype`` opens or closes their ReLUs."""
+    exact = _Work(CHECKED, torch.device('cpu'), torch.float32)  # whose statistics may change
+    for y, full in zip(exact.maps, works[-1].maps):
+        y.copy_(full)
+    sums = [exact.plain(norm, relu=False), exact.plain_of_two(norm, relu=False)]
+    near = torch.stack([total.abs() < 8 * torch.finfo(dtype).eps for total in sums]).any(0)
+    for work in works:
+        work.grad.masked_fill_(near.to(work.grad.device), 0)
 
 
 def _ratio(norm: str, work: _Work, device: torch.device) -> float:

@@ -1,13 +1,14 @@
 """tools/run_ablation.py: runs of a few steps on a small set of garments, and rows whose statistics are known."""
 
+import itertools
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -495,11 +496,13 @@ def test_variance_rows(tool, garments, tmp_path, monkeypatch):
         assert row['steps']['end'][-1] == row['last']
 
 
-def test_timing(capsys):
+def test_timing(capsys, monkeypatch):
+    """By a clock of half a second a step: one step is measured, after two."""
+    ticks = itertools.count(0, 0.5)
+    monkeypatch.setattr(timing, 'time', SimpleNamespace(perf_counter=lambda: next(ticks)))
     found = timing.time_ways(['cpu'], Settings(batch_size=2), 2, 'narrow', seconds=0.01)
-    assert [name for name, _ in found] == ['one by one', '2 at once']
-    assert all(0 < rate < math.inf for _, rate in found)  # how fast is the machine's affair
-    assert 'one by one: ' in capsys.readouterr().out
+    assert found == [('one by one', 4.0), ('2 at once', 8.0)]
+    assert 'one by one: 4 images a second, after 1.0 s for two steps' in capsys.readouterr().out
 
 
 @pytest.mark.slow
