@@ -354,8 +354,8 @@ def _try(device: torch.device, dtype: torch.dtype, kind: str, memory_format: tor
         error = _error(device, dtype, norm, memory_format)
         if not error <= TOLERANCES[dtype]:  # not so a NaN
             return {'wrong': f'they differ from plain torch by {error:.1e}', 'ratios': {}}
-        works = {size: _Work(shape, device, dtype, memory_format) for size, shape in SIZES.items()}
-        return {'wrong': None, 'ratios': {size: _ratio(norm, work, device) for size, work in works.items()}}
+        ratios = {size: _ratio_of(shape, device, dtype, norm, memory_format) for size, shape in SIZES.items()}
+        return {'wrong': None, 'ratios': ratios}
 
 
 def _compile(device: torch.device, dtype: torch.dtype, norm: str, memory_format: torch.memory_format) -> None:
@@ -404,6 +404,22 @@ def _spare_kinks(norm: str, dtype: torch.dtype, *works: _Work) -> None:
     near = torch.stack([total.abs() < 8 * torch.finfo(dtype).eps for total in sums]).any(0)
     for work in works:
         work.grad.masked_fill_(near.to(work.grad.device), 0)
+
+
+def _ratio_of(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, norm: str, memory_format: torch.memory_format
+) -> float:
+    """The ratio on maps of a shape, of a smaller batch where the memory has no room for them beside the model's."""
+    batch, *rest = shape
+    while True:
+        try:
+            return _ratio(norm, _Work((batch, *rest), device, dtype, memory_format), device)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        # After the handler, whose traceback holds the maps.
+        torch.cuda.empty_cache()
+        batch //= 2
 
 
 def _ratio(norm: str, work: _Work, device: torch.device) -> float:

@@ -197,6 +197,39 @@ def test_a_failure_gives_way_to_plain_torch_in_this_process_alone(bench, error, 
     assert accepts(OnGPU())
 
 
+@pytest.mark.parametrize('room', [1, 3, 64])
+def test_where_memory_is_short_a_smaller_batch_is_timed(bench, monkeypatch, room):
+    measured, tried = trial._ratio, []
+
+    def ratio(norm, work, device):
+        tried.append(work)
+        if work[1:] == trial.LARGE[1:] and work[0] > room:
+            raise torch.OutOfMemoryError('full')
+        return measured(norm, work, device)
+
+    monkeypatch.setattr(trial, '_ratio', ratio)
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: tried.append('emptied'))
+    bench.ratios['training'] = {'small': 0.5, 'large': 0.25}
+    assert accepts(OnGPU())
+    _, *rest = trial.LARGE
+    large = tried[tried.index(trial.LARGE) :]
+    assert large[::2] == [(size, *rest) for size in (64, 32, 16, 8, 4, 2, 1) if size > room // 2]
+    assert set(large[1::2]) <= {'emptied'}
+    (kept,) = json.loads(trial.cache_file().read_text()).values()
+    assert kept == {'wrong': None, 'ratios': {'small': 0.5, 'large': 0.25}}
+
+
+def test_where_memory_has_no_room_for_one_image_plain_torch_runs(bench, monkeypatch, caplog):
+    def ratio(*args):
+        raise torch.OutOfMemoryError('full')
+
+    monkeypatch.setattr(trial, '_ratio', ratio)
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
+    assert not accepts(OnGPU())
+    assert 'OutOfMemoryError: full' in caplog.records[-1].getMessage()
+    assert not trial.cache_file().exists()
+
+
 def test_no_trial_within_a_capture_or_a_backward_pass(bench):
     bench.capturing = True
     assert not accepts(OnGPU())
