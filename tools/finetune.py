@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from _arguments import Parser
-from _finetune.lock import lock
+from _lock import lock
 from _quiet import quiet_imports
 
 
@@ -208,7 +208,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     work_dir = args.work_dir or default_work_dir(args.folder)
     # A run that there is not is the error of --resume, not its folder.
-    alone = contextlib.nullcontext() if args.resume and not work_dir.is_dir() else lock(work_dir)
+    alone = (
+        contextlib.nullcontext()
+        if args.resume and not work_dir.is_dir()
+        else lock(work_dir / 'finetune.lock', '--work-dir')
+    )
     try:
         with alone:
             return run_all(args, work_dir)

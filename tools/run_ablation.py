@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--compile', action='store_true', help='torch.compile: half a minute for every network')
     parser.add_argument('--minutes', type=float, help='after which no run is begun')
     parser.add_argument('--variance', nargs=2, type=int, metavar=('WEIGHTS', 'ORDERS'),
-                        help='so many seeds of the weights with so many of the images, in the first set')  # fmt: skip
+                        help="so many seeds of the weights with so many of the images, for claim (a)'s two networks, "
+                        'narrow, on the first of --sets')  # fmt: skip
     parser.add_argument('--time', action='store_true', help='train nothing to its end: how fast it would go')
     parser.add_argument('--report', action='store_true', help='train nothing: the page and its figures alone')
     parser.add_argument(
@@ -74,6 +75,10 @@ def main(argv: list[str] | None = None) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f'argument --{name}: {value} must be at least 1')
+    if args.minutes is not None and not args.minutes >= 0:
+        parser.error(f'argument --minutes: {args.minutes:g} must be at least 0')
+    if args.verify and not args.verify[1].isdecimal():
+        parser.error(f'argument --verify: SEED {args.verify[1]!r} must be a whole number')
     if args.variance and min(args.variance) < 2:
         parser.error(f'argument --variance: {min(args.variance)} must be at least 2')
     devices = args.devices or ['cuda' if cuda else 'cpu']
@@ -96,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = (
             plan_variance(*args.variance, args.sets[0])
             if args.variance
-            else plan(args.networks, args.sets, args.sizes, args.seeds, together)
+            else plan(args.networks, args.sets, args.sizes, list(dict.fromkeys(args.seeds)), together)
         )
         run_missing(
             runs, rows, args.data, settings, devices, together, args.minutes,

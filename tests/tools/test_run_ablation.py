@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import pytest
 
 pytest.importorskip('mmpretrain')
 
+import timm
 import torch
 from _ablation import data as canvases
 from _ablation import running, timing
@@ -31,6 +34,7 @@ from helpers.small_fashion_mnist import write_blots
 from helpers.tolerances import assert_close
 from scipy.stats import spearmanr
 
+from sk_plugins import __version__ as sk_version
 from sk_plugins._resources import ROOT
 from sk_plugins.analysis import sk_units
 
@@ -204,12 +208,21 @@ def test_digits_come_several_times(garments):
     assert not torch.equal(images[:40], images[360:])
 
 
-def test_scenes_lie_on_other_photographs(garments):
+def test_scenes_lie_on_other_photographs(garments, monkeypatch):
     pytest.importorskip('skimage')
+    import _scenes
+
     data = Data(Path(garments), TINY, name='scenes')
     train, test = (data.backgrounds[split] for split in ('train', 'test'))
     assert train.shape == test.shape == (16, 1, 64, 64)
     assert not any(torch.equal(one, other) for one in train for other in test)
+    asked = []
+    monkeypatch.setattr(
+        _scenes, 'load_photographs', lambda names: asked.append(names) or {0: np.zeros((99, 99, 3), np.uint8)}
+    )
+    Data(Path(garments), TINY, name='scenes')
+    assert asked == [_scenes.PHOTOGRAPHS['train'], _scenes.PHOTOGRAPHS['val']]
+    assert not set(asked[0]) & set(asked[1])
     images, _, _ = data.test(0.6)
     assert images.float().std() > 20
 
@@ -260,6 +273,16 @@ def test_average_is_of_the_second_half():
     assert len(seen) == 5
     torch.testing.assert_close(average.model.weight.detach(), (seen[3] + seen[4]) / 2)
     assert fit(model, batches, 4, Settings(ema=0)) is model
+
+
+def test_running_statistics_are_averaged_too():
+    model = Alone(torch.nn.Sequential(torch.nn.BatchNorm1d(2, momentum=1.0), torch.nn.Linear(2, 2)))
+    batches = [(torch.tensor([[[i, 0.0], [i, 2.0]]]), torch.zeros(1, 2, dtype=torch.long)) for i in range(4)]
+    average = fit(model, batches, 4, Settings(ema=0.5)).model[0]
+    # Those of the third batch and of the fourth; their variances are alike.
+    torch.testing.assert_close(average.running_mean, torch.tensor([2.5, 1.0]))
+    torch.testing.assert_close(average.running_var, torch.tensor([0.0, 2.0]))
+    assert model.model[0].running_mean.tolist() == [3.0, 1.0]
 
 
 # Attention
@@ -333,6 +356,9 @@ def test_rows(finished):
         assert (row['parameters'], row['mflops']) == cost(row['network'])
         assert (row['settings']['train_images'], row['together'], row['compiled']) == (32, [0], False)
         assert 2 < row['first'] < 3
+        assert (row['torch'], row['timm'], row['sk_plugins']) == (torch.__version__, timm.__version__, sk_version)
+        assert row['cpu_capability'] == torch.backends.cpu.get_cpu_capability()
+        assert row['commit'] is None or len(row['commit']) == 40
     assert rows[0]['first'] == rows[2]['first']
     assert rows[0]['loss'] != rows[2]['loss']
     assert 'attention' not in rows[1]
@@ -426,6 +452,70 @@ def test_stops_after_minutes(tmp_path, monkeypatch, no_data):
     assert [run.seed for run in runs_of(path)] == [0, 1]
 
 
+@pytest.fixture
+def threads_for_processes(monkeypatch):
+    def pool(number, context, start, arguments):
+        return ThreadPoolExecutor(number, initializer=start, initargs=arguments)
+
+    monkeypatch.setattr(running, 'ProcessPoolExecutor', pool)
+    monkeypatch.setattr(running, 'set_up', lambda threads: None)
+
+
+def test_a_run_that_fails_costs_no_other_its_row(tmp_path, monkeypatch, no_data, threads_for_processes):
+    path, begun, both = tmp_path / 'runs.jsonl', [], threading.Barrier(2)
+
+    def work(group, device, data, **kwargs):
+        begun.append(group[0].seed)
+        both.wait(10)
+        if group[0].seed == 0:
+            raise MemoryError('of seed 0')
+        time.sleep(0.2)  # under way while the other fails
+        return [fake_row(run) for run in group]
+
+    monkeypatch.setattr(running, 'train', work)
+    runs = [Run('k3', seed) for seed in range(9)]
+    with pytest.raises(MemoryError, match='of seed 0'):
+        running.run_missing(runs[:2], path, tmp_path, TINY, ['cpu', 'cpu'])
+    assert [run.seed for run in runs_of(path)] == [1]
+    # Nor are those begun that were waiting.
+    path.unlink()
+    begun.clear()
+
+    def fail(group, device, data, **kwargs):
+        begun.append(group[0].seed)
+        if group[0].seed == 0:
+            raise MemoryError
+        time.sleep(0.5)
+        return [fake_row(run) for run in group]
+
+    monkeypatch.setattr(running, 'train', fail)
+    with pytest.raises(MemoryError):
+        running.run_missing(runs, path, tmp_path, TINY, ['cpu', 'cpu'])
+    assert len(begun) < 9
+    assert {run.seed for run in runs_of(path)} == set(begun) - {0}
+
+
+def test_one_command_at_a_time(tool, finished, garments, tmp_path, monkeypatch, no_data):
+    path = tmp_path / 'runs.jsonl'
+
+    def work(group, device, data, **kwargs):
+        with pytest.raises(FileExistsError, match=r'a run is at work there, process \d+ on .*another --out; if'):
+            running.run_missing([Run('k5', 0)], path, tmp_path, TINY, ['cpu'])
+        return [fake_row(run) for run in group]
+
+    monkeypatch.setattr(running, 'train', work)
+    running.run_missing([Run('k3', 0)], path, tmp_path, TINY, ['cpu'])
+    assert runs_of(path) == [Run('k3', 0)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_seed_twice_is_one_run(tool, garments, tmp_path, monkeypatch, no_data):
+    monkeypatch.setattr(running, 'train', lambda group, device, data, **kwargs: [fake_row(run) for run in group])
+    monkeypatch.setitem(tool.main.__globals__, 'report', lambda out, page: [])
+    tool.main(command_line(garments, tmp_path, ('k3',), ('1', '0', '1')))
+    assert runs_of(tmp_path / 'out' / 'runs.jsonl') == [Run('k3', 1), Run('k3', 0)]
+
+
 def test_verify_gives_the_row_again(tool, finished, garments, tmp_path, capsys):
     found = read_rows(finished / 'out' / 'runs.jsonl')[1]
     append_row(tmp_path / 'runs.jsonl', found)
@@ -474,6 +564,26 @@ def test_verify_here_and_elsewhere(tool, tmp_path, monkeypatch, no_data, capsys)
         tool.main(['--out', str(tmp_path), '--verify', 'k5', '1'])
 
 
+def test_verify_tells_instructions_apart(tool, tmp_path, monkeypatch, no_data, capsys):
+    """One name of a CPU stands for many generations."""
+    now = {**fake_row(Run('k3', 0)), 'loss': 1.001, 'cpu_capability': 'AVX512'}
+    monkeypatch.setattr(running, 'train', lambda runs, *args: [now])
+    monkeypatch.setattr(running, 'set_up', lambda threads: None)
+    append_row(tmp_path / 'runs.jsonl', {**now, 'loss': 1.0, 'cpu_capability': 'AVX2'})
+    tool.main(['--out', str(tmp_path), '--verify', 'k3', '0'])
+    told = capsys.readouterr().out
+    assert 'no bound on top-1' in told
+    assert 'made on hardware a CPU, cpu_capability AVX2, ' in told
+    now['cpu_capability'] = 'AVX2'
+    with pytest.raises(ValueError, match='loss differ, all on hardware a CPU, cpu_capability AVX2'):
+        tool.main(['--out', str(tmp_path), '--verify', 'k3', '0'])
+    # An older row does not say.
+    (tmp_path / 'runs.jsonl').unlink()
+    append_row(tmp_path / 'runs.jsonl', fake_row(Run('k3', 0)))
+    with pytest.raises(ValueError, match='loss differ, all on hardware a CPU, device'):
+        tool.main(['--out', str(tmp_path), '--verify', 'k3', '0'])
+
+
 def test_variance_rows(tool, garments, tmp_path, monkeypatch):
     monkeypatch.setitem(tool.main.__globals__, 'report', lambda out, page: [])
     monkeypatch.setitem(
@@ -506,26 +616,30 @@ def test_timing(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_process_and_two_processes(garments, tmp_path):
+@pytest.mark.parametrize('devices', [('cpu',), ('cpu', 'cpu')], ids=len)
+def test_killed_command(garments, tmp_path, devices):
     words = [
         sys.executable,
         str(ROOT / 'tools' / 'run_ablation.py'),
-        *command_line(garments, tmp_path, ('k3', 'k5'), ('0', '1')),
-        *('--threads', '1'),
+        *command_line(garments, tmp_path, ('k3', 'k5'), ('0', '1', '2')),
+        *('--threads', '1', '--devices', *devices),
     ]
     path = tmp_path / 'out' / 'runs.jsonl'
-    process = subprocess.Popen(words, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(words, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE)
     end = time.monotonic() + 300
     while not path.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    # Until its processes, which write there too, have ended: they do not go on without it.
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
     first = path.read_bytes()
-    assert 1 <= len(first.splitlines()) < 4
-    subprocess.run([*words, '--devices', 'cpu', 'cpu'], check=True)
+    assert 1 <= len(first.splitlines()) < 6
+    subprocess.run(words, check=True)
     assert path.read_bytes().startswith(first)
-    runs = {(run.network, run.seed) for run in runs_of(path)}
-    assert runs == {(name, seed) for name in ('k3', 'k5') for seed in range(2)}
+    runs = sorted((run.network, run.seed) for run in runs_of(path))
+    assert runs == [(name, seed) for name in ('k3', 'k5') for seed in range(3)]
+    assert not path.with_suffix('.lock').exists()
 
 
 # The results file
@@ -590,6 +704,9 @@ def test_no_data(tool, tmp_path):
         ['--threads', '0'],
         ['--together', '0'],
         ['--variance', '1', '3'],
+        ['--minutes', '-5'],
+        ['--minutes', 'nan'],
+        ['--verify', 'k3', 'one'],
     ],
 )
 def test_bad_arguments(tool, option, capsys):

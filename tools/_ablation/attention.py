@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from sk_plugins.analysis import record, sk_units
 from sk_plugins.analysis.training import attention_scalars
 
-from .data import NEW_SCALES, SCALES, Data
+from .data import Data
 from .measuring import logits_of, top1_of
+from .rows import NEW_SCALES, SCALES
 
 IMAGES = 2000
 CURVE_IMAGES = 500

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from sk_plugins.openmmlab.datasets import Digits, paste, shade, sum_noises
 
-from .rows import Settings
+from .rows import NEW_SCALES, SCALES, Settings
 
-SCALES = (0.6, 0.8, 1.1, 1.5, 2.0)  # of the test sets: all the trained range
-NEW_SCALES = (0.5, 2.5)  # never trained on; at 2.5 an object's 70 pixels lose 3 on each side to the canvas' 64
 DATA = {
     'scaled': 'Fashion-MNIST on black, in the middle, so that nothing of an object varies but its size',
     'garments': 'Fashion-MNIST on textures',
@@ -111,7 +109,7 @@ def prepare(canvases: Tensor) -> Tensor:
 
 
 def _generator(*numbers: int) -> torch.Generator:
-    """One for each tuple of numbers."""
+    """One for the numbers, where a zero at their end counts for nothing."""
     (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed) >> 1)
 

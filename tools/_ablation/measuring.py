@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import NEW_SCALES, SCALES, Data, prepare
+from .data import Data, prepare
+from .rows import NEW_SCALES, SCALES
 
 
 def logits_of(model: nn.Module, canvases: Tensor) -> Tensor:

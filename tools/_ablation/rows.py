@@ -10,6 +10,11 @@ from typing import Any
 OPTIONS = ('train_images', 'epochs', 'test_images', 'batch_size')
 # Images of the training and epochs, by data set; for `scaled` such that twice the epochs add less than a point.
 LENGTHS = {'scaled': (6000, 40), 'garments': (60000, 16), 'scenes': (6000, 40), 'digits': (6000, 40)}
+MAIN = ('scaled', 'narrow')  # data set and size
+# Where networks are trained: on every data set in the narrow size, and in the wide one on MAIN's.
+PLACES = [*((data, 'narrow') for data in LENGTHS), (MAIN[0], 'wide')]
+SCALES = (0.6, 0.8, 1.1, 1.5, 2.0)  # of the test sets: all the trained range
+NEW_SCALES = (0.5, 2.5)  # never trained on; at 2.5 an object has 70 pixels, 6 more than the canvas
 
 Row = dict[str, Any]
 
@@ -93,6 +98,12 @@ def find(row: Row, path: str) -> Any:
         if isinstance(value, dict) and path.startswith(f'{key}.'):
             return find(value, path[len(key) + 1 :])
     return None
+
+
+def rows_of(rows: Sequence[Row], data: str, size: str, longer: bool = False) -> list[Row]:
+    """Those of a data set and a size, by seed: those that were trained for as long as usual, or for twice as long."""
+    found = [row for row in rows if (row['data'], row['size'], row['longer']) == (data, size, longer)]
+    return sorted(found, key=lambda row: row['seed'])
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -1,6 +1,8 @@
 """All runs: what is missing of them, on one device or on several, and one of them again."""
 
 import functools
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -9,17 +11,15 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from _lock import lock
 
-from .data import DATA, Data
+from .data import Data
 from .deciding import bound
-from .networks import CORE, NETWORKS, SELECTED, SIZES, SUMMED
-from .rows import Row, Run, Settings, append_row, check_same_settings, read_rows
+from .networks import CORE, NETWORKS, SELECTED, SUMMED
+from .rows import MAIN, PLACES, Row, Run, Settings, append_row, check_same_settings, read_rows
 from .training import check_device, set_up, train
 
 LONGER_SEEDS = 3  # where both data and size are MAIN; one elsewhere
-MAIN = ('scaled', 'narrow')
-# Where networks are trained: on every data set in the narrow size, and in the wide one on MAIN's.
-PLACES = [(data, size) for size in SIZES for data in DATA if size == MAIN[1] or data == MAIN[0]]
 _PAIRS = [list(NETWORKS)[:2], list(NETWORKS)[2:4], *([name] for name in list(NETWORKS)[4:])]
 FIRST_LOSS = 1e-3  # relative: how far rounding may carry the first batch's loss on another machine
 
@@ -74,23 +74,28 @@ def run_missing(
         together: how many seeds of a network are trained at once.
         minutes: after which none is begun.
         **kwargs: of :func:`~.training.train`.
+
+    Raises:
+        FileExistsError: another process adds to the file.
+        Exception: what a run failed with, once those that were under way have their rows.
     """
-    rows = read_rows(path)
-    check_same_settings(path, rows, settings, {run.data for run in runs})
-    done = {Run.of(row) for row in rows}
-    todo = [run for run in runs if run not in done]
-    print(f'{len(runs) - len(todo)} of {len(runs)} runs are done', flush=True)
-    end = time.time() + 60 * minutes if minutes is not None else None
-    number = 0
-    for found in _run_all(_groups(todo, together), data_root, settings, devices, end, kwargs):
-        for row in found:
-            append_row(path, row)
-            number += 1
-            print(
-                f'{number} of {len(todo)}: {Run.of(row)}: top-1 {row["top1"]:.2f} % '
-                f'({row["seconds"]:.0f} s on {row["device"]})',
-                flush=True,
-            )
+    with lock(path.with_suffix('.lock'), '--out'):
+        rows = read_rows(path)
+        check_same_settings(path, rows, settings, {run.data for run in runs})
+        done = {Run.of(row) for row in rows}
+        todo = [run for run in runs if run not in done]
+        print(f'{len(runs) - len(todo)} of {len(runs)} runs are done', flush=True)
+        end = time.time() + 60 * minutes if minutes is not None else None
+        number = 0
+        for found in _run_all(_groups(todo, together), data_root, settings, devices, end, kwargs):
+            for row in found:
+                append_row(path, row)
+                number += 1
+                print(
+                    f'{number} of {len(todo)}: {Run.of(row)}: top-1 {row["top1"]:.2f} % '
+                    f'({row["seconds"]:.0f} s on {row["device"]})',
+                    flush=True,
+                )
 
 
 def _groups(runs: Sequence[Run], together: int) -> list[list[Run]]:
@@ -121,9 +126,22 @@ def _run_all(
     for device in devices:
         queue.put(device)
     start = (queue, torch.get_num_threads(), data_root, settings, end, kwargs)
-    with ProcessPoolExecutor(len(devices), context, _start_worker, start) as pool:
-        for future in as_completed([pool.submit(_work, group) for group in groups]):
-            yield future.result()
+    pool, failure = ProcessPoolExecutor(len(devices), context, _start_worker, start), None
+    try:
+        futures = [pool.submit(_work, group) for group in groups]
+        for future in as_completed(futures):
+            if future.cancelled():
+                continue
+            if future.exception() is None:
+                yield future.result()
+            elif failure is None:
+                failure = future.exception()
+                for other in futures:  # those that are not under way
+                    other.cancel()
+        if failure is not None:
+            raise failure
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _worker(
@@ -137,8 +155,17 @@ def _worker(
 
 def _start_worker(queue, threads: int, *args) -> None:
     global _work_here
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     set_up(threads)
     _work_here = _worker(queue.get(), *args)
+
+
+def _end_with_parent() -> None:
+    """A killed command's processes would go on with what it had begun, beside those of the next."""
+    parent = mp.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(runs: list[Run]) -> list[Row]:
@@ -167,7 +194,8 @@ def verify(run: Run, path: Path, data_root: Path, device: str | None, threads: i
     again = next(row for row in train(runs, device, data, found['compiled']) if row['seed'] == run.seed)
     figures = ('top1', 'loss', 'mixed', 'last', 'first')
     print(', '.join(f'{key} {found[key]!r} then, {again[key]!r} now' for key in figures))
-    about = ('hardware', 'device', 'threads', 'torch')
+    # Older rows do not tell all of it.
+    about = [key for key in ('hardware', 'cpu_capability', 'device', 'threads', 'torch') if key in found]
     made, now = (', '.join(f'{key} {row[key]}' for key in about) for row in (found, again))
     if made == now:
         differ = [key for key in figures if again[key] != found[key]]

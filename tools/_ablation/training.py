@@ -11,6 +11,7 @@ from dataclasses import asdict
 import torch
 import torch.nn.functional as F
 from _benchmark.machine import describe_machine
+from mmengine.utils import get_git_hash
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -134,8 +135,8 @@ def _about(run: Run, device: str, together: list[int], compiled: bool, settings:
         'mflops': mflops,
         'device': device.partition(':')[0],
         'hardware': machine['gpu'] or machine['cpu'],
-        'threads': torch.get_num_threads(),
-        'torch': torch.__version__,
+        **{name: machine[name] for name in ('cpu_capability', 'threads', 'torch', 'timm', 'python', 'sk_plugins')},
+        'commit': get_git_hash(fallback=None) or None,  # of the folder that it runs in
         'together': together,
         'compiled': compiled,
         'settings': asdict(settings),

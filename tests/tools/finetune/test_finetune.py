@@ -279,37 +279,40 @@ def test_a_config_in_a_checkpoint_is_not_run(tmp_path):
 
 
 def test_two_starts_at_once(finetune, colours, small, tmp_path, before_training):
-    from _finetune.lock import LOCK, lock
+    from _lock import lock
 
     work_dir = tmp_path / 'a' / 'run'
+    file = work_dir / 'finetune.lock'
     words = [str(colours), *small, '--from-scratch', '--work-dir', str(work_dir)]
-    held = 'import os, sys; from pathlib import Path; from _finetune.lock import lock; lock = lock(Path(sys.argv[1])); '
+    held = 'import os, sys; from pathlib import Path; from _lock import lock; lock = lock(Path(sys.argv[1]), "--"); '
     held += 'lock.__enter__(); print(os.getpid(), flush=True); sys.stdin.read()'
     tools = {**os.environ, 'PYTHONPATH': str(Path(settings.__file__).parents[1])}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, '-c', held, str(work_dir)], env=tools, **pipes) as other:
+    with subprocess.Popen([sys.executable, '-c', held, str(file)], env=tools, **pipes) as other:
         pid = other.stdout.readline().strip()
-        with pytest.raises(FileExistsError, match=rf'run: a run is at work there, process {pid} on .*{LOCK}'):
+        with pytest.raises(
+            FileExistsError, match=rf'run: a run is at work there, process {pid} on .*finetune\.lock\): wait'
+        ):
             finetune(words)
-        assert [path.name for path in work_dir.iterdir()] == [LOCK]
+        assert list(work_dir.iterdir()) == [file]
         other.kill()  # which leaves its lock behind
-    assert (work_dir / LOCK).is_file()
-    with lock(work_dir), pytest.raises(FileExistsError, match=f'process {os.getpid()} '):
+    assert file.is_file()
+    with lock(file, '--work-dir'), pytest.raises(FileExistsError, match=f'process {os.getpid()} '):
         finetune(words)
-    (work_dir / LOCK).write_text('1\nanother-machine\n')
+    file.write_text('1\nanother-machine\n')
     with pytest.raises(FileExistsError, match='process 1 on another-machine'):
         finetune(words)
-    (work_dir / LOCK).unlink()
+    file.unlink()
     with pytest.raises(ValueError, match='enough'):
         finetune(words)
     assert (work_dir / 'config.py').is_file()
-    assert not (work_dir / LOCK).exists()
+    assert not file.exists()
 
 
 def test_the_lock_leaves_no_folders(tmp_path):
-    from _finetune.lock import lock
+    from _lock import lock
 
-    with lock(tmp_path / 'a' / 'b'):
+    with lock(tmp_path / 'a' / 'b' / 'run.lock', '--work-dir'):
         assert (tmp_path / 'a' / 'b').is_dir()
     assert list(tmp_path.iterdir()) == []
 
