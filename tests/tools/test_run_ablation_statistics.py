@@ -1,14 +1,31 @@
 """What tools/run_ablation.py decides and writes from rows whose statistics are known."""
 
+import re
+
 import numpy as np
 import pytest
 
 pytest.importorskip('mmpretrain')
 
 from _ablation.claims import CLAIMS, Claim
-from _ablation.deciding import UNDER, Answer, bound, components, crossed, decide, holm_levels, power_of, seeds_needed
+from _ablation.deciding import (
+    UNDER,
+    Answer,
+    bound,
+    components,
+    crossed,
+    decide,
+    holm_levels,
+    interval_of_deviation,
+    interval_of_mean,
+    power_of,
+    seeds_needed,
+)
 from _ablation.networks import NETWORKS, SELECTED, SUMMED
-from _ablation.reporting import markdown
+from _ablation.reporting import markdown, read_notes
+from _ablation.reporting_claims import claims_table, convergence, met_by
+from _ablation.reporting_power import needs, power_in_short
+from _ablation.rows import MAIN, PLACES
 
 SETTINGS = dict(
     train_images=9, epochs=1, test_images=9, batch_size=2, learning_rate=0.1, weight_decay=0, scale=[0.6, 2], ema=0.1,
@@ -131,6 +148,38 @@ def test_a_difference_too_small_to_matter_is_bounded():
     assert answer.verdict == UNDER
 
 
+def test_a_contradiction_is_by_the_bounds_of_all_claims():
+    """Not by the level at which Holm's procedure came to a stop, which is that of other claims."""
+    pytest.importorskip('statsmodels')
+    from scipy.stats import t
+
+    rng = np.random.default_rng(0)
+    values = np.array([2.2, 2.9, 2.4, 2.1, 3.0, 2.6, 2.3, 2.5])
+    sure = {f'n{i}': 75 + rng.normal(0, 0.1, 8) for i in range(9)}
+    claims = [LITTLE, *(Claim('x', name, name, 'two') for name in sure)]
+
+    def answer(error):
+        rows = rows_of(one=70 + 2.5 + error * (values - 2.5), two=[70.0] * 8, **sure)
+        return decide(claims, rows)[0]
+
+    found = answer(1.0)
+    errors = values.std(ddof=1) / 8**0.5
+    assert found.least == pytest.approx(values.mean() - t.ppf(1 - 0.05 / 10, 7) * errors)
+    assert found.least > 2
+    assert found.verdict == 'contradicted'
+    # Nine are rejected before it, so that its interval is at 0.05, and lies beyond the margin. Its bound does not.
+    found = answer(2.2)
+    assert found.least < 2 < found.low
+    assert found.verdict == 'not decided'
+    assert found.p > 0.9
+    assert found.apart < 1e-4
+    table = claims_table([found])
+    assert table.endswith('That it is 0 has p < 0.001 by the two-sided t-test, which is not corrected.')
+    assert '(b) one does what two does: whether within ± 2 is not decided, but not because' in table
+    # Where it is not told from 0 either, there is nothing to add.
+    assert not claims_table([decide([LITTLE], rows_of(one=(70, 75.0, 65), two=(70.0, 71, 72)))[0]]).endswith('.')
+
+
 def test_correlations_are_tested_on_fishers_scale():
     claim = Claim('e', 'rises', 'one', figure='attention.units.SK_2_1.rho', unit='rho')
     rho = (0.9, 0.95, 0.99, 0.8)
@@ -152,6 +201,30 @@ def test_power():
     assert power_of(10, 0.02, tests=30) == 1
     assert power_of(9, 0.5) < 0.8 <= power_of(10, 0.5)
     assert [power_of(10, deviation) for deviation in (0.2, 0.02, 0.0)] == pytest.approx([1, 1, 1], abs=1e-3)
+
+
+def test_power_of_equivalence_is_what_draws_give():
+    pytest.importorskip('statsmodels')
+    from scipy.stats import t
+
+    rng = np.random.default_rng(0)
+    for seeds, deviation, tests in ((10, 0.39, 30), (10, 0.23, 30), (2, 0.1, 1)):
+        drawn = rng.normal(0, deviation, (40000, seeds))
+        half = t.isf(0.05 / tests, seeds - 1) * drawn.std(1, ddof=1) / seeds**0.5
+        share = (abs(drawn.mean(1)) + half < 0.5).mean()
+        assert power_of(seeds, deviation, tests=tests, equivalence=True) == pytest.approx(share, abs=0.01)
+    needed = seeds_needed(0.39, tests=30, equivalence=True)
+    assert power_of(needed - 1, 0.39, tests=30, equivalence=True) < 0.8
+    assert power_of(needed, 0.39, tests=30, equivalence=True) >= 0.8
+    assert power_of(10, 0.0, equivalence=True) == 1
+    assert seeds_needed(0.0, equivalence=True) == 2
+
+
+def test_intervals_by_hand():
+    # The tables' quantiles of chi-squared with 9 degrees of freedom, and of t with 2.
+    low, high = interval_of_deviation(1.0, 9)
+    assert (low, high) == pytest.approx(((9 / 19.023) ** 0.5, (9 / 2.700) ** 0.5), rel=1e-4)
+    assert interval_of_mean([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
 
 
 def test_components_by_hand():
@@ -234,17 +307,21 @@ def test_page():
     cells = [cell.strip() for cell in line.split('|')[2:-1]]
     assert cells[:3] == ['`k3_k5_selected` - `k3_k5_summed`', '+0.97', '10']
     assert cells[3].startswith('+1.00 (+')
-    assert cells[4:] == ['< 0.001', 'holds']
+    assert 1 < float(cells[4]) < 1.3
+    assert cells[5:] == ['< 0.001', 'holds']
     (line,) = [line for line in lines if line.startswith('| (b) two kernels, selected, beat K3')]
-    assert line.endswith('| +1.44 | 1 | +2.30 |  | not decided |')
+    assert line.endswith('| +1.44 | 1 | +2.30 |  |  | not decided |')
     assert sum(line.endswith('|  |  | not run |') for line in lines) == 15
     assert (
         '- **Holds** (3 of 30): (a) selection beats the sum, M = 2; (g) selection beats the sum, at scale 0.5' in text
     )
-    assert 'There are 10 seeds' in text
-    assert 'it is met.' in text
+    assert 'and a half-width of 0.5 points. There are 10 seeds and 0.17 points: it is met.' in text
+    assert '- By their bounds, 0 of the 1 differences for which the paper gives a figure are below it.' in text
     assert '| scaled | narrow | `k3_k5_selected` | 1 | +0.20 | +0.20 |' in text
-    assert 'The aim is at most 1 point on `scaled`, narrow: it is met.' in text
+    assert (
+        'at most 1 point on `scaled`, narrow: it is met by the means, and by the intervals of 0 of 1 networks.' in text
+    )
+    assert 'The other 2 networks were not trained for longer.' in text
     assert '2 seeds of the weights crossed with 3 of the images' in text
     assert 'has a deviation of 1.00 points, and over the last five, where the learning rate goes to 0, of 0.00' in text
     assert '+1.00 points better than with the last' in text
@@ -253,6 +330,71 @@ def test_page():
     options = '--train-images 9 --epochs 1 --test-images 9 --batch-size 2 --threads 1 --together 1'
     assert f'--variance 2 3 --sets scaled {options}' in text
     assert text.count('![') == 3
+    # Its rest is 5x as uncertain as it is large, of two degrees of freedom.
+    assert re.search(r'\| their difference \| (not seen|\d\.\d\d) \| .* \| \d\.\d\d \(\d\.\d\d to \d+\.\d\d\) \|', text)
+    assert text.endswith('No row of it is on this page.\n')
+
+
+def test_what_is_missed_says_so():
+    pytest.importorskip('statsmodels')
+    rows, variance = known()
+    spread = [dict(r, top1=r['top1'] + 9 * (-1) ** r['seed']) if r['network'] == SUMMED else r for r in rows]
+    text = markdown(spread, variance, '.')
+    assert re.search(r'There are 10 seeds and \d+\.\d\d points: it is missed\.', text)
+    few = [r for r in rows if r['seed'] < 9]
+    assert re.search(r'There are 9 seeds and 0\.\d\d points: it is missed\.', markdown(few, variance, '.'))
+    short = power_in_short(spread)
+    assert short.startswith('- A power of 80 % to show 0.5 points would take more seeds than there are for 1 of 1 ')
+    assert 'seeds): missed for these. At scales never trained on half a point takes ' in short
+    enough = power_in_short(rows)
+    assert 'for 0 of 1 comparisons of top-1 if each were the only one, and for 0 as the first of 30' in enough
+    assert ': met. At scales' in enough
+    assert power_in_short([]) is None
+    assert [need.seeds for need in needs(rows, [MAIN])] == [10, 10, 10]
+
+
+def test_convergence_by_means_and_by_intervals():
+    assert met_by({'one': [0.1, 0.2, 0.15], 'two': [0.2, 0.3, 0.1]}) == 'it is met, by the means and by their intervals'
+    told = 'it is met by the means, and by the intervals of 1 of 2 networks'
+    assert met_by({'one': [0.1, 0.2, 0.15], 'two': [0.1, 1.8]}) == told
+    assert met_by({'one': [0.1, 0.2, 0.15], 'two': [1.0, 1.1]}) == 'it is missed'
+    rows = [row('one', seed, 70.0 + seed, longer=longer) for seed in range(2) for longer in (False, True)]
+    assert '| scaled | narrow | `one` | 2 | +0.00 (+0.00 to +0.00) | +0.00, +0.00 |' in convergence(rows, PLACES)[1]
+    assert 'is not known' in convergence(rows[::2], PLACES)[-1]
+
+
+def test_controls_stand_beside_the_claims():
+    pytest.importorskip('statsmodels')
+    rows, variance = known()
+    assert 'test bed' not in markdown(rows, variance, '.')
+    rows += rows_of(wider=[70.0, 71.2], k3=[69.0, 71.0])
+    text = markdown(rows, variance, '.')
+    assert '| `wider`, half as many parameters again | `wider` - `k3` | 2 | +0.60 (-4.48 to +5.68) |' in text
+    assert 'bring the network of one 3x3 kernel +0.60 (-4.48 to +5.68) points' in text
+
+
+def test_the_middle_units_against_the_last():
+    pytest.importorskip('statsmodels')
+    rows, variance = known()
+    for one in rows:
+        if 'attention' in one:
+            units = {name: dict(unit) for name, unit in one['attention']['units'].items()}
+            units['SK_3_1']['rho'] = 0.8 + 0.01 * one['seed']
+            one['attention'] = {**one['attention'], 'units': units}
+    z = (np.arctanh(0.8 + 0.01 * np.arange(10)) + np.arctanh(0.5)) / 2 - np.arctanh(0.5)
+    expected = f"in Fisher's transformation, {z.mean():+.2f} (+"
+    assert expected in markdown(rows, variance, '.')
+
+
+def test_notes_stand_in_their_sections(tmp_path):
+    pytest.importorskip('statsmodels')
+    assert read_notes(tmp_path / 'notes.md') == {}
+    (tmp_path / 'notes.md').write_text('# Data\n\nOf the data.\n\n# Limits\n- One more.\n')
+    notes = read_notes(tmp_path / 'notes.md')
+    assert notes == {'Data': 'Of the data.', 'Limits': '- One more.'}
+    text = markdown(*known(), '.', notes=notes)
+    assert '\n\nOf the data.\n\n**Networks.**' in text
+    assert ' either way.\n- One more.\n\n## The command' in text
 
 
 def test_page_of_two_data_sets():
@@ -266,7 +408,7 @@ def test_page_of_two_data_sets():
     text = markdown(rows + other, variance, '.')
     assert '- On `garments`, narrow, 15 claims have rows (contradicted: 1, ' in text
     # Nothing is said of those that are not decided on both.
-    assert 'Of the 3 that have an answer on `scaled` too, 2 have the same; not so (a) selection beats' in text
+    assert 'Of the 3 that have an answer on `scaled`, narrow, too, 2 have the same; not so (a) selection beats' in text
     assert 'Of the' not in markdown(other, variance, '.')
     assert '1 x 9 images on `scaled`, 2 x 9 images on `garments`; AdamW' in text
     assert '### On garments, narrow' in text

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .data import NEW_SCALES
 from .networks import SELECTED, SUMMED
-from .rows import Row, find
+from .rows import NEW_SCALES, Row, find
 
 UNITS = ('SK_2_1', 'SK_2_2', 'SK_3_1', 'SK_3_2', 'SK_4_1', 'SK_4_2')
 
@@ -80,7 +79,7 @@ CLAIMS = (
     ),
     Claim(
         'e',
-        f'it does not go with scale in the last unit, {UNITS[-1]}',
+        f'the attention for the 5x5 does not go with scale in {UNITS[-1]}, the last unit',
         SELECTED,
         margin=0.1,
         figure=f'attention.units.{UNITS[-1]}.rho',
@@ -107,7 +106,7 @@ CLAIMS = (
     ),
     Claim(
         'i',
-        "and beats another image's",
+        "attention of its own for every image beats another image's",
         SELECTED,
         figure='attention.top1.own',
         minus='attention.top1.shuffled',

@@ -1,18 +1,18 @@
 """Which claims hold: paired tests, intervals and power, with Holm's correction for their number."""
 
 import importlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
-from scipy import stats
+from scipy import integrate, stats
 
 from sk_plugins._resources import how_to_install
 
 from .claims import MARGIN, Claim
-from .data import SCALES
-from .rows import Row
+from .rows import SCALES, Row
 
 ALPHA = 0.05  # for all claims of a data set and a size together
 POWER = 0.8
@@ -29,10 +29,10 @@ class Answer:
         p: Holm's, of the two-sided paired t-test, or of both one-sided ones (TOST) where the claim has a margin; None
             for fewer than two seeds that differ.
         low, high: the interval at the level at which Holm's procedure tested this claim: where p is below ALPHA and
-            only there, it lies beyond 0, or within the margin. Where it lies beyond the margin, a claim of equivalence
-            is contradicted.
-        most: what the difference may come to at most: the end of an interval at Bonferroni's level, ALPHA by the number
-            of claims that are tested, so that all these bounds hold together.
+            only there, it lies beyond 0, or within the margin.
+        least, most: what the difference may come to: an interval at Bonferroni's level, ALPHA by the number of claims
+            that are tested, so that all these bounds hold together.
+        apart: p of the two-sided paired t-test of 0, not corrected, of a claim of equivalence too.
     """
 
     claim: Claim
@@ -40,7 +40,9 @@ class Answer:
     p: float | None = None
     low: float | None = None
     high: float | None = None
+    least: float | None = None
     most: float | None = None
+    apart: float | None = None
 
     @property
     def values(self) -> list[float]:
@@ -65,7 +67,7 @@ class Answer:
             return 'not decided'
         if self.p < ALPHA:
             return 'holds' if margin is not None or self.mean > 0 else 'contradicted'
-        if margin is not None and (self.low > margin or self.high < -margin):
+        if margin is not None and (self.least > margin or self.most < -margin):
             return 'contradicted'
         if margin is None and self.claim.unit == 'points' and self.most < MARGIN:
             return UNDER
@@ -91,7 +93,12 @@ def decide(claims: Sequence[Claim], rows: Sequence[Row], corrected: bool = True)
         levels = holm_levels(raw)
     done = {
         answer.claim: Answer(
-            answer.claim, answer.differences, float(p), *_interval(answer, level), _interval(answer, least)[1]
+            answer.claim,
+            answer.differences,
+            float(p),
+            *_interval(answer, level),
+            *_interval(answer, least),
+            float(stats.ttest_1samp(_tested(answer.claim, answer.values), 0).pvalue),
         )
         for answer, p, level in zip(tested, adjusted, levels)
     }
@@ -130,6 +137,12 @@ def _interval(answer: Answer, level: float) -> tuple[float, float]:
     return low, high
 
 
+def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
+    """Of a sample of two or more: the 95 % interval by Student's t."""
+    mean, half = np.mean(values), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(mean - half), float(mean + half)
+
+
 def _tested(claim: Claim, values: float | Sequence[float]) -> np.ndarray:
     """What is tested: of correlations Fisher's transformation, whose spread does not depend on their size."""
     return np.arctanh(np.clip(values, -0.999, 0.999)) if claim.unit == 'rho' else np.asarray(values, float)
@@ -139,23 +152,59 @@ def _back(claim: Claim, value: float) -> float:
     return np.tanh(value) if claim.unit == 'rho' else value
 
 
-def power_of(seeds: int, deviation: float, difference: float = MARGIN, tests: int = 1) -> float:
-    """The power of so many seeds to show a difference: see :func:`seeds_needed`."""
+def power_of(
+    seeds: int, deviation: float, difference: float = MARGIN, tests: int = 1, equivalence: bool = False
+) -> float:
+    """The power of so many seeds to show a difference: see :func:`seeds_needed`.
+
+    It is also the chance of the bound UNDER where the true difference is 0.
+    """
     if deviation == 0:
         return 1.0
+    if equivalence:
+        return _power_of_tost(seeds, deviation / difference, ALPHA / tests)
     # Without the two-sided test's far side, which is nothing here; scipy's distribution may be nan there and for more
     # than six deviations.
     power = _statsmodels('stats.power').TTestPower()
     return float(power.power(min(difference / deviation, 6.0), seeds, ALPHA / tests / 2, alternative='larger'))
 
 
-def seeds_needed(deviation: float, difference: float = MARGIN, tests: int = 1) -> int:
+def _power_of_tost(seeds: int, deviation: float, level: float) -> float:
+    """Of two one-sided tests against a margin of 1, where the true difference is 0.
+
+    Both reject where the mean lies within 1 - t s / sqrt(n) of 0; the mean's and s' distributions are independent.
+    """
+    freedom, error = seeds - 1, deviation / seeds**0.5
+    t = stats.t.isf(level, freedom)
+
+    def within(x: float) -> float:  # of s^2 / deviation^2 * freedom, which is chi-squared
+        inside = 1 - t * error * (x / freedom) ** 0.5
+        return (2 * stats.norm.cdf(inside / error) - 1) * stats.chi2.pdf(x, freedom)
+
+    most = min(freedom / (t * error) ** 2, stats.chi2.isf(1e-12, freedom))
+    return float(integrate.quad(within, 0, most, limit=200)[0])
+
+
+def interval_of_deviation(deviation: float, freedom: int) -> tuple[float, float]:
+    """The 95 % interval of an estimated deviation, by the chi-squared distribution."""
+    return tuple(deviation * (freedom / stats.chi2.isf(p, freedom)) ** 0.5 for p in (0.025, 0.975))
+
+
+def seeds_needed(deviation: float, difference: float = MARGIN, tests: int = 1, equivalence: bool = False) -> int:
     """Seeds that show a difference with a power of POWER, where differences have this deviation from seed to seed.
 
     At the level that Holm's procedure has for the first of so many ``tests``.
+
+    Args:
+        deviation: of the differences.
+        difference: the true one; where ``equivalence`` is tested the margin, and the true difference is 0.
+        tests: how many claims share ALPHA.
+        equivalence: by two one-sided tests.
     """
     if deviation == 0:
         return 2
+    if equivalence:
+        return next(n for n in itertools.count(2) if power_of(n, deviation, difference, tests, True) >= POWER)
     power = _statsmodels('stats.power').TTestPower()
     needed = power.solve_power(difference / deviation, power=POWER, alpha=ALPHA / tests)
     return max(int(np.ceil(np.max(needed))), 2)

@@ -7,10 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from .claims import UNITS
-from .data import SCALES
+from .claims import MARGIN, UNITS
 from .deciding import UNDER, Answer
-from .rows import Row
+from .rows import SCALES, Row
 
 COLORS = {'holds': 'tab:green', 'contradicted': 'tab:red', UNDER: 'tab:blue', 'not decided': 'tab:gray'}
 
@@ -41,6 +40,8 @@ def draw_forest(answers: Sequence[Answer], path: Path) -> None:
                 axes.plot([answer.low, answer.high], [position] * 2, color=color, linewidth=1.8)
             axes.plot(answer.mean, position, 's', color=color, markersize=5)
         axes.axvline(0, color='0.3', linewidth=0.8)
+        if any(answer.verdict == UNDER for answer in panel):
+            axes.axvline(MARGIN, color='0.3', linewidth=0.8, linestyle='--')
         axes.set_yticks(range(len(panel)), [f'({a.claim.key}) {a.claim.text}' for a in panel], fontsize=8)
         axes.set_ylim(len(panel) - 0.5, -0.5)
         axes.set_xlabel('points of top-1' if panel[0].claim.unit == 'points' else "Spearman's rho")

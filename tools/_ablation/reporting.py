@@ -3,8 +3,9 @@
 import functools
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,33 +14,25 @@ from _tables import markdown_table
 
 from sk_plugins._files import write_atomically
 
-from .attention import CURVE_IMAGES, IMAGES
-from .claims import CLAIMS, MARGIN, UNITS
-from .data import DATA, NEW_SCALES, SCALES
-from .deciding import ALPHA, POWER, UNDER, Answer, bound, components, crossed, decide, power_of, seeds_needed
+from .claims import CLAIMS, MARGIN
+from .data import DATA
+from .deciding import ALPHA, UNDER, Answer, bound, decide
 from .drawing import draw_attention, draw_forest, draw_learning
-from .networks import NETWORKS, SELECTED, SUMMED
-from .rows import OPTIONS, Row, Settings, read_rows
-from .running import MAIN, PLACES
+from .networks import NETWORKS, SELECTED, SIZES, build
+from .reporting_attention import attending, attention, figure_name, learning
+from .reporting_claims import claims_table, controls, convergence, is_apart, p_equals, sensitivity, with_interval
+from .reporting_power import WANTED_SEEDS, power, power_in_short
+from .rows import MAIN, NEW_SCALES, OPTIONS, PLACES, SCALES, Row, Settings, read_rows, rows_of
 
 OUT = 'results/ablation'  # the tool's default
-WANTED_SEEDS = 10
-WHY_SCALED = (
-    '**Why `scaled`.** (A note by hand.) The study began with `garments`, where twice the training still adds 1.4 and '
-    '2.0 points. `scaled` was added when ten seeds of both networks of claim (a) on `garments` had been seen. Claims '
-    'are about the size of an object, and here nothing else varies. Its form was searched for with single runs of '
-    '`k3_k5_summed` (a seed that is not in the study): without textures, on smaller canvases, in the middle, with '
-    'other batches, rates and optimizers, looking for a short training that twice as much adds less than a point to. '
-    'None was short enough while all 60,000 objects were seen: 6 epochs of them gained 1.3 and 1.6 points by 6 more '
-    '(both networks, one seed). So the number of objects was lowered, to 12,000 (20 epochs; 1.1 points by 20 more) '
-    'and to 6,000 (40 epochs; 0.7 by 40 more), where networks end at some 87 % in place of 88. A seed chooses its '
-    'own 6,000. A run has a quarter of the steps of one on `garments`.'
-)
 WANTED_HALF_WIDTH = 0.5
 
 
 def report(out: Path, page: Path) -> list[Path]:
     """Write ``page`` and OUT/*.png from OUT/runs.jsonl and OUT/variance.jsonl; a figure without rows goes.
+
+    OUT/notes.md, where there is one, has what rows do not tell, under the headings of the page's sections: # Data and
+    so on.
 
     Raises:
         ValueError: there are no rows.
@@ -48,21 +41,20 @@ def report(out: Path, page: Path) -> list[Path]:
     rows, variance = read_rows(out / 'runs.jsonl'), read_rows(out / 'variance.jsonl')
     if not rows and not variance:
         raise ValueError(f'{out}: there are no runs yet, so there is no page')
-    text = markdown(rows, variance, os.path.relpath(out, page.parent), out.as_posix())
-    main = _of(rows, *MAIN)
-    attending = [row for row in main if row['network'] == SELECTED]
-    answers = decide(CLAIMS, main)
+    notes = read_notes(out / 'notes.md')
+    text = markdown(rows, variance, os.path.relpath(out, page.parent), out.as_posix(), notes)
+    answers = decide(CLAIMS, rows_of(rows, *MAIN))
     written = [page]
-    figures = [
-        ('forest.png', lambda path: draw_forest(answers, path), any(a.differences for a in answers)),
-        ('learning.png', lambda path: draw_learning(attending, path), attending),
-    ]
+    figures = [('forest.png', functools.partial(draw_forest, answers), any(a.differences for a in answers))]
+    found = attending(rows)
     for place in PLACES:
-        there = [row for row in _of(rows, *place) if row['network'] == SELECTED]
-        figures.append((_attention_figure(*place), functools.partial(draw_attention, there), there))
+        there = found.get(place, [])
+        for kind, draw in (('attention', draw_attention), ('learning', draw_learning)):
+            figures.append((figure_name(kind, *place), functools.partial(draw, there), there))
     for name, draw, has in figures:
         if has:
-            draw(out / name)
+            with write_atomically(out / name) as partial:
+                draw(partial)
             written.append(out / name)
         else:
             (out / name).unlink(missing_ok=True)
@@ -71,36 +63,63 @@ def report(out: Path, page: Path) -> list[Path]:
     return written
 
 
-def markdown(rows: Sequence[Row], variance: Sequence[Row], folder: str, out: str = OUT) -> str:
-    """The page; ``folder`` is where its figures are, seen from it, and ``out`` where its rows are, as --out says."""
-    main = _of(rows, *MAIN)
+def read_notes(path: Path) -> dict[str, str]:
+    """Texts by their headings, none where there is no file."""
+    if not path.exists():
+        return {}
+    _, *parts = re.split(r'^# (.+)$', path.read_text(encoding='utf-8'), flags=re.MULTILINE)
+    return {heading: text.strip() for heading, text in zip(parts[::2], parts[1::2])}
+
+
+def markdown(
+    rows: Sequence[Row],
+    variance: Sequence[Row],
+    folder: str,
+    out: str = OUT,
+    notes: Mapping[str, str] | None = None,
+) -> str:
+    """The page.
+
+    Args:
+        rows: of the runs.
+        variance: rows of the study of the variance.
+        folder: where its figures are, seen from it.
+        out: where its rows are, as --out says.
+        notes: by section: see :func:`report`.
+    """
+    notes = notes or {}
+    main = rows_of(rows, *MAIN)
     answers = decide(CLAIMS, main)
     parts = [
         "# The paper's claims, decided",
-        f'Written by `tools/run_ablation.py` from the rows in `{out}`, not by hand. A claim without rows '
-        "says so. The networks are small and the images are not ImageNet's: what holds here holds for such networks.",
+        f'Written by `tools/run_ablation.py` from the rows in `{out}`, not by hand, but for what is called a note. A '
+        "claim without rows says so. The networks are small and the images are not ImageNet's: what holds here holds "
+        'for such networks.',
         '## In short',
         _summary(answers, rows),
         '## Method',
-        *_method([*rows, *variance]),
+        *_method([*rows, *variance], notes.get('Data', '')),
         '## Power',
-        *_power(rows, variance),
+        *power(rows, variance),
+        notes.get('Power', ''),
         '## The claims',
-        _claims(answers),
+        claims_table(answers),
     ]
     if any(answer.differences for answer in answers):
         parts += [
             f'![All claims: mean, seeds and corrected interval]({folder}/forest.png)',
             '*A square is the mean, a tick a seed, a line the corrected interval, a grey bar the margin of a claim of '
-            f'equivalence. Green claims hold, red ones are contradicted, for blue ones the network is {UNDER}, grey '
-            'ones are not decided.*',
+            f'equivalence, and the dashed line {MARGIN:g} points. Green claims hold, red ones are contradicted, for '
+            f'blue ones the network is {UNDER}, grey ones are not decided.*',
         ]
+    parts += sensitivity(main)
     parts += _elsewhere(rows)
-    parts += ['## Attention against scale', *_attention(rows, folder)]
-    parts += ['## How the selection learns', *_learning(main, folder)]
-    parts += ['## The networks', _networks(main)]
-    parts += ['## Limits', _limits(answers, rows)]
-    parts += ['## The command and its cost', *_cost(rows, variance, out)]
+    parts += ['### Convergence', *convergence(rows, PLACES)]
+    parts += ['## Attention against scale', *attention(rows, folder)]
+    parts += ['## How the selection learns', *learning(rows, folder)]
+    parts += ['## The networks', *_networks(rows)]
+    parts += ['## Limits', '\n'.join([_limits(answers, rows), notes.get('Limits', '')]).strip()]
+    parts += ['## The command and its cost', *_cost(rows, variance, out), notes.get('Cost', '')]
     parts += [
         '## The study before this one',
         '[Its page](first_study.md) and [its table](ablation_results.md) stay as what they are: three seeds, networks '
@@ -115,17 +134,33 @@ def _places(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [place for place in PLACES if place in {(row['data'], row['size']) for row in rows}]
 
 
-def _of(rows: Sequence[Row], data: str, size: str, longer: bool = False) -> list[Row]:
-    found = [row for row in rows if (row['data'], row['size'], row['longer']) == (data, size, longer)]
-    return sorted(found, key=lambda row: row['seed'])
+def _name(answer: Answer) -> str:
+    return f'({answer.claim.key}) {answer.claim.text}'
 
 
 def _summary(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
-    lines = [f'On `{MAIN[0]}`, {MAIN[1]}, the data set and size that all networks are for:', '']
+    lines = [f'On `{MAIN[0]}`, {MAIN[1]}, the one data set and size on which every network is trained:', '']
     for verdict in ('holds', 'contradicted', UNDER, 'not decided', 'not run'):
-        found = [f'({a.claim.key}) {a.claim.text}' for a in answers if a.verdict == verdict]
+        found = [
+            _name(a) + (f' (but it is not 0, p {p_equals(a.apart)}, not corrected)' if is_apart(a) else '')
+            for a in answers
+            if a.verdict == verdict
+        ]
         if found:
             lines.append(f'- **{verdict.capitalize()}** ({len(found)} of {len(answers)}): {"; ".join(found)}.')
+    bounded = [a for a in answers if None not in (a.claim.paper, a.most) and a.claim.margin is None]
+    if bounded:
+        under = sum(a.most < a.claim.paper for a in bounded)
+        lines.append(
+            f'- By their bounds, {under} of the {len(bounded)} differences for which the paper gives a figure are '
+            "below it. (The paper's points are ImageNet's.)"
+        )
+    known = {claim.one: values for claim, values in controls(rows_of(rows, *MAIN)) if claim.other == 'k3'}
+    if 'wider' in known:
+        lines.append(
+            '- Half as many parameters again, in `wider`, bring the network of one 3x3 kernel '
+            f'{with_interval(known["wider"])} points: where capacity is worth so little, selection may be too.'
+        )
     selection = answers[0]
     if selection.low is None:
         lines.append('- Claim (a) for M = 2 has no interval yet, which takes two seeds.')
@@ -137,39 +172,55 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
             f'- The aim for claim (a), M = 2, is {WANTED_SEEDS} seeds and a half-width of {WANTED_HALF_WIDTH} points. '
             f'There are {len(selection.differences)} seeds and {half:.2f} points: it {met}.'
         )
-    for data, size in _places(rows):
-        found = [answer for answer in decide(CLAIMS, _of(rows, data, size)) if answer.differences]
-        if (data, size) != MAIN and found:
-            counts = Counter(answer.verdict for answer in found)
-            told = ', '.join(f'{verdict}: {count}' for verdict, count in counts.items())
-            both = [(a, b) for a in answers for b in found if a.claim is b.claim and a.decided and b.decided]
-            differ = [f'({a.claim.key}) {a.claim.text}' for a, b in both if a.verdict != b.verdict]
-            agreement = (
-                f' Of the {len(both)} that have an answer on `{MAIN[0]}` too, {len(both) - len(differ)} have the same'
-                + (f'; not so {"; ".join(differ)}.' if differ else '.')
-            )
-            lines.append(
-                f'- On `{data}`, {size}, {len(found)} claims have rows ({told}).' + (agreement if both else '')
-            )
-    return '\n'.join(lines)
+    lines.append(power_in_short(rows))
+    lines += [_other_place(place, answers, rows) for place in _places(rows) if place != MAIN]
+    return '\n'.join(line for line in lines if line is not None)
 
 
-def _method(rows: Sequence[Row]) -> list[str]:
+def _other_place(place: tuple[str, str], answers: Sequence[Answer], rows: Sequence[Row]) -> str | None:
+    """The claims on other data or in another size, beside those on the main ones."""
+    found = [answer for answer in decide(CLAIMS, rows_of(rows, *place)) if answer.differences]
+    if not found:
+        return None
+    data, size = place
+    counts = Counter(answer.verdict for answer in found)
+    told = ', '.join(f'{verdict}: {count}' for verdict, count in counts.items())
+    text = f'- On `{data}`, {size}, {len(found)} claims have rows ({told}).'
+    pairs = [(a, b) for a in answers for b in found if a.claim is b.claim and a.differences]
+    both = [(a, b) for a, b in pairs if a.decided and b.decided]
+    if both:
+        differ = [_name(a) for a, b in both if a.verdict != b.verdict]
+        text += f' Of the {len(both)} that have an answer on `{MAIN[0]}`, {MAIN[1]}, too, {len(both) - len(differ)} '
+        text += f'have the same; not so {"; ".join(differ)}.' if differ else 'have the same.'
+    alone = [f'{_name(b)}: {b.verdict}' for a, b in pairs if b.decided and not a.decided]
+    if alone:
+        text += f' Decided here and not there: {"; ".join(alone)}.'
+    return text
+
+
+def _method(rows: Sequence[Row], note: str) -> list[str]:
     settings = Settings.of(rows[0])
     by_data = {row['data']: Settings.of(row) for row in rows if row['order'] is None} or {rows[0]['data']: settings}
     lengths = ', '.join(f'{one.epochs} x {one.train_images:,} images on `{name}`' for name, one in by_data.items())
     scales = ', '.join(f'{scale:g}' for scale in SCALES)
     new = ' and '.join(f'{scale:g}' for scale in NEW_SCALES)
+    channels = ' or '.join(f'{", ".join(map(str, size["channels"]))} ({name})' for name, size in SIZES.items())
+    unit = build(SELECTED).layer1[0].conv2
     return [
         '**Data.** '
         + '; '.join(f'`{name}`: {text}' for name, text in DATA.items())
         + f'. An object has a random size, {settings.scale[0]:g} to {settings.scale[1]:g} times 28 pixels, drawn anew '
         'in every epoch, on a canvas of 64 x 64 grey pixels. Except on `scaled` it lies at a random place, elsewhere '
         'in every epoch. Kuzushiji and EMNIST are not here: we found no package that ships them.',
-        WHY_SCALED,
-        '**Networks.** An SKResNet of three stages with two units each, SK_2_1 to SK_4_2, in two sizes. `wider`, '
-        '`deeper` and `se` have as many parameters and as many multiply-adds as `k3_k5_selected`, each to 2 %, and to '
-        '5 % for `deeper`.',
+        note,
+        f'**Networks.** An SKResNet of three stages with two units each, SK_2_1 to SK_4_2, with {channels} channels in '
+        f'their SK convolutions and 4 times as many outside, cardinality 2, and {unit.attn.fc_reduce.out_channels} '
+        'channels between the two layers of the attention. K5 and K7 are 3x3 kernels with a '
+        'dilation of 2 and 3, as in the paper, so that one kernel has as many parameters as another, and two or three '
+        'have more than one. `wider` and `deeper` have one plain 3x3 convolution in a unit and more channels or more '
+        'units, `se` has squeeze-and-excitation besides: they have as many parameters and multiply-adds as '
+        f'`{SELECTED}`, each to 2 %, and to 5 % for `deeper`. The true 5x5 and 7x7 of claim (f) have 4 and 8 groups '
+        f'where the others have 2, and still some 7 % more of both than `{SELECTED}`.',
         f'**Training.** {lengths}; AdamW, batch {settings.batch_size}, a '
         f'learning rate that rises to {settings.learning_rate} over a tenth of the steps and falls along a cosine to 0'
         + (', mixed precision' if settings.amp else '')
@@ -180,133 +231,21 @@ def _method(rows: Sequence[Row]) -> list[str]:
         f'**Test.** {settings.test_images:,} objects of the test set (of the digits some 360, several times), each at '
         f'the scales {scales}; top-1 is the mean over these, unless it is said to be at random scales: then every '
         f"object is at one of its own. The scales {new} were never trained on, and are claim (g)'s. At 2.5 an object "
-        'is larger than the canvas, and loses 3 pixels on each side.',
-        f'**Statistics.** Differences are paired by seed, in points of top-1. A claim that one network is better is '
+        'is 6 pixels larger than the canvas, which cuts it.',
+        '**Statistics.** Differences are paired by seed, in points of top-1. A claim that one network is better is '
         'tested by the two-sided paired t-test, and a claim that says "little", "as well" or "does not" by two '
         f'one-sided tests (TOST) against a margin: {MARGIN:g} points, and 0.1 for a correlation, '
         "which is tested by Fisher's transformation. All claims of a data set and "
         f"size that have two seeds share a level of {ALPHA:g} by Holm's procedure. An interval is at the level at "
         'which the procedure tested its claim, so that it lies beyond 0 (or within the margin) where p is below '
         f'{ALPHA:g}, and only there; intervals decide one by one, and do not all hold together at '
-        f'{100 * (1 - ALPHA):g} %. A claim of equivalence is contradicted where its interval lies beyond the margin; '
-        'its p is that of TOST. A claim that one network is better that is not decided so is '
-        f'"{UNDER}" where the difference is below {MARGIN:g} by an interval at Bonferroni\'s level, {ALPHA:g} by the '
-        'number of claims: these bounds share a level of their own. This answer was added when ten seeds of claim (a), '
-        'M = 2, on `garments` had been seen, and none on `scaled`; its margin is the one that claims of equivalence '
-        "had before. Tests and power are statsmodels' and scipy's.",
+        f"{100 * (1 - ALPHA):g} %. Two answers come from bounds instead, intervals at Bonferroni's level, {ALPHA:g} by "
+        'the number of claims, which share a level of their own. A claim of equivalence is contradicted where its '
+        'bounds lie beyond the margin. A claim that one network is better, and is not decided by its test, is '
+        f'"{UNDER}" where the upper bound, "at most" in the table, is below {MARGIN:g}. This answer was added when ten '
+        'seeds of claim (a), M = 2, on `garments` had been seen, and none on `scaled`; its margin is the one that '
+        "claims of equivalence had before. Tests and power are statsmodels' and scipy's.",
     ]
-
-
-def _power(rows: Sequence[Row], variance: Sequence[Row]) -> list[str]:
-    crossings = {}
-    for data in DATA:
-        found = [crossed([row for row in variance if row['data'] == data], name) for name in (SELECTED, SUMMED)]
-        if None not in found:
-            crossings[data] = found
-    parts, known = [], []
-    for data, found in crossings.items():
-        told, deviation = _variance([row for row in variance if row['data'] == data], *found)
-        parts += told
-        known.append((f'claim (a), M = 2, on `{data}`, in the study of the variance', found[0][0].size, deviation))
-    if not crossings:
-        parts.append('The study of the variance (`--variance`) has not been run.')
-    for data, size in _places(rows):
-        for answer in decide(CLAIMS, _of(rows, data, size)):
-            if answer.low is not None and answer.claim.figure == 'top1':
-                name = f'{answer.claim.pair} ({answer.claim.key}), {data}, {size}'
-                known.append((name, len(answer.differences), answer.deviation))
-    if not known:
-        return parts
-    tests = len(CLAIMS)
-    lines = [
-        [
-            'differences of', 'seeds', 'deviation', 'seeds needed, one claim', f'seeds needed, {tests} claims',
-            f'power of {WANTED_SEEDS}, one claim', f'power of {WANTED_SEEDS}, {tests} claims',
-        ],
-        ['---', *['---:'] * 6],
-    ]  # fmt: skip
-    for name, count, value in known:
-        needed = [str(seeds_needed(value, tests=number)) for number in (1, tests)]
-        powers = [f'{power_of(WANTED_SEEDS, value, tests=number):.2f}' for number in (1, tests)]
-        lines.append([name, str(count), f'{value:.2f}', *needed, *powers])
-    return [
-        *parts,
-        f"How many seeds show a difference of {MARGIN:g} points with a power of {100 * POWER:.0f} % (statsmodels' "
-        f"`TTestPower`, level {ALPHA:g}), for a claim alone and for the first of all {tests} in Holm's procedure, and "
-        f'the power of {WANTED_SEEDS}:',
-        markdown_table(lines),
-        f'(A note by hand.) {WANTED_SEEDS} seeds were chosen before the first run. The study of the variance on '
-        '`garments` came after those of claim (a), not before.',
-    ]
-
-
-def _variance(rows: Sequence[Row], selected: tuple, summed: tuple) -> tuple[list[str], float]:
-    """What the crossed runs of one data set say, and the deviation of claim (a)'s difference."""
-    settings = Settings.of(rows[0])
-    (one, one_right), (other, other_right) = selected, summed
-    weights, orders = one.shape
-    cases = {
-        f'`{SELECTED}`': (one, one_right),
-        f'`{SUMMED}`': (other, other_right),
-        'their difference': (one - other, one_right - other_right),
-    }
-    lines = [['deviation, points', 'weights', 'images', 'rest', 'test images'], ['---', *['---:'] * 4]]
-    for name, case in cases.items():
-        lines.append([name, *[f'{value:.2f}' for value in components(*case).deviations.values()]])
-    difference = components(*cases['their difference'])
-    deviation = max(difference.weights + difference.order + difference.rest, 0.0) ** 0.5
-    noise = {name: np.mean([np.std(row['steps'][name], ddof=1) for row in rows]) for name in ('middle', 'end')}
-    averaged = np.mean([row['mixed'] - row['last'] for row in rows])
-    return [
-        f'Where the variance comes from: {weights} seeds of the weights crossed with {orders} of the images (which, in '
-        f'what order, of what size and where), for both networks of claim (a) on `{rows[0]["data"]}`, after '
-        f'{settings.epochs} x {settings.train_images:,} images and on {settings.test_images:,} at five scales. The '
-        'table has standard deviations from an analysis of variance with two random factors; with '
-        f'{weights - 1}, {orders - 1} and {(weights - 1) * (orders - 1)} degrees of freedom they are rough, and 0 '
-        'stands for an estimate below 0. The rest is what weights and images do together. Another sample of test '
-        'images would move all runs by what the last column says.',
-        markdown_table(lines),
-        f'Over five steps in the middle of the training, top-1 at random scales has a deviation of '
-        f'{noise["middle"]:.2f} points, and over the last five, where the learning rate goes to 0, of '
-        f'{noise["end"]:.2f}. With the average of the weights it is {averaged:+.2f} points better than with the last.',
-        'In a pair, weights and images are the same for both networks, and their difference varies by what the last '
-        f'line says: {deviation:.2f} points in all from seed to seed (estimates below 0 taken as they are).',
-    ], float(deviation)
-
-
-def _claims(answers: Sequence[Answer]) -> str:
-    lines = [
-        ['claim', 'networks', 'the paper', 'seeds', 'difference', 'corrected p', ''],
-        ['---', '---', *['---:'] * 4, '---'],
-    ]
-    for answer in answers:
-        claim = answer.claim
-        margin = '' if claim.margin is None else f', within ± {claim.margin:g}'
-        lines.append(
-            [
-                f'({claim.key}) {claim.text}{margin}',
-                claim.pair,
-                '' if claim.paper is None else f'{claim.paper:+.2f}',
-                str(len(answer.differences)),
-                difference(answer),
-                p_value(answer),
-                answer.verdict,
-            ]
-        )
-    return markdown_table(lines)
-
-
-def difference(answer: Answer) -> str:
-    """The mean with its interval, as far as there are any."""
-    if not answer.differences:
-        return ''
-    digits = 2 if answer.claim.unit == 'points' else 3
-    interval = '' if answer.low is None else f' ({answer.low:+.{digits}f} to {answer.high:+.{digits}f})'
-    return f'{answer.mean:+.{digits}f}{interval}'
-
-
-def p_value(answer: Answer) -> str:
-    return '' if answer.p is None else '< 0.001' if answer.p < 0.001 else f'{answer.p:.3f}'
 
 
 def mean_and_sd(values: Sequence[float]) -> str:
@@ -314,140 +253,40 @@ def mean_and_sd(values: Sequence[float]) -> str:
 
 
 def _elsewhere(rows: Sequence[Row]) -> list[str]:
-    """The claims on other data and in the other size, and what twice the training adds."""
+    """The claims on other data and in the other size."""
     parts, missing = [], []
     for data, size in PLACES:
         if (data, size) == MAIN:
             continue
-        answers = [answer for answer in decide(CLAIMS, _of(rows, data, size)) if answer.differences]
+        answers = [answer for answer in decide(CLAIMS, rows_of(rows, data, size)) if answer.differences]
         if answers:
-            parts += [f'### On {data}, {size}', _claims(answers)]
+            parts += [f'### On {data}, {size}', claims_table(answers)]
         else:
             missing.append(f'{data}, {size}')
     if missing:
         parts.append(f'Not run: {"; ".join(missing)}.')
-    return [*parts, '### Convergence', *_convergence(rows)]
-
-
-def _convergence(rows: Sequence[Row]) -> list[str]:
-    lines, far = [], None
-    for data, size in PLACES:
-        usual = {(row['network'], row['seed']): row for row in _of(rows, data, size)}
-        pairs: dict[str, list[tuple[Row, Row]]] = {}
-        for row in _of(rows, data, size, longer=True):
-            if (row['network'], row['seed']) in usual:
-                pairs.setdefault(row['network'], []).append((usual[row['network'], row['seed']], row))
-        for name, found in pairs.items():
-            gains = [longer['top1'] - once['top1'] for once, longer in found]
-            losses = [f'{np.mean([pair[i]["loss"] for pair in found]):.3f}' for i in (0, 1)]
-            each = ', '.join(f'{gain:+.2f}' for gain in gains)
-            lines.append([data, size, f'`{name}`', str(len(gains)), f'{np.mean(gains):+.2f}', each, *losses])
-            if (data, size) == MAIN:
-                far = max(far or 0, np.mean(gains))
-    parts = []
-    if lines:
-        head = ['data', 'size', 'network', 'seeds', 'points', 'by seed', 'test loss', 'after twice as much']
-        rule = ['---', '---', '---', '---:', '---:', '---', '---:', '---:']
-        parts += [
-            'What twice the training adds to top-1, of the same seeds, and the loss on the test set in nats: where it '
-            'does not fall, more training brings no better probabilities.',
-            markdown_table([head, rule, *lines]),
-        ]
-    if far is None:
-        parts.append(
-            f'Not run on `{MAIN[0]}`, {MAIN[1]}: whether its networks are within 1 point of where they go with twice '
-            'the training is not known.'
-        )
-    else:
-        parts.append(
-            f'The aim is at most 1 point on `{MAIN[0]}`, {MAIN[1]}: it is ' + ('met.' if far <= 1 else 'missed.')
-        )
     return parts
 
 
-def _attention_figure(data: str, size: str) -> str:
-    return 'attention.png' if (data, size) == MAIN else f'attention_{data}_{size}.png'
-
-
-def _attention(rows: Sequence[Row], folder: str) -> list[str]:
+def _networks(rows: Sequence[Row]) -> list[str]:
     parts = []
-    for data, size in PLACES:
-        there = [row for row in _of(rows, data, size) if row['network'] == SELECTED]
-        if there:
-            figure = f'{folder}/{_attention_figure(data, size)}'
-            parts += [
-                f'### In networks for {data}, {size}',
-                _rho_table(there),
-                f'![Attention for the 5x5 against scale, unit by unit, on {data}, {size}]({figure})',
-            ]
-    if not parts:
-        return ['Not run.']
-    count = min(row['settings']['test_images'] for row in rows)
-    return [
-        f'`{SELECTED}`, unit by unit: the mean over channels of the 5x5 minus the 3x3 attention, and its Spearman '
-        f"correlation with the object's scale over {min(IMAGES, count):,} test images, each at a scale of its own. The "
-        f'rise is that of the mean attention from scale {SCALES[0]:g} to {SCALES[-1]:g}: a correlation says nothing of '
-        "size. The mean is of Fisher's transformation, as claim (e) has it, which gives intervals over seeds. In the "
-        f'figures are {min(CURVE_IMAGES, count)} objects at each scale; a thin line is a seed, a band the 95 % '
-        'interval of their mean, seeds taken as the sample.',
-        *parts,
-    ]
-
-
-def _rho_table(rows: Sequence[Row]) -> str:
-    lines = [['unit', *[f'seed {row["seed"]}' for row in rows], 'mean', 'rise'], ['---', *['---:'] * (len(rows) + 2)]]
-    scales = rows[0]['attention']['scales']
-    first, last = scales.index(SCALES[0]), scales.index(SCALES[-1])
-    for unit in UNITS:
-        units = [row['attention']['units'][unit] for row in rows]
-        rho = [one['rho'] for one in units]
-        rise = [one['curve'][last] - one['curve'][first] for one in units]
-        mean = np.tanh(np.mean(np.arctanh(rho)))
-        lines.append([unit, *[f'{value:+.2f}' for value in rho], f'{mean:+.2f}', f'{np.mean(rise):+.3f}'])
-    return markdown_table(lines)
-
-
-def _learning(main: Sequence[Row], folder: str) -> list[str]:
-    rows = [row for row in main if row['network'] == SELECTED]
-    if not rows:
-        return ['Not run.']
-    lines = [['unit', 'entropy, start', 'end', 'rho, start', 'end'], ['---', *['---:'] * 4]]
-    for unit in UNITS:
-        values = [
-            np.mean([[r['learning'][unit][key][i] for i in (0, -1)] for r in rows], 0) for key in ('entropy', 'rho')
+    for data, size in _places(rows):
+        there = rows_of(rows, data, size)
+        if not there:
+            continue
+        scales = list(there[0]['scales'])
+        lines = [
+            ['network', 'parameters', 'million multiply-adds', 'seeds', 'top-1', *[f'at {scale}' for scale in scales]],
+            ['---', *['---:'] * (4 + len(scales))],
         ]
-        lines.append([unit, *[f'{value:.3f}' for value in values[0]], *[f'{value:+.2f}' for value in values[1]]])
-    top1 = {how: np.mean([row['attention']['top1'][how] for row in rows]) for how in ('own', 'mean', 'shuffled')}
-    return [
-        'Entropy of the softmax over the branches, in nats (0 where one takes all, 0.693 where both are alike), and '
-        f'correlation with scale, over {CURVE_IMAGES} test images and with the last weights, not their average; means '
-        f'over {len(rows)} seeds:',
-        markdown_table(lines),
-        f'![Entropy and correlation along the training]({folder}/learning.png)',
-        'Is it the choice for every image that helps, or the second branch? In the trained networks every unit takes '
-        'the mean of its attention over the test images, or the attention of another image, in all units at once. '
-        'Top-1 at random scales is '
-        f"{top1['own']:.2f} % with each image's own attention, {top1['mean']:.2f} with the mean and "
-        f"{top1['shuffled']:.2f} with another image's; claim (i) has the intervals. These networks learnt with their "
-        "own: one that learns with a fixed attention is claim (a)'s sum.",
-    ]
-
-
-def _networks(main: Sequence[Row]) -> str:
-    if not main:
-        return 'Not run.'
-    scales = list(main[0]['scales'])
-    lines = [
-        ['network', 'parameters', 'million multiply-adds', 'seeds', 'top-1', *[f'at {scale}' for scale in scales]],
-        ['---', *['---:'] * (4 + len(scales))],
-    ]
-    for name in NETWORKS:
-        own = [row for row in main if row['network'] == name]
-        if own:
-            at = [f'{np.mean([row["scales"][scale] for row in own]):.1f}' for scale in scales]
-            cells = [f'{own[0]["parameters"]:,}', f'{own[0]["mflops"]:.2f}', str(len(own))]
-            lines.append([f'`{name}`', *cells, mean_and_sd([row['top1'] for row in own]), *at])
-    return 'Mean and standard deviation over the seeds.\n\n' + markdown_table(lines)
+        for name in NETWORKS:
+            own = [row for row in there if row['network'] == name]
+            if own:
+                at = [f'{np.mean([row["scales"][scale] for row in own]):.1f}' for scale in scales]
+                cells = [f'{own[0]["parameters"]:,}', f'{own[0]["mflops"]:.2f}', str(len(own))]
+                lines.append([f'`{name}`', *cells, mean_and_sd([row['top1'] for row in own]), *at])
+        parts += [f'### The networks on {data}, {size}', markdown_table(lines)]
+    return ['Mean and standard deviation over the seeds.', *parts] if parts else ['Not run.']
 
 
 def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
@@ -455,12 +294,13 @@ def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
     lines = [
         "- Networks of some 70,000 parameters on grey images of 64 x 64. The paper's have 27 million, and ImageNet.",
         f'- The claims have {min(counts)} to {max(counts)} seeds; {WANTED_SEEDS} are the aim.',
+        f'- Most claims share the runs of `{SELECTED}`, so that their answers err together.',
     ]
     if {'scaled', 'garments'} <= {row['data'] for row in rows}:
         lines.append(
-            '- On `scaled` networks see few objects often, on `garments` many objects too seldom to get where they go: '
-            'an answer that both give does not hang on which of the two it is. Both have the same test objects, '
-            'networks and learning rate.'
+            '- On `scaled` networks see few objects often, on `garments` many objects too seldom to converge: an '
+            'answer that both give does not hang on which of the two it is. Both have the same test objects, networks '
+            'and learning rate.'
         )
     if 'scaled' in {row['data'] for row in rows}:
         lines.append(
@@ -477,15 +317,15 @@ def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
         if settings.test_images < full.test_images:
             lines.append(f'- The test has {settings.test_images:,} of {full.test_images:,} objects.')
     lines.append(
-        '- Seeds that are added after a look at this page make its level too favourable. Their number was chosen '
-        f'before the first run: {WANTED_SEEDS}.'
+        '- Adding seeds after a look at the results makes p too small. Their number was chosen before the first run: '
+        f'{WANTED_SEEDS}.'
     )
     lines.append('- Where a claim is not decided, its interval says how large an effect may still be, either way.')
     return '\n'.join(lines)
 
 
 def _cost(rows: Sequence[Row], variance: Sequence[Row], out: str) -> list[str]:
-    parts = []
+    parts, first = [], ["pip install '.[study]'", 'python tools/prepare_fashion_mnist.py']
     if out != OUT:
         parts.append(
             f'These rows are a trial, in `{out}`. The full study is two commands, which write `{OUT}` and this page:'
@@ -504,8 +344,11 @@ def _cost(rows: Sequence[Row], variance: Sequence[Row], out: str) -> list[str]:
         parts += [
             f'{name}: {len(those)} rows, {seconds / 3600:.1f} hours of one process in all, on {"; ".join(machines)}, '
             f'torch {", ".join(sorted({row["torch"] for row in those}))}.',
-            '\n'.join(['```bash', 'python tools/prepare_fashion_mnist.py', *commands, '```']),
+            '\n'.join(['```bash', *first, *commands, '```']),
         ]
+        first = []
+    if not any(row['device'] == 'cuda' for row in (*rows, *variance)):
+        parts.append('None of it ran on a GPU: how long the study takes on one is not measured.')
     allowed = {place: bound([row for row in rows if (row['data'], row['size']) == place]) for place in _places(rows)}
     told = [f'{far:.2f} points away on {data}, {size}' for (data, size), far in allowed.items() if far is not None]
     parts.append(
@@ -515,8 +358,9 @@ def _cost(rows: Sequence[Row], variance: Sequence[Row], out: str) -> list[str]:
         "machine the first batch's loss must be the row's to 0.1 %, and top-1 may be "
         + (' and '.join(told) or 'within the spread of the seeds')
         + ': training makes a difference in the last digit as large as another draw, and two draws of these networks '
-        "differ by less in 99.7 % of cases, by Student's t and the deviation from seed to seed. Where every network "
-        'has but one seed, the first loss alone is compared.'
+        "differ by less in 99.7 % of cases, by Student's t and the deviation from seed to seed. That is more than most "
+        'networks differ by: it tells of a broken training, and the first loss tells of other weights, images or '
+        'arithmetic. Where every network has but one seed, the first loss alone is compared.'
     )
     return parts
 

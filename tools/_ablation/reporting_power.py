@@ -1,0 +1,184 @@
+"""The page's part on power: where the variance comes from, and how many seeds half a point takes."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from _tables import markdown_table
+
+from .claims import CLAIMS, MARGIN
+from .data import DATA
+from .deciding import (
+    ALPHA,
+    POWER,
+    components,
+    crossed,
+    decide,
+    interval_of_deviation,
+    power_of,
+    seeds_needed,
+)
+from .networks import SELECTED, SUMMED
+from .rows import MAIN, PLACES, Row, Settings, rows_of
+
+WANTED_SEEDS = 10
+
+
+class Need(NamedTuple):
+    """What a difference of MARGIN takes: seeds for one claim and for the first of all, and the power of WANTED_SEEDS.
+
+    ``place`` is the data set and size, or None in the study of the variance.
+    """
+
+    name: str
+    place: tuple[str, str] | None
+    seeds: int
+    deviation: float
+    needed: tuple[int, int]
+    powers: tuple[float, float]
+
+
+def needs(rows: Sequence[Row], places: Sequence[tuple[str, str]] = PLACES) -> list[Need]:
+    """Of all claims about top-1 of two networks that have two seeds."""
+    found = []
+    for place in places:
+        for answer in decide(CLAIMS, rows_of(rows, *place)):
+            claim = answer.claim
+            if answer.low is not None and claim.other is not None:
+                scale = claim.figure.partition('scales.')[2]
+                name = f'{claim.pair} ({claim.key}){f" at {scale}" if scale else ""}, {", ".join(place)}'
+                if claim.margin is not None:
+                    name += ', equivalence'
+                equivalence = claim.margin is not None
+                found.append(_need(name, place, len(answer.differences), answer.deviation, equivalence))
+    return found
+
+
+def _need(name: str, place: tuple[str, str] | None, seeds: int, deviation: float, equivalence: bool = False) -> Need:
+    tests = (1, len(CLAIMS))
+    needed = tuple(seeds_needed(deviation, tests=number, equivalence=equivalence) for number in tests)
+    powers = tuple(power_of(WANTED_SEEDS, deviation, tests=number, equivalence=equivalence) for number in tests)
+    return Need(name, place, seeds, deviation, needed, powers)
+
+
+def power_in_short(rows: Sequence[Row]) -> str | None:
+    """Whether there are as many seeds as half a point takes, on the main data set."""
+    found = needs(rows, [MAIN])
+    if not found:
+        return None
+    inside = [need for need in found if ' at ' not in need.name]
+    outside = [need for need in found if need not in inside]
+    few = [sum(need.seeds < need.needed[i] for need in inside) for i in (0, 1)]
+    most = max((need.needed[1] for need in inside), default=0)
+    text = (
+        f'- A power of {100 * POWER:.0f} % to show {MARGIN:g} points would take more seeds than there are for {few[0]} '
+        f'of {len(inside)} comparisons of top-1 if each were the only one, and for {few[1]} as the first of '
+        f"{len(CLAIMS)} in Holm's procedure (up to {most} seeds): {'missed for these' if few[1] else 'met'}."
+    )
+    if outside:
+        least, most = (choose(need.needed[0] for need in outside) for choose in (min, max))
+        text += f' At scales never trained on half a point takes {least} to {most}: this design cannot decide it there.'
+    return text
+
+
+def power(rows: Sequence[Row], variance: Sequence[Row]) -> list[str]:
+    """The section."""
+    crossings = {}
+    for data in DATA:
+        found = [crossed([row for row in variance if row['data'] == data], name) for name in (SELECTED, SUMMED)]
+        if None not in found:
+            crossings[data] = found
+    parts, known = [], []
+    for data, found in crossings.items():
+        told, deviation = _variance([row for row in variance if row['data'] == data], *found)
+        parts += told
+        known.append(
+            _need(f'claim (a), M = 2, on `{data}`, in the study of the variance', None, found[0][0].size, deviation)
+        )
+    if not crossings:
+        parts.append('The study of the variance (`--variance`) has not been run.')
+    parts += _pairing(rows)
+    known += needs(rows)
+    if not known:
+        return parts
+    tests = len(CLAIMS)
+    lines = [
+        [
+            'differences of', 'seeds', 'deviation', 'seeds needed, one claim', f'seeds needed, {tests} claims',
+            f'power of {WANTED_SEEDS}, one claim', f'power of {WANTED_SEEDS}, {tests} claims',
+        ],
+        ['---', *['---:'] * 6],
+    ]  # fmt: skip
+    for need in known:
+        spread = f'{need.deviation:.2f}'
+        if need.place is not None:
+            spread += ' ({:.2f} to {:.2f})'.format(*interval_of_deviation(need.deviation, need.seeds - 1))
+        cells = [*map(str, need.needed), *(f'{value:.2f}' for value in need.powers)]
+        lines.append([need.name, str(need.seeds), spread, *cells])
+    return [
+        *parts,
+        f"How many seeds show a difference of {MARGIN:g} points with a power of {100 * POWER:.0f} % (statsmodels' "
+        f"`TTestPower`, level {ALPHA:g}), for a claim alone and for the first of all {tests} in Holm's procedure, and "
+        f'the power of {WANTED_SEEDS}. For a claim of equivalence it is the power of TOST where the true difference is '
+        '0, and for the others the last column is also the chance that a difference that is truly 0 is called "not '
+        f'better by {MARGIN:g} points". The deviations, with intervals of 95 %, are those of the differences that are '
+        'tested, so that the table says what the study could see, not what it was planned with.',
+        markdown_table(lines),
+    ]
+
+
+def _pairing(rows: Sequence[Row]) -> list[str]:
+    """What pairing by seed takes out, for claim (a) on the main data set."""
+    values = [{row['seed']: row['top1'] for row in rows_of(rows, *MAIN) if row['network'] == name}
+              for name in (SELECTED, SUMMED)]  # fmt: skip
+    seeds = sorted(values[0].keys() & values[1].keys())
+    one, other = ([of[seed] for seed in seeds] for of in values)
+    if len(seeds) < 3 or min(np.ptp(one), np.ptp(other)) == 0:
+        return []
+    paired, alone = np.std(np.subtract(one, other), ddof=1), np.hypot(np.std(one, ddof=1), np.std(other, ddof=1))
+    return [
+        f'What pairs are worth: on `{MAIN[0]}`, {MAIN[1]}, the top-1 of the networks of claim (a), M = 2, has a '
+        f'correlation of {np.corrcoef(one, other)[0, 1]:.2f} over {len(seeds)} seeds, and their difference a deviation '
+        f'of {paired:.2f} points, where seeds of their own would give {alone:.2f}.'
+    ]
+
+
+def _variance(rows: Sequence[Row], selected: tuple, summed: tuple) -> tuple[list[str], float]:
+    """What the crossed runs of one data set say, and the deviation of claim (a)'s difference."""
+    settings = Settings.of(rows[0])
+    (one, one_right), (other, other_right) = selected, summed
+    weights, orders = one.shape
+    freedom = (weights - 1) * (orders - 1)
+    cases = {
+        f'`{SELECTED}`': (one, one_right),
+        f'`{SUMMED}`': (other, other_right),
+        'their difference': (one - other, one_right - other_right),
+    }
+    lines = [['deviation, points', 'weights', 'images', 'rest', 'test images'], ['---', *['---:'] * 4]]
+    for name, case in cases.items():
+        found = components(*case)
+        cells = {
+            key: f'{value:.2f}' if getattr(found, key) > 0 else 'not seen' for key, value in found.deviations.items()
+        }
+        if found.rest > 0:
+            cells['rest'] += ' ({:.2f} to {:.2f})'.format(*interval_of_deviation(found.rest**0.5, freedom))
+        lines.append([name, *cells.values()])
+    difference = components(*cases['their difference'])
+    deviation = max(difference.weights + difference.order + difference.rest, 0.0) ** 0.5
+    noise = {name: np.mean([np.std(row['steps'][name], ddof=1) for row in rows]) for name in ('middle', 'end')}
+    averaged = np.mean([row['mixed'] - row['last'] for row in rows])
+    return [
+        f'Where the variance comes from: {weights} seeds of the weights crossed with {orders} of the images (which, in '
+        f'what order, of what size and where), for both networks of claim (a) on `{rows[0]["data"]}`, after '
+        f'{settings.epochs} x {settings.train_images:,} images and on {settings.test_images:,} at five scales. The '
+        'table has standard deviations from an analysis of variance with two random factors; "not seen" stands for an '
+        f'estimate of 0 or below. With {weights - 1}, {orders - 1} and {freedom} degrees of freedom it cannot tell '
+        'weights and images apart where they are of the size of the rest, which is what both do together: the interval '
+        'is of 95 %. Another sample of test images would move all runs by what the last column says.',
+        markdown_table(lines),
+        f'Over five steps in the middle of the training, top-1 at random scales has a deviation of '
+        f'{noise["middle"]:.2f} points, and over the last five, where the learning rate goes to 0, of '
+        f'{noise["end"]:.2f}. With the average of the weights it is {averaged:+.2f} points better than with the last.',
+        f'From seed to seed the difference of the two networks varies by {deviation:.2f} points in all: the sum of the '
+        'three estimates of variance, those below 0 taken as they are.',
+    ], float(deviation)
