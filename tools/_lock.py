@@ -11,7 +11,7 @@ __all__ = ['lock']
 
 @contextlib.contextmanager
 def lock(file: Path, option: str) -> Iterator[None]:
-    """Within it, no other process may start a run in the folder of ``file``, which is removed if empty in the end.
+    """Within it, no other process may hold ``file``. Folders that it made are removed if they are empty in the end.
 
     The file names the process and its machine. One whose process is dead is taken over.
 

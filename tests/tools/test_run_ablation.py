@@ -350,6 +350,8 @@ def test_rows(finished):
     rows = read_rows(finished / 'out' / 'runs.jsonl')
     runs = [Run.of(row) for row in rows]
     assert runs == [Run(SELECTED, 0), Run('k3', 0), Run(SELECTED, 0, longer=True)]
+    git = subprocess.run(['git', '-C', ROOT, 'rev-parse', 'HEAD'], capture_output=True, text=True)
+    expected = git.stdout.strip() if git.returncode == 0 else None
     for row in rows:
         inside = [row['scales'][scale] for scale in ('0.6', '0.8', '1.1', '1.5', '2')]
         assert row['top1'] == pytest.approx(np.mean(inside))
@@ -358,7 +360,7 @@ def test_rows(finished):
         assert 2 < row['first'] < 3
         assert (row['torch'], row['timm'], row['sk_plugins']) == (torch.__version__, timm.__version__, sk_version)
         assert row['cpu_capability'] == torch.backends.cpu.get_cpu_capability()
-        assert row['commit'] is None or len(row['commit']) == 40
+        assert (row['commit'] and row['commit'].removesuffix('-dirty')) == expected
     assert rows[0]['first'] == rows[2]['first']
     assert rows[0]['loss'] != rows[2]['loss']
     assert 'attention' not in rows[1]
@@ -458,7 +460,24 @@ def threads_for_processes(monkeypatch):
         return ThreadPoolExecutor(number, initializer=start, initargs=arguments)
 
     monkeypatch.setattr(running, 'ProcessPoolExecutor', pool)
+    monkeypatch.setattr(running, '_end_with_command', lambda alive: None)
     monkeypatch.setattr(running, 'set_up', lambda threads: None)
+    monkeypatch.setattr(running.signal, 'signal', lambda number, handler: None)
+
+
+def test_two_devices_share_the_runs(tmp_path, monkeypatch, no_data, threads_for_processes):
+    path, both, used = tmp_path / 'runs.jsonl', threading.Barrier(2), set()
+
+    def work(group, device, data, **kwargs):
+        both.wait(10)  # two at a time
+        used.add(device)
+        return [fake_row(run) for run in group]
+
+    monkeypatch.setattr(running, 'train', work)
+    runs = [Run('k3', seed) for seed in range(6)]
+    running.run_missing(runs, path, tmp_path, TINY, ['cpu', 'cuda:0'])
+    assert sorted(runs_of(path), key=lambda run: run.seed) == runs
+    assert used == {'cpu', 'cuda:0'}
 
 
 def test_a_run_that_fails_costs_no_other_its_row(tmp_path, monkeypatch, no_data, threads_for_processes):
@@ -473,29 +492,34 @@ def test_a_run_that_fails_costs_no_other_its_row(tmp_path, monkeypatch, no_data,
         return [fake_row(run) for run in group]
 
     monkeypatch.setattr(running, 'train', work)
-    runs = [Run('k3', seed) for seed in range(9)]
     with pytest.raises(MemoryError, match='of seed 0'):
-        running.run_missing(runs[:2], path, tmp_path, TINY, ['cpu', 'cpu'])
+        running.run_missing([Run('k3', seed) for seed in range(9)], path, tmp_path, TINY, ['cpu', 'cpu'])
     assert [run.seed for run in runs_of(path)] == [1]
-    # Nor are those begun that were waiting.
-    path.unlink()
-    begun.clear()
+    # None of those that were waiting is begun.
+    assert sorted(begun) == [0, 1]
 
-    def fail(group, device, data, **kwargs):
+
+def test_a_row_that_cannot_be_written_ends_the_command(tmp_path, monkeypatch, no_data, threads_for_processes):
+    begun = []
+
+    def work(group, device, data, **kwargs):
         begun.append(group[0].seed)
-        if group[0].seed == 0:
-            raise MemoryError
-        time.sleep(0.5)
+        time.sleep(0.1 * group[0].seed)
         return [fake_row(run) for run in group]
 
-    monkeypatch.setattr(running, 'train', fail)
-    with pytest.raises(MemoryError):
-        running.run_missing(runs, path, tmp_path, TINY, ['cpu', 'cpu'])
-    assert len(begun) < 9
-    assert {run.seed for run in runs_of(path)} == set(begun) - {0}
+    def full(path, row):
+        raise OSError('No space left on device')
+
+    monkeypatch.setattr(running, 'train', work)
+    monkeypatch.setattr(running, 'append_row', full)
+    path = tmp_path / 'runs.jsonl'
+    with pytest.raises(OSError, match='No space left'):
+        running.run_missing([Run('k3', seed) for seed in range(9)], path, tmp_path, TINY, ['cpu', 'cpu'])
+    assert sorted(begun) == [0, 1]
+    assert not path.with_suffix('.lock').exists()
 
 
-def test_one_command_at_a_time(tool, finished, garments, tmp_path, monkeypatch, no_data):
+def test_one_command_at_a_time(tmp_path, monkeypatch, no_data):
     path = tmp_path / 'runs.jsonl'
 
     def work(group, device, data, **kwargs):
@@ -615,24 +639,40 @@ def test_timing(capsys, monkeypatch):
     assert 'one by one: 4 images a second, after 1.0 s for two steps' in capsys.readouterr().out
 
 
+@pytest.fixture
+def command(garments, tmp_path):
+    """Begin three seeds of two networks on so many processes, and wait for the first row."""
+    path = tmp_path / 'out' / 'runs.jsonl'
+
+    def begin(*devices):
+        words = [
+            sys.executable,
+            str(ROOT / 'tools' / 'run_ablation.py'),
+            *command_line(garments, tmp_path, ('k3', 'k5'), ('0', '1', '2')),
+            *('--threads', '1', '--devices', *devices),
+        ]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(words, env={**os.environ, 'OMP_NUM_THREADS': '1'}, start_new_session=True, **pipes)
+        end = time.monotonic() + 300
+        while not path.exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        return process, path, words
+
+    return begin
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('devices', [('cpu',), ('cpu', 'cpu')], ids=len)
-def test_killed_command(garments, tmp_path, devices):
-    words = [
-        sys.executable,
-        str(ROOT / 'tools' / 'run_ablation.py'),
-        *command_line(garments, tmp_path, ('k3', 'k5'), ('0', '1', '2')),
-        *('--threads', '1', '--devices', *devices),
-    ]
-    path = tmp_path / 'out' / 'runs.jsonl'
-    process = subprocess.Popen(words, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE)
-    end = time.monotonic() + 300
-    while not path.exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
+def test_a_command_that_is_ended(command, devices, how):
+    process, path, words = command(*devices)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as Ctrl-C does
+    else:
+        process.send_signal(how)
     # Until its processes, which write there too, have ended: they do not go on without it.
     process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode != 0
     first = path.read_bytes()
     assert 1 <= len(first.splitlines()) < 6
     subprocess.run(words, check=True)
@@ -640,6 +680,24 @@ def test_killed_command(garments, tmp_path, devices):
     runs = sorted((run.network, run.seed) for run in runs_of(path))
     assert runs == [(name, seed) for name in ('k3', 'k5') for seed in range(3)]
     assert not path.with_suffix('.lock').exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_ended(command):
+    """As the system does where memory runs out: the other one's row is kept, and the command says what to do."""
+    process, path, _ = command('cpu', 'cpu')
+    before = len(path.read_bytes().splitlines())
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    # The resource tracker is a child too.
+    workers = [child for child in children if b'spawn_main' in Path(f'/proc/{child}/cmdline').read_bytes()]
+    assert len(workers) == 2
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith(
+        'run_ablation.py: error: a process of --devices cpu cpu ended without a word, as where memory runs out'
+    )
+    assert before <= len(runs_of(path)) < 6
 
 
 # The results file

@@ -1,7 +1,7 @@
 """Which claims hold: paired tests, intervals and power, with Holm's correction for their number."""
 
+import bisect
 import importlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -161,33 +161,18 @@ def power_of(
     """
     if deviation == 0:
         return 1.0
-    if equivalence:
-        return _power_of_tost(seeds, deviation / difference, ALPHA / tests)
-    # Without the two-sided test's far side, which is nothing here; scipy's distribution may be nan there and for more
-    # than six deviations.
-    power = _statsmodels('stats.power').TTestPower()
-    return float(power.power(min(difference / deviation, 6.0), seeds, ALPHA / tests / 2, alternative='larger'))
+    # A test rejects where the mean is more than t s / sqrt(n) away: from 0, or from the margin on either side. Given s,
+    # whose square is chi-squared and which does not depend on the mean, that has a normal's chance. Of the two-sided
+    # test the far side, which is nothing here, is left out. statsmodels' power of it is nan for large differences.
+    freedom, effect = seeds - 1, difference / deviation * seeds**0.5
+    t = stats.t.isf(ALPHA / tests / (1 if equivalence else 2), freedom)
 
+    def given(quantile: np.ndarray) -> np.ndarray:
+        chance = stats.norm.cdf(effect - t * (stats.chi2.ppf(quantile, freedom) / freedom) ** 0.5)
+        return np.maximum(2 * chance - 1, 0) if equivalence else chance
 
-def _power_of_tost(seeds: int, deviation: float, level: float) -> float:
-    """Of two one-sided tests against a margin of 1, where the true difference is 0.
-
-    Both reject where the mean lies within 1 - t s / sqrt(n) of 0; the mean's and s' distributions are independent.
-    """
-    freedom, error = seeds - 1, deviation / seeds**0.5
-    t = stats.t.isf(level, freedom)
-
-    def within(x: float) -> float:  # of s^2 / deviation^2 * freedom, which is chi-squared
-        inside = 1 - t * error * (x / freedom) ** 0.5
-        return (2 * stats.norm.cdf(inside / error) - 1) * stats.chi2.pdf(x, freedom)
-
-    most = min(freedom / (t * error) ** 2, stats.chi2.isf(1e-12, freedom))
-    return float(integrate.quad(within, 0, most, limit=200)[0])
-
-
-def interval_of_deviation(deviation: float, freedom: int) -> tuple[float, float]:
-    """The 95 % interval of an estimated deviation, by the chi-squared distribution."""
-    return tuple(deviation * (freedom / stats.chi2.isf(p, freedom)) ** 0.5 for p in (0.025, 0.975))
+    middle = stats.chi2.cdf(freedom * (effect / t) ** 2, freedom)  # where it falls, and TOST's ends
+    return min(float(sum(integrate.fixed_quad(given, *ends, n=100)[0] for ends in ((0, middle), (middle, 1)))), 1.0)
 
 
 def seeds_needed(deviation: float, difference: float = MARGIN, tests: int = 1, equivalence: bool = False) -> int:
@@ -201,13 +186,19 @@ def seeds_needed(deviation: float, difference: float = MARGIN, tests: int = 1, e
         tests: how many claims share ALPHA.
         equivalence: by two one-sided tests.
     """
-    if deviation == 0:
-        return 2
-    if equivalence:
-        return next(n for n in itertools.count(2) if power_of(n, deviation, difference, tests, True) >= POWER)
-    power = _statsmodels('stats.power').TTestPower()
-    needed = power.solve_power(difference / deviation, power=POWER, alpha=ALPHA / tests)
-    return max(int(np.ceil(np.max(needed))), 2)
+
+    def enough(seeds: int) -> bool:
+        return power_of(seeds, deviation, difference, tests, equivalence) >= POWER
+
+    least, most = 2, 2
+    while not enough(most):
+        least, most = most, 2 * most
+    return bisect.bisect_left(range(least, most), True, key=enough) + least
+
+
+def interval_of_deviation(deviation: float, freedom: int) -> tuple[float, float]:
+    """The 95 % interval of an estimated deviation, by the chi-squared distribution."""
+    return tuple(deviation * (freedom / stats.chi2.isf(p, freedom)) ** 0.5 for p in (0.025, 0.975))
 
 
 @dataclass(frozen=True)

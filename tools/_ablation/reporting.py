@@ -20,19 +20,19 @@ from .deciding import ALPHA, UNDER, Answer, bound, decide
 from .drawing import draw_attention, draw_forest, draw_learning
 from .networks import NETWORKS, SELECTED, SIZES, build
 from .reporting_attention import attending, attention, figure_name, learning
-from .reporting_claims import claims_table, controls, convergence, is_apart, p_equals, sensitivity, with_interval
+from .reporting_claims import apart, claims_table, controls, convergence, is_apart, sensitivity, with_interval
 from .reporting_power import WANTED_SEEDS, power, power_in_short
 from .rows import MAIN, NEW_SCALES, OPTIONS, PLACES, SCALES, Row, Settings, read_rows, rows_of
 
 OUT = 'results/ablation'  # the tool's default
 WANTED_HALF_WIDTH = 0.5
+NOTES = ('Data', 'Power', 'Limits', 'Cost')  # where the page has room for what rows do not tell
 
 
 def report(out: Path, page: Path) -> list[Path]:
     """Write ``page`` and OUT/*.png from OUT/runs.jsonl and OUT/variance.jsonl; a figure without rows goes.
 
-    OUT/notes.md, where there is one, has what rows do not tell, under the headings of the page's sections: # Data and
-    so on.
+    OUT/notes.md, where there is one, has what rows do not tell: see :func:`read_notes`.
 
     Raises:
         ValueError: there are no rows.
@@ -64,11 +64,19 @@ def report(out: Path, page: Path) -> list[Path]:
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """Texts by their headings, none where there is no file."""
+    """Texts by their headings, of NOTES; none where there is no file.
+
+    Raises:
+        ValueError: another heading, or text before the first.
+    """
     if not path.exists():
         return {}
-    _, *parts = re.split(r'^# (.+)$', path.read_text(encoding='utf-8'), flags=re.MULTILINE)
-    return {heading: text.strip() for heading, text in zip(parts[::2], parts[1::2])}
+    before, *parts = re.split(r'^# (.+)$', path.read_text(encoding='utf-8'), flags=re.MULTILINE)
+    notes = {heading: text.strip() for heading, text in zip(parts[::2], parts[1::2])}
+    wrong = [f'# {heading}' for heading in notes if heading not in NOTES] + before.strip().splitlines()
+    if wrong:
+        raise ValueError(f'{path}: {wrong[0]!r}: must be under one of {", ".join(f"# {name}" for name in NOTES)}')
+    return notes
 
 
 def markdown(
@@ -85,7 +93,7 @@ def markdown(
         variance: rows of the study of the variance.
         folder: where its figures are, seen from it.
         out: where its rows are, as --out says.
-        notes: by section: see :func:`report`.
+        notes: as :func:`read_notes` has them.
     """
     notes = notes or {}
     main = rows_of(rows, *MAIN)
@@ -140,26 +148,43 @@ def _name(answer: Answer) -> str:
 
 def _summary(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
     lines = [f'On `{MAIN[0]}`, {MAIN[1]}, the one data set and size on which every network is trained:', '']
-    for verdict in ('holds', 'contradicted', UNDER, 'not decided', 'not run'):
-        found = [
-            _name(a) + (f' (but it is not 0, p {p_equals(a.apart)}, not corrected)' if is_apart(a) else '')
-            for a in answers
-            if a.verdict == verdict
-        ]
-        if found:
-            lines.append(f'- **{verdict.capitalize()}** ({len(found)} of {len(answers)}): {"; ".join(found)}.')
-    bounded = [a for a in answers if None not in (a.claim.paper, a.most) and a.claim.margin is None]
-    if bounded:
-        under = sum(a.most < a.claim.paper for a in bounded)
+    sums = [a for a in answers if a.claim.text.endswith('selection beats the sum') and a.most is not None]
+    sums += [a for a in answers if a.claim.key == 'a' and a.most is not None]
+    if sums:
+        low, high = (choose(a.mean for a in sums) for choose in (min, max))
         lines.append(
-            f'- By their bounds, {under} of the {len(bounded)} differences for which the paper gives a figure are '
-            "below it. (The paper's points are ImageNet's.)"
+            f'- Selection against the sum, in {len(sums)} sets of kernels: {low:+.2f} to {high:+.2f} points, and at '
+            f'most {max(a.most for a in sums):+.2f}.'
         )
-    known = {claim.one: values for claim, values in controls(rows_of(rows, *MAIN)) if claim.other == 'k3'}
-    if 'wider' in known:
+    kinds = {
+        'holds': [a for a in answers if a.verdict == 'holds' and a.claim.margin is None],
+        'holds, within its margin': [a for a in answers if a.verdict == 'holds' and a.claim.margin is not None],
+    }
+    for verdict in ('contradicted', UNDER, 'not decided', 'not run'):
+        kinds[verdict] = [a for a in answers if a.verdict == verdict]
+    for kind, found in kinds.items():
+        if found:
+            told = [_name(a) + (f' ({apart(a)})' if is_apart(a) else '') for a in found]
+            lines.append(f'- **{kind.capitalize()}** ({len(found)} of {len(answers)}): {"; ".join(told)}.')
+    bounded = [a for a in answers if None not in (a.claim.paper, a.most)]
+    if bounded:
+        below = [a for a in bounded if a.most < a.claim.paper]
+        above = [a for a in bounded if a.least > a.claim.paper]
         lines.append(
-            '- Half as many parameters again, in `wider`, bring the network of one 3x3 kernel '
-            f'{with_interval(known["wider"])} points: where capacity is worth so little, selection may be too.'
+            f"- Of the {len(bounded)} differences for which the paper has a figure, ImageNet's, the bounds of "
+            f'{len(below)} lie below it, those of {len(above)} above it'
+            + (f' ({"; ".join(map(_name, above))})' if above else '')
+            + f', and those of {len(bounded) - len(below) - len(above)} hold it.'
+        )
+    told = [
+        f'{claim.text} {with_interval(values)} (the paper: {claim.paper:+.2f})'
+        for claim, values in controls(rows_of(rows, *MAIN))
+        if claim.other == 'k3'
+    ]
+    if told:
+        lines.append(
+            f'- What other additions bring the network of one 3x3 kernel here: {"; ".join(told)}. Where they bring '
+            'less than there, a claim may fail for that reason.'
         )
     selection = answers[0]
     if selection.low is None:
@@ -192,9 +217,15 @@ def _other_place(place: tuple[str, str], answers: Sequence[Answer], rows: Sequen
         differ = [_name(a) for a, b in both if a.verdict != b.verdict]
         text += f' Of the {len(both)} that have an answer on `{MAIN[0]}`, {MAIN[1]}, too, {len(both) - len(differ)} '
         text += f'have the same; not so {"; ".join(differ)}.' if differ else 'have the same.'
-    alone = [f'{_name(b)}: {b.verdict}' for a, b in pairs if b.decided and not a.decided]
-    if alone:
-        text += f' Decided here and not there: {"; ".join(alone)}.'
+    for where, alone in (
+        ('here and not there', [b for a, b in pairs if b.decided and not a.decided]),
+        ('there and not here', [b for a, b in pairs if a.decided and not b.decided]),
+    ):
+        if alone:
+            told = [
+                _name(b) + (f': {b.verdict}' * b.decided) + (f' ({apart(b)})' if is_apart(b) else '') for b in alone
+            ]
+            text += f' Decided {where}: {"; ".join(told)}.'
     return text
 
 
@@ -240,11 +271,12 @@ def _method(rows: Sequence[Row], note: str) -> list[str]:
         'which the procedure tested its claim, so that it lies beyond 0 (or within the margin) where p is below '
         f'{ALPHA:g}, and only there; intervals decide one by one, and do not all hold together at '
         f"{100 * (1 - ALPHA):g} %. Two answers come from bounds instead, intervals at Bonferroni's level, {ALPHA:g} by "
-        'the number of claims, which share a level of their own. A claim of equivalence is contradicted where its '
+        'the number of claims, which share as much again: a wrong answer somewhere has a chance of up to '
+        f'{2 * ALPHA:g}. A claim of equivalence is contradicted where its '
         'bounds lie beyond the margin. A claim that one network is better, and is not decided by its test, is '
-        f'"{UNDER}" where the upper bound, "at most" in the table, is below {MARGIN:g}. This answer was added when ten '
+        f'"{UNDER}" where the upper bound is below {MARGIN:g}. This answer was added when ten '
         'seeds of claim (a), M = 2, on `garments` had been seen, and none on `scaled`; its margin is the one that '
-        "claims of equivalence had before. Tests and power are statsmodels' and scipy's.",
+        "claims of equivalence had before. Tests are statsmodels' and scipy's.",
     ]
 
 
@@ -293,7 +325,8 @@ def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
     counts = [len(answer.differences) for answer in answers]
     lines = [
         "- Networks of some 70,000 parameters on grey images of 64 x 64. The paper's have 27 million, and ImageNet.",
-        f'- The claims have {min(counts)} to {max(counts)} seeds; {WANTED_SEEDS} are the aim.',
+        f'- The claims have {" to ".join(map(str, sorted({min(counts), max(counts)})))} seeds; {WANTED_SEEDS} are the '
+        'aim.',
         f'- Most claims share the runs of `{SELECTED}`, so that their answers err together.',
     ]
     if {'scaled', 'garments'} <= {row['data'] for row in rows}:
@@ -316,10 +349,7 @@ def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
             )
         if settings.test_images < full.test_images:
             lines.append(f'- The test has {settings.test_images:,} of {full.test_images:,} objects.')
-    lines.append(
-        '- Adding seeds after a look at the results makes p too small. Their number was chosen before the first run: '
-        f'{WANTED_SEEDS}.'
-    )
+    lines.append('- Adding seeds after a look at the results makes p too small.')
     lines.append('- Where a claim is not decided, its interval says how large an effect may still be, either way.')
     return '\n'.join(lines)
 
@@ -353,8 +383,8 @@ def _cost(rows: Sequence[Row], variance: Sequence[Row], out: str) -> list[str]:
     told = [f'{far:.2f} points away on {data}, {size}' for (data, size), far in allowed.items() if far is not None]
     parts.append(
         'After a kill, the same command goes on with what is missing. `--verify NAME SEED` trains a run '
-        f'again, on `{MAIN[0]}`, {MAIN[1]}, unless --sets and --sizes name others. On the same '
-        'hardware, with as many threads and the same torch, it must give the row to the last digit. On another '
+        f'again, on `{MAIN[0]}`, {MAIN[1]}, unless --sets and --sizes name others. On the same hardware, with as many '
+        'threads and the same torch and timm, it must give the row to the last digit. On another '
         "machine the first batch's loss must be the row's to 0.1 %, and top-1 may be "
         + (' and '.join(told) or 'within the spread of the seeds')
         + ': training makes a difference in the last digit as large as another draw, and two draws of these networks '

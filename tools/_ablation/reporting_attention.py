@@ -42,15 +42,17 @@ def attention(rows: Sequence[Row], folder: str) -> list[str]:
         f'`{SELECTED}`, unit by unit: the mean over channels of the 5x5 minus the 3x3 attention, and its Spearman '
         f"correlation with the object's scale over {min(IMAGES, count):,} test images, each at a scale of its own. The "
         f'rise is that of the mean attention from scale {SCALES[0]:g} to {SCALES[-1]:g}: a correlation says nothing of '
-        "size. The mean is of Fisher's transformation, as claim (e) has it, which gives intervals over seeds. In the "
-        f'figures are {min(CURVE_IMAGES, count)} objects at each scale; a thin line is a seed, a band the 95 % '
-        'interval of their mean, seeds taken as the sample.',
+        "size. The means are of Fisher's transformation, as claim (e) has it, which gives intervals over seeds. Where "
+        'the mean of the sizes is large and the signs are mixed, a unit goes with scale in every seed, but each in its '
+        f'own way. In the figures are {min(CURVE_IMAGES, count)} objects at each scale; a thin line is a seed, a band '
+        'the 95 % interval of their mean, seeds taken as the sample.',
         *parts,
     ]
 
 
 def _rho_table(rows: Sequence[Row]) -> str:
-    lines = [['unit', *[f'seed {row["seed"]}' for row in rows], 'mean', 'rise'], ['---', *['---:'] * (len(rows) + 2)]]
+    head = ['unit', *[f'seed {row["seed"]}' for row in rows], 'mean', 'of the sizes', 'positive', 'rise']
+    lines = [head, ['---', *['---:'] * (len(head) - 1)]]
     scales = rows[0]['attention']['scales']
     first, last = scales.index(SCALES[0]), scales.index(SCALES[-1])
     for unit in UNITS:
@@ -58,7 +60,9 @@ def _rho_table(rows: Sequence[Row]) -> str:
         rho = [one['rho'] for one in units]
         rise = [one['curve'][last] - one['curve'][first] for one in units]
         mean = np.tanh(np.mean(np.arctanh(rho)))
-        lines.append([unit, *[f'{value:+.2f}' for value in rho], f'{mean:+.2f}', f'{np.mean(rise):+.3f}'])
+        size = np.tanh(np.mean(np.arctanh(np.abs(rho))))
+        cells = [f'{mean:+.2f}', f'{size:.2f}', f'{sum(value > 0 for value in rho)}', f'{np.mean(rise):+.3f}']
+        lines.append([unit, *[f'{value:+.2f}' for value in rho], *cells])
     return markdown_table(lines)
 
 

@@ -25,40 +25,61 @@ WANTED_SEEDS = 10
 
 
 class Need(NamedTuple):
-    """What a difference of MARGIN takes: seeds for one claim and for the first of all, and the power of WANTED_SEEDS.
+    """What a difference of MARGIN takes: for one claim, and for the first of all that are tested there.
 
-    ``place`` is the data set and size, or None in the study of the variance.
+    Attributes:
+        name: of the difference.
+        seeds: how many there are, in words.
+        deviation: of the differences from seed to seed, with its interval where it is known.
+        needed: seeds.
+        powers: of WANTED_SEEDS.
+        few: whether there are fewer seeds than needed.
+        new_scale: whether it is of images at a scale never trained on.
     """
 
     name: str
-    place: tuple[str, str] | None
-    seeds: int
-    deviation: float
+    seeds: str
+    deviation: str
     needed: tuple[int, int]
     powers: tuple[float, float]
+    few: tuple[bool, bool] = (False, False)
+    new_scale: bool = False
 
 
 def needs(rows: Sequence[Row], places: Sequence[tuple[str, str]] = PLACES) -> list[Need]:
     """Of all claims about top-1 of two networks that have two seeds."""
     found = []
     for place in places:
-        for answer in decide(CLAIMS, rows_of(rows, *place)):
-            claim = answer.claim
-            if answer.low is not None and claim.other is not None:
-                scale = claim.figure.partition('scales.')[2]
-                name = f'{claim.pair} ({claim.key}){f" at {scale}" if scale else ""}, {", ".join(place)}'
-                if claim.margin is not None:
-                    name += ', equivalence'
-                equivalence = claim.margin is not None
-                found.append(_need(name, place, len(answer.differences), answer.deviation, equivalence))
+        tested = [answer for answer in decide(CLAIMS, rows_of(rows, *place)) if answer.low is not None]
+        for answer in tested:
+            claim, seeds = answer.claim, len(answer.differences)
+            if claim.other is None:
+                continue
+            scale = claim.figure.partition('scales.')[2]
+            name = f'{claim.pair} ({claim.key}){f" at {scale}" if scale else ""}, {", ".join(place)}'
+            equivalence = claim.margin is not None
+            if equivalence:
+                name += ', equivalence'
+            low, high = interval_of_deviation(answer.deviation, seeds - 1)
+            needed, powers = _needed(answer.deviation, len(tested), equivalence)
+            found.append(
+                Need(
+                    name,
+                    str(seeds),
+                    f'{answer.deviation:.2f} ({low:.2f} to {high:.2f})',
+                    needed,
+                    powers,
+                    tuple(seeds < number for number in needed),
+                    bool(scale),
+                )
+            )
     return found
 
 
-def _need(name: str, place: tuple[str, str] | None, seeds: int, deviation: float, equivalence: bool = False) -> Need:
-    tests = (1, len(CLAIMS))
+def _needed(deviation: float, tested: int, equivalence: bool = False) -> tuple[tuple, tuple]:
+    tests = (1, tested)
     needed = tuple(seeds_needed(deviation, tests=number, equivalence=equivalence) for number in tests)
-    powers = tuple(power_of(WANTED_SEEDS, deviation, tests=number, equivalence=equivalence) for number in tests)
-    return Need(name, place, seeds, deviation, needed, powers)
+    return needed, tuple(power_of(WANTED_SEEDS, deviation, tests=number, equivalence=equivalence) for number in tests)
 
 
 def power_in_short(rows: Sequence[Row]) -> str | None:
@@ -66,14 +87,14 @@ def power_in_short(rows: Sequence[Row]) -> str | None:
     found = needs(rows, [MAIN])
     if not found:
         return None
-    inside = [need for need in found if ' at ' not in need.name]
-    outside = [need for need in found if need not in inside]
-    few = [sum(need.seeds < need.needed[i] for need in inside) for i in (0, 1)]
+    inside = [need for need in found if not need.new_scale]
+    outside = [need for need in found if need.new_scale]
+    few = [sum(need.few[i] for need in inside) for i in (0, 1)]
     most = max((need.needed[1] for need in inside), default=0)
     text = (
         f'- A power of {100 * POWER:.0f} % to show {MARGIN:g} points would take more seeds than there are for {few[0]} '
-        f'of {len(inside)} comparisons of top-1 if each were the only one, and for {few[1]} as the first of '
-        f"{len(CLAIMS)} in Holm's procedure (up to {most} seeds): {'missed for these' if few[1] else 'met'}."
+        f'of {len(inside)} comparisons of top-1 if each were the only one, and for {few[1]} as the first of all in '
+        f"Holm's procedure (up to {most} seeds): {'missed for these' if few[1] else 'met'}."
     )
     if outside:
         least, most = (choose(need.needed[0] for need in outside) for choose in (min, max))
@@ -85,46 +106,46 @@ def power(rows: Sequence[Row], variance: Sequence[Row]) -> list[str]:
     """The section."""
     crossings = {}
     for data in DATA:
-        found = [crossed([row for row in variance if row['data'] == data], name) for name in (SELECTED, SUMMED)]
+        found = [crossed(_on(variance, data), name) for name in (SELECTED, SUMMED)]
         if None not in found:
             crossings[data] = found
     parts, known = [], []
     for data, found in crossings.items():
-        told, deviation = _variance([row for row in variance if row['data'] == data], *found)
+        told, deviation = _variance(_on(variance, data), *found)
         parts += told
-        known.append(
-            _need(f'claim (a), M = 2, on `{data}`, in the study of the variance', None, found[0][0].size, deviation)
-        )
+        settings, (weights, orders) = Settings.of(_on(variance, data)[0]), found[0][0].shape
+        name = f'claim (a), M = 2, on `{data}`, in the study of the variance ({settings.epochs} epochs)'
+        known.append(Need(name, f'{weights} x {orders}', f'{deviation:.2f}', *_needed(deviation, len(CLAIMS))))
     if not crossings:
         parts.append('The study of the variance (`--variance`) has not been run.')
     parts += _pairing(rows)
     known += needs(rows)
     if not known:
         return parts
-    tests = len(CLAIMS)
-    lines = [
-        [
-            'differences of', 'seeds', 'deviation', 'seeds needed, one claim', f'seeds needed, {tests} claims',
-            f'power of {WANTED_SEEDS}, one claim', f'power of {WANTED_SEEDS}, {tests} claims',
-        ],
-        ['---', *['---:'] * 6],
-    ]  # fmt: skip
+    head = ['differences of', 'seeds', 'deviation']
+    head += [
+        f'{what}, {claims}' for what in ('seeds needed', f'power of {WANTED_SEEDS}') for claims in ('alone', 'all')
+    ]
+    lines = [head, ['---', *['---:'] * 6]]
     for need in known:
-        spread = f'{need.deviation:.2f}'
-        if need.place is not None:
-            spread += ' ({:.2f} to {:.2f})'.format(*interval_of_deviation(need.deviation, need.seeds - 1))
-        cells = [*map(str, need.needed), *(f'{value:.2f}' for value in need.powers)]
-        lines.append([need.name, str(need.seeds), spread, *cells])
+        lines.append(
+            [need.name, need.seeds, need.deviation, *map(str, need.needed), *(f'{value:.2f}' for value in need.powers)]
+        )
     return [
         *parts,
-        f"How many seeds show a difference of {MARGIN:g} points with a power of {100 * POWER:.0f} % (statsmodels' "
-        f"`TTestPower`, level {ALPHA:g}), for a claim alone and for the first of all {tests} in Holm's procedure, and "
-        f'the power of {WANTED_SEEDS}. For a claim of equivalence it is the power of TOST where the true difference is '
-        '0, and for the others the last column is also the chance that a difference that is truly 0 is called "not '
-        f'better by {MARGIN:g} points". The deviations, with intervals of 95 %, are those of the differences that are '
-        'tested, so that the table says what the study could see, not what it was planned with.',
+        f'How many seeds show a difference of {MARGIN:g} points with a power of {100 * POWER:.0f} % by the paired '
+        f't-test at a level of {ALPHA:g}, for a claim alone and for the first of all that are tested on the same data, '
+        f"by Holm's procedure, and the power of {WANTED_SEEDS}. For a claim of equivalence it is the power of TOST "
+        'where the true difference is 0, and for the others the last column is also the chance that a difference that '
+        f'is truly 0 is called "not better by {MARGIN:g} points". The deviations, with intervals of 95 %, are those of '
+        'the differences that are tested, so that the table says what the study could see, not what it was planned '
+        'with.',
         markdown_table(lines),
     ]
+
+
+def _on(rows: Sequence[Row], data: str) -> list[Row]:
+    return [row for row in rows if row['data'] == data]
 
 
 def _pairing(rows: Sequence[Row]) -> list[str]:
@@ -179,6 +200,7 @@ def _variance(rows: Sequence[Row], selected: tuple, summed: tuple) -> tuple[list
         f'Over five steps in the middle of the training, top-1 at random scales has a deviation of '
         f'{noise["middle"]:.2f} points, and over the last five, where the learning rate goes to 0, of '
         f'{noise["end"]:.2f}. With the average of the weights it is {averaged:+.2f} points better than with the last.',
-        f'From seed to seed the difference of the two networks varies by {deviation:.2f} points in all: the sum of the '
-        'three estimates of variance, those below 0 taken as they are.',
+        f'From seed to seed the difference of the two networks varies by {deviation:.2f} points after these '
+        f'{settings.epochs} epochs: the root of the sum of the three variances, those below 0 taken as they are. The '
+        'table below has what it is after the whole training.',
     ], float(deviation)

@@ -1,12 +1,16 @@
 """All runs: what is missing of them, on one device or on several, and one of them again."""
 
+import contextlib
 import functools
+import itertools
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import groupby
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -87,8 +91,9 @@ def run_missing(
         print(f'{len(runs) - len(todo)} of {len(runs)} runs are done', flush=True)
         end = time.time() + 60 * minutes if minutes is not None else None
         number = 0
-        for found in _run_all(_groups(todo, together), data_root, settings, devices, end, kwargs):
-            for row in found:
+        groups = _run_all(_groups(todo, together), data_root, settings, devices, end, kwargs)
+        with contextlib.closing(groups):
+            for row in itertools.chain.from_iterable(groups):
                 append_row(path, row)
                 number += 1
                 print(
@@ -101,7 +106,7 @@ def run_missing(
 def _groups(runs: Sequence[Run], together: int) -> list[list[Run]]:
     """Neighbours of one network, so many at once."""
     groups = []
-    for _, alike in groupby(runs, lambda run: (run.network, run.data, run.size, run.longer)):
+    for _, alike in itertools.groupby(runs, lambda run: (run.network, run.data, run.size, run.longer)):
         alike = list(alike)
         groups += [alike[i : i + together] for i in range(0, len(alike), together)]
     return groups
@@ -115,33 +120,50 @@ def _run_all(
     end: float | None,
     kwargs: dict,
 ) -> Iterator[list[Row]]:
-    if not groups:
-        return
+    """The rows of every group as it ends; a process for each device where there are several."""
     if len(devices) == 1:
         work = _worker(devices[0], data_root, settings, end, kwargs)
         yield from map(work, groups)
         return
     context = mp.get_context('spawn')
-    queue = context.Queue()
-    for device in devices:
-        queue.put(device)
-    start = (queue, torch.get_num_threads(), data_root, settings, end, kwargs)
-    pool, failure = ProcessPoolExecutor(len(devices), context, _start_worker, start), None
+    alive, here = context.Pipe(duplex=False)  # closed when this process ends, however it does
+    threads = torch.get_num_threads()
+    pools = [
+        ProcessPoolExecutor(1, context, _start_worker, (alive, threads, device, data_root, settings, end, kwargs))
+        for device in devices
+    ]
+    waiting, busy, failure = iter(groups), {}, None
+
+    def begin(pool: ProcessPoolExecutor) -> None:
+        # No more than a process can take at once: what a pool has queued cannot be called back.
+        for group in itertools.islice(waiting, 1):
+            busy[pool.submit(_work, group)] = pool
+
     try:
-        futures = [pool.submit(_work, group) for group in groups]
-        for future in as_completed(futures):
-            if future.cancelled():
-                continue
-            if future.exception() is None:
-                yield future.result()
-            elif failure is None:
-                failure = future.exception()
-                for other in futures:  # those that are not under way
-                    other.cancel()
-        if failure is not None:
-            raise failure
+        for pool in pools:
+            begin(pool)
+        while busy:
+            for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                pool, error = busy.pop(future), future.exception()
+                if error is None:
+                    yield future.result()
+                failure = failure or error
+                if failure is None:
+                    begin(pool)
+    except BaseException:  # such as Ctrl-C: what is under way is not waited for
+        here.close()
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+        here.close()
+    if isinstance(failure, BrokenProcessPool):
+        raise ChildProcessError(
+            f'a process of --devices {" ".join(devices)} ended without a word, as where memory runs out: name fewer of '
+            'them, or a smaller --together; the same command goes on with what is missing'
+        ) from failure
+    if failure is not None:
+        raise failure
 
 
 def _worker(
@@ -153,19 +175,19 @@ def _worker(
     return lambda runs: train(runs, device, load(runs[0].data), **kwargs) if time.time() < end else []
 
 
-def _start_worker(queue, threads: int, *args) -> None:
+def _start_worker(alive: Connection, threads: int, *args) -> None:
     global _work_here
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its processes
+    threading.Thread(target=_end_with_command, args=(alive,), daemon=True).start()
     set_up(threads)
-    _work_here = _worker(queue.get(), *args)
+    _work_here = _worker(*args)
 
 
-def _end_with_parent() -> None:
+def _end_with_command(alive: Connection) -> None:
     """A killed command's processes would go on with what it had begun, beside those of the next."""
-    parent = mp.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    with contextlib.suppress(EOFError, OSError):
+        alive.recv()
+    os._exit(1)
 
 
 def _work(runs: list[Run]) -> list[Row]:
@@ -195,7 +217,7 @@ def verify(run: Run, path: Path, data_root: Path, device: str | None, threads: i
     figures = ('top1', 'loss', 'mixed', 'last', 'first')
     print(', '.join(f'{key} {found[key]!r} then, {again[key]!r} now' for key in figures))
     # Older rows do not tell all of it.
-    about = [key for key in ('hardware', 'cpu_capability', 'device', 'threads', 'torch') if key in found]
+    about = [key for key in ('hardware', 'cpu_capability', 'device', 'threads', 'torch', 'timm') if key in found]
     made, now = (', '.join(f'{key} {row[key]}' for key in about) for row in (found, again))
     if made == now:
         differ = [key for key in figures if again[key] != found[key]]

@@ -3,15 +3,16 @@
 import json
 import math
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from _benchmark.machine import describe_machine
-from mmengine.utils import get_git_hash
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -26,6 +27,18 @@ WARM_UP = 0.1  # the share of the steps over which the learning rate rises
 LEARNING_MARKS = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the steps, where the attention is looked at
 PROBES = 5  # single steps in the middle of a training, and at its end
 LONGER = 2
+
+
+def _commit() -> str | None:
+    """That of these files, ending in -dirty where they differ from it; None where there is no git."""
+    command = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty']
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+COMMIT = _commit()  # as they are read, not as they are when a run has ended
 
 
 def rate(step: int, steps: int) -> float:
@@ -136,7 +149,7 @@ def _about(run: Run, device: str, together: list[int], compiled: bool, settings:
         'device': device.partition(':')[0],
         'hardware': machine['gpu'] or machine['cpu'],
         **{name: machine[name] for name in ('cpu_capability', 'threads', 'torch', 'timm', 'python', 'sk_plugins')},
-        'commit': get_git_hash(fallback=None) or None,  # of the folder that it runs in
+        'commit': COMMIT,
         'together': together,
         'compiled': compiled,
         'settings': asdict(settings),
