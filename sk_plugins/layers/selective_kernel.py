@@ -145,6 +145,7 @@ class SelectiveKernel(Fusable):
     """
 
     fuses_on_cpu = has_operator = True
+    methods = ('forward', 'split')
 
     def __init__(
         self,
@@ -283,6 +284,8 @@ class SelectiveKernel(Fusable):
         norm = nn.Identity if folded else nn.BatchNorm2d
         kinds = dict(fc_reduce=nn.Conv2d, bn=norm, act=nn.ReLU, fc_select=nn.Conv2d, softmax=nn.Softmax)
         if not has_parts(self.attn, **kinds) or (self.attn.fc_reduce.bias is not None) != folded:
+            return None
+        if self.attn.softmax.dim != 1:
             return None
         return convs, list(norms), (self.attn.fc_reduce, None if folded else self.attn.bn, self.attn.fc_select)
 

@@ -40,6 +40,7 @@ class _SKUnit(Fusable):
     A block adds its convolutions in ``_add_convolutions``, and names the SK convolution and the last one.
     """
 
+    methods = ('forward', '_end')
     expansion: int
     sk_name: str
     last_name: str

@@ -8,7 +8,7 @@ class and has no hooks, and no tracer, mode or transform is active. Elsewhere ``
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, product, starmap
-from operator import attrgetter, contains, itemgetter
+from operator import attrgetter, contains, is_, itemgetter
 from types import ModuleType
 from weakref import ref
 
@@ -25,14 +25,20 @@ BACKENDS = ('auto', 'plain', 'recompute', 'triton')
 _HOOKS = itemgetter(*private.HOOKS)
 _CHILDREN, _PARAMETERS, _BUFFERS = itemgetter('_modules'), itemgetter('_parameters'), itemgetter('_buffers')
 _TRAINING, _BACKEND, _PADDING = itemgetter('training'), itemgetter('backend'), itemgetter('padding_mode')
+_DIM = itemgetter('dim')
 _NORM = itemgetter('training', 'momentum', 'eps', 'track_running_stats', 'affine')
 _CALLS = attrgetter('forward', '__call__')
+_HELD = {
+    nn.Conv2d: {'weight', 'bias'},
+    nn.BatchNorm2d: {'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'},
+}
 _TENSORS = {nn.Parameter, Tensor, type(None)}
 _known = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Softmax, nn.Sequential, nn.AvgPool2d]
 _known += [nn.MaxPool2d, nn.ModuleList]
 # A class that somebody patched before this was imported stays unknown.
 _known = [cls for cls in _known if private.is_torchs_own(cls.forward, cls.__module__)]
 _known_calls = list(map(_CALLS, _known))
+_originals: dict[tuple[type, str], object] = {}  # by class and name, of Fusable's ``methods``
 _stubbed = False
 
 
@@ -40,6 +46,8 @@ def register(cls: type) -> type:
     """Let modules of this class stand in what an engine computes, as long as its methods are what they are now."""
     _known.append(cls)
     _known_calls.append(_CALLS(cls))
+    for name in getattr(cls, 'methods', ()):
+        _originals[cls, name] = getattr(cls, name)
     return cls
 
 
@@ -92,7 +100,8 @@ class Fusable(nn.Module):
         engine = None if args or kwargs else _choose(self, x)
         own = self.__dict__
         own['_way'] = way = 'plain' if engine is None else engine.NAME
-        if torch.is_grad_enabled():
+        # A reentrant checkpoint has gradients in the backward pass alone, and is free to go another way there.
+        if torch.is_grad_enabled() and private.graph_task() == -1:
             own['_trained_way'] = way
         if engine is None:
             return super().__call__(x, *args, **kwargs)
@@ -116,10 +125,12 @@ class Fusable(nn.Module):
     @torch.compiler.assume_constant_result  # Dynamo asks in Python, in place of tracing what it cannot
     def _goes_by_operators(self) -> bool:
         # A compiler fuses the plain modules itself, so that its graph has operators only where they are asked for.
-        if trial.is_refused(next(self.parameters()).device):
-            return False
-        plan = _Plan(self, traced=True)  # whose parameters may be fake
-        return plan.parts is not None and plan.norm != 'folded' and not plan.has_hooks(self)
+        goes = False
+        if not trial.is_refused(next(self.parameters()).device):
+            plan = _Plan(self, traced=True)  # whose parameters may be fake
+            goes = plan.parts is not None and plan.norm != 'folded' and not plan.has_hooks(self)
+        self.__dict__['_way'] = operators.NAME if goes else 'plain'
+        return goes
 
 
 def _agree(norms: list[nn.BatchNorm2d]) -> bool:
@@ -150,13 +161,17 @@ class _Plan:
         modules = module.fused_modules()
         inner = [m for m in modules if m is not module]
         self.module = ref(module)
-        self.methods = attrgetter(*module.methods)
         self.modules = inner
         self.states = [m.__dict__ for m in inner]
         self.replacements = list(product(self.states, private.REPLACEMENTS))
+        fusables = [m for m in inner if isinstance(m, Fusable)]
+        self.methods = [(type(m), name) for m in (module, *fusables) for name in m.methods]
+        own = [(m.__dict__, name) for m in fusables for name in m.methods if name not in private.REPLACEMENTS]
+        self.replacements += own
         self.norms = [m.__dict__ for m in inner if isinstance(m, nn.BatchNorm2d)]
         self.convs = [m.__dict__ for m in inner if isinstance(m, nn.Conv2d)]
-        self.fusables = [m.__dict__ for m in inner if isinstance(m, Fusable)]
+        self.fusables = [m.__dict__ for m in fusables]
+        self.softmaxes = [m.__dict__ for m in inner if type(m) is nn.Softmax]
         self.signature = self._look(module)
         norms = [m for m in inner if isinstance(m, nn.BatchNorm2d)]
         # What the norms take: the statistics of the batch, the running ones, or none where they were folded.
@@ -165,6 +180,9 @@ class _Plan:
             all(type(m) in _known for m in modules)
             and (traced or {type(p) for m in modules for p in m._parameters.values()} <= _TENSORS)
             and all(m._parameters.get('weight') is not None for m in modules if type(m) is nn.Conv2d)
+            # What an engine reads there may have been put elsewhere, as an attribute that something computes.
+            and all(_HELD[type(m)] <= m._parameters.keys() | m._buffers.keys() for m in modules if type(m) in _HELD)
+            and all(map(is_, starmap(getattr, self.methods), map(_originals.get, self.methods)))
             and all(m.padding_mode == 'zeros' for m in modules if type(m) is nn.Conv2d)
             and not any(name in module.__dict__ for name in module.methods)
             and (not norms or _agree(norms))
@@ -177,16 +195,20 @@ class _Plan:
         own = module.__dict__
         states = [own, *self.states]
         return (
-            self.methods(type(module)),
+            type(module),
+            list(starmap(getattr, self.methods)),
             list(map(own.__contains__, module.methods)),
             module.backend,
             list(chain.from_iterable(map(dict.values, map(_CHILDREN, states)))),
             list(map(type, self.modules)),
             list(map(_TRAINING, states)),
+            list(chain.from_iterable(map(_PARAMETERS, states))),
             list(map(type, chain.from_iterable(map(dict.values, map(_PARAMETERS, states))))),
+            list(chain.from_iterable(map(_BUFFERS, self.norms))),
             list(map(type, chain.from_iterable(map(dict.values, map(_BUFFERS, self.norms))))),
             list(map(_NORM, self.norms)),
             list(map(_PADDING, self.convs)),
+            list(map(_DIM, self.softmaxes)),
             list(map(_BACKEND, self.fusables)),
         )
 

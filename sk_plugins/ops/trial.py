@@ -112,8 +112,8 @@ def is_refused(device: torch.device) -> bool:
         return True
     known = [verdict for (where, dtype, *_), verdict in _verdicts.items() if where == device and dtype in TOLERANCES]
     if device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-        known += [verdict for key, verdict in _read().items() if key.startswith(name) and key.endswith(_fingerprint())]
+        begin, end = f'{torch.cuda.get_device_name(device)}, ', f', {_versions()}'
+        known += [verdict for key, verdict in _read().items() if key.startswith(begin) and key.endswith(end)]
     return any(verdict['wrong'] is not None for verdict in known)
 
 
@@ -180,8 +180,11 @@ def _measured(
 
 def _key(device: torch.device, dtype: torch.dtype, kind: str, memory_format: torch.memory_format) -> str:
     names = [str(name).removeprefix('torch.') for name in (dtype, memory_format)]
-    versions = [f'{name} {_version(name)}' for name in ('torch', 'triton')]
-    return ', '.join([torch.cuda.get_device_name(device), *names, kind, *versions, f'engine {_fingerprint()}'])
+    return ', '.join([torch.cuda.get_device_name(device), *names, kind, _versions()])
+
+
+def _versions() -> str:
+    return ', '.join([*(f'{name} {_version(name)}' for name in ('torch', 'triton')), f'engine {_fingerprint()}'])
 
 
 @functools.cache

@@ -26,13 +26,14 @@ from helpers.gate_cases import (
     make,
     make_input,
     make_unit,
+    replaced,
     run,
 )
 from helpers.randomised import randomise
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -153,6 +154,13 @@ def set_method(module):
     )
 
 
+def hold_elsewhere(module, name):
+    """As an attribute, where whoever learns it computes it."""
+    value = getattr(module, name)
+    delattr(module, name)
+    setattr(module, name, value if value is None else value.detach().clone())
+
+
 REPLACED = {
     'one norm frozen': lambda sk: sk.paths[0].bn.train(not sk.training),
     "the attention's norm frozen": lambda sk: sk.attn.bn.train(not sk.training),
@@ -171,6 +179,12 @@ REPLACED = {
     'parametrization': lambda sk: parametrize.register_parametrization(sk.paths[0].conv, 'weight', nn.Tanh()),
     'circular padding': wrap_around,
     'another convolution': set_method,
+    'a scale held elsewhere': lambda sk: hold_elsewhere(sk.paths[0].bn, 'weight'),
+    "the attention's scale held elsewhere": lambda sk: hold_elsewhere(sk.attn.bn, 'weight'),
+    'a running mean held elsewhere': lambda sk: hold_elsewhere(sk.paths[1].bn, 'running_mean'),
+    'a bias that is no parameter': lambda sk: hold_elsewhere(sk.paths[0].conv, 'bias'),
+    'softmax over channels': lambda sk: setattr(sk.attn.softmax, 'dim', 2),
+    'another split': lambda sk: setattr(sk, 'split', lambda x: [x * (i + 1) for i in range(len(sk.paths))]),
     'a module more': lambda sk: sk.paths[0].add_module('more', nn.Identity()),
 }
 
@@ -300,6 +314,67 @@ def test_what_is_no_longer_what_the_engine_computes(change, ran, engine, trainin
         if hasattr(part, 'backend'):
             part.backend = 'plain'
     assert_equal(got, run(module, training))
+
+
+@pytest.mark.parametrize('ran', [False, True], ids=['new', 'ran before'])
+def test_methods_that_an_engine_repeats(ran, engine_of):
+    """Of the unit and of what is inside it, of one module and of a class, before the first call and after it."""
+    engine_of('triton')
+    for kind in (SKBottleneck, SKBasicBlock):
+        unit = make_unit(kind)
+        if ran:
+            run(unit, True)
+        for owner, name in ((SelectiveKernel, 'split'), (kind, '_end')):
+            with replaced(owner, name) as seen:
+                run(unit, True)
+            assert (unit._way, len(seen)) == ('plain', 1), name
+            run(unit, True)
+            assert unit._way == 'triton'
+        calls = []
+        unit._end = lambda *args, calls=calls, original=unit._end: calls.append(1) or original(*args)
+        run(unit, True)
+        assert (unit._way, calls) == ('plain', [1])
+        del unit._end
+        run(unit, True)
+        assert unit._way == 'triton'
+
+
+def test_pruned_and_no_longer(engine_of):
+    """Parameters that were renamed and renamed again: each kind is there as often as before."""
+    layer, x = make('recompute', True), make_input()
+    engine_of('recompute')
+    ways_taken = []
+    for change in (
+        lambda: None,
+        lambda: prune.l1_unstructured(layer.paths[0].conv, 'weight', 1),
+        lambda: prune.remove(layer.paths[0].conv, 'weight'),
+    ):
+        change()
+        layer(x)
+        ways_taken.append(layer._way)
+    assert ways_taken == ['recompute', 'plain', 'recompute']
+
+
+def test_a_reentrant_checkpoint_that_was_watched_once(engine_of):
+    engine_of('recompute')
+    layer, x = make('recompute', True), make_input().requires_grad_()
+    with hook(layer.attn, 'register_forward_hook'):
+        checkpoint(layer, x, use_reentrant=True).sum().backward()
+    for _ in range(2):
+        output = checkpoint(layer, x, use_reentrant=True)
+        output.sum().backward()
+        assert layer._way == 'recompute'
+
+
+def test_ways_of_a_compiled_layer():
+    layer = make('recompute', True)
+    layer.backend = 'triton'
+    torch.compile(layer, backend='eager', fullgraph=True)(make_input())
+    assert ways(layer) == {'operators': 1}
+    layer.attn.register_forward_hook(lambda *args: None)
+    torch.compiler.reset()
+    torch.compile(layer, backend='eager')(make_input())
+    assert ways(layer) == {'plain': 1}
 
 
 def test_every_child_may_change_and_change_back(engine_of):

@@ -158,6 +158,14 @@ def test_what_a_compiler_is_told(bench, monkeypatch):
     assert trial.is_refused(device)
     new_process()
     assert trial.is_refused(device)
+    # Of another card, whose name begins as this one's, or of another version, it says nothing.
+    with monkeypatch.context() as other:
+        other.setattr(torch.cuda, 'get_device_name', lambda device: 'A car')
+        assert not trial.is_refused(device)
+    with monkeypatch.context() as other:
+        other.setattr(trial, '_version', lambda name: '99')
+        assert not trial.is_refused(device)
+    assert trial.is_refused(device)
     trial.forget()
     assert not trial.is_refused(device)
     monkeypatch.setenv('SK_PLUGINS_ENGINE', 'plain')
