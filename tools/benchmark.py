@@ -20,16 +20,15 @@ kernels, and the time of the step replayed as a CUDA graph.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from _arguments import Parser
-from _benchmark.choosing import check_outputs, choose
+from _benchmark.choosing import check_outputs, check_report, choose
 from _benchmark.drawing import draw, draw_networks
 from _benchmark.machine import describe_machine, keep_freed_memory
 from _benchmark.measuring import measure, say
 from _benchmark.readme import renew_table
-from _benchmark.reporting import Report, make_report, markdown
+from _benchmark.reporting import Report, make_report, markdown, read_report, write_report
 from _benchmark.sets import SETS
 from _benchmark.settings import DTYPES, MEMORY_FORMATS, MODES
 from _errors import run
@@ -69,8 +68,9 @@ def benchmark(args: argparse.Namespace) -> Report:
         ValueError: an unknown model, a device that isn't there, arguments that don't go together.
     """
     if args.report is not None:
+        check_report(args)
         check_outputs(args)
-        return json.loads(args.report.read_text(encoding='utf-8'))
+        return read_report(args.report)
     plan = choose(args)
     check_outputs(args)
     if args.blank:
@@ -80,8 +80,13 @@ def benchmark(args: argparse.Namespace) -> Report:
     machine['threads'] = plan.settings.threads or machine['threads']
     if machine['load_average'] and machine['load_average'] > 0.5:
         say(f'the machine is busy (load average {machine["load_average"]}): the spread will tell')
-    results = [result for one, variants in plan.runs.items() for result in measure(variants, one, plan.settings)]
-    return make_report(plan.title, plan.settings, results, plan.baseline.label, machine, plan.chosen)
+    results = []
+    for one, variants in plan.runs.items():
+        results += measure(variants, one, plan.settings)
+        report = make_report(plan.title, plan.settings, results, plan.baseline.label, machine, plan.chosen)
+        if args.json is not None:  # what is measured is not lost where the rest fails
+            write_report(report, args.json)
+    return report
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     report = benchmark(args)
     text = markdown(report)
     if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
+        write_report(report, args.json)
     if args.markdown is not None:
         args.markdown.write_text(text, encoding='utf-8')
     if args.plot is not None:

@@ -153,6 +153,7 @@ def test_model_arguments_reach_the_model():
         (['sknet26', '--set', 'standard'], r'--set standard brings its own models and modes: leave models out'),
         (['--set', 'standard', '--compile'], r'--set standard brings its own .* leave --compile out'),
         (['sknet26', '--blank'], r'--blank is for a --set'),
+        (['--set', 'host', '--blank', '--threads', '-5'], r'--threads -5: must be at least 1'),
         ([], r'name the models to compare, or a --set of them'),
     ],
 )
@@ -180,6 +181,15 @@ def test_a_model_that_does_not_run_is_named(tool, clock):
         tool.main(['resnet18[in_chans=1]', *SMALL])
     with pytest.raises(ValueError, match=r"model='resnet18\[num_classes=0,global_pool=\]' in training step: .*classes"):
         tool.main(['resnet18[num_classes=0,global_pool=]', '--mode', 'train', *SMALL])
+
+
+def test_what_was_measured_is_kept_where_the_rest_fails(tool, clock, tmp_path):
+    file = tmp_path / 'report.json'
+    model = 'resnet18[num_classes=0,global_pool=]'
+    with pytest.raises(ValueError, match='in training step'):
+        tool.main([model, '--mode', 'both', '--json', str(file), *SMALL])
+    (result,) = json.loads(file.read_text())['results']
+    assert (result['model'], result['mode']) == (model, 'infer')
 
 
 def test_the_command_needs_no_openmmlab_and_errs_in_one_line(tool, command):

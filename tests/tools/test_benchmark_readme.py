@@ -76,6 +76,48 @@ def test_report_measures_nothing(load_tool, tmp_path, capsys):
     assert readme.read_text() == f'{BEGIN}\n{speed_table(*read_reports(results))}\n{END}\n'
 
 
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('line 1', 'old.json: not JSON, and so no report of --json: Expecting value'),
+        ('[]', 'old.json: no report of --json, which has title, machine, .*; it lacks title, machine, settings'),
+        ('{"title": "x", "machine": 1}', 'old.json: no report .*; it lacks settings, baseline, results, columns'),
+    ],
+)
+def test_what_is_no_report(load_tool, tmp_path, text, message):
+    (tmp_path / 'old.json').write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_tool('benchmark').main(['--report', str(tmp_path / 'old.json')])
+
+
+@pytest.mark.parametrize(
+    ('words', 'named'),
+    [
+        (['sknet50'], 'models'),
+        (['--set', 'host'], '--set'),
+        (['--mode', 'both'], '--mode'),
+        (['--threads', '0'], '--threads'),
+        (['--blank'], '--blank'),
+        (['--memory-format', 'contiguous'], '--memory-format'),
+    ],
+)
+def test_a_report_stands_alone(load_tool, words, named):
+    report = str(ROOT / 'results' / 'benchmark_cpu.json')
+    with pytest.raises(ValueError, match=f'--report measures nothing, and takes what was measured: leave {named} out'):
+        load_tool('benchmark').main(['--report', report, *words])
+
+
+def test_outputs_that_cannot_be(load_tool, tmp_path, report):
+    page, words = tmp_path / 'page.md', ['--report', str(ROOT / 'results' / 'benchmark_cpu.json')]
+    page.write_text(f'{BEGIN}\n')
+    with pytest.raises(ValueError, match=r'page.md: must have the line .*end of speed.* once, not 0 times'):
+        load_tool('benchmark').main([*words, '--readme', str(page)])
+    (tmp_path / 'other.json').write_text(json.dumps({**report, 'results': []}))
+    with pytest.raises(ValueError, match=r'--picture .*x.png: nothing was measured of the networks sknet50, '):
+        load_tool('benchmark').main(['--report', str(tmp_path / 'other.json'), '--picture', str(tmp_path / 'x.png')])
+    assert not (tmp_path / 'x.png').exists()
+
+
 def test_readme_needs_the_files(load_tool):
     with pytest.raises(ValueError, match='--readme reads the files beside --json or --report'):
         load_tool('benchmark').main(['sknet26', '--readme', 'README.md'])

@@ -5,6 +5,7 @@ import importlib.util
 from dataclasses import dataclass, fields, replace
 
 from .models import Variant
+from .readme import BEGIN, END
 from .sets import SETS, Set
 from .settings import HOST, MODES, Run, Settings
 
@@ -67,8 +68,7 @@ def choose_settings(args: argparse.Namespace, default: Settings) -> Settings:
     """
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
     settings = replace(default, **given)
-    if not args.blank:
-        settings.check()
+    settings.check(runs=not args.blank)
     return settings
 
 
@@ -105,6 +105,16 @@ def choose_runs(args: argparse.Namespace, variants: list[Variant], settings: Set
     return runs
 
 
+def check_report(args: argparse.Namespace) -> None:
+    """Raises ValueError where ``--report``, which measures nothing, stands beside what is to be measured."""
+    names = ('models', 'set', 'baseline', 'mode', 'compile', 'fuse', 'blank', *(f.name for f in fields(Settings)))
+    for option in names:
+        value = getattr(args, option, None)
+        if value is not None and value is not False and value != []:
+            name = 'models' if option == 'models' else f'--{option.replace("_", "-")}'
+            raise ValueError(f'--report measures nothing, and takes what was measured: leave {name} out')
+
+
 def check_outputs(args: argparse.Namespace) -> None:
     """Before minutes of measuring, that its outcome can be written."""
     for path in filter(None, (args.json, args.markdown, args.plot, args.picture)):
@@ -121,3 +131,10 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option} needs matplotlib, which is not installed (it comes with the extra 'mm')")
     if args.readme is not None and args.json is None and args.report is None:
         raise ValueError('--readme reads the files beside --json or --report: give one of them')
+    if args.readme is not None:
+        text = args.readme.read_text(encoding='utf-8')
+        for mark in (BEGIN, END):
+            if text.count(mark) != 1:
+                raise ValueError(
+                    f'--readme {args.readme}: must have the line {mark!r} once, not {text.count(mark)} times'
+                )

@@ -121,6 +121,8 @@ def draw_networks(report: Report, path: Path) -> None:
     from matplotlib.patches import Patch
 
     panels = network_bars(report)
+    if not panels:
+        raise ValueError(f'--picture {path}: nothing was measured of the networks {", ".join(NETWORKS)} that it shows')
     widths = [1 + len(groups) for groups in panels.values()]
     canvas = Figure(figsize=(9, 3.3), layout='constrained')
     canvas.get_layout_engine().set(w_pad=0.12)

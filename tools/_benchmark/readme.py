@@ -1,11 +1,10 @@
 """README's table of speed, made of the reports on a CPU and on a GPU."""
 
-import json
 from pathlib import Path
 
 from _tables import insert_table, markdown_table
 
-from .reporting import NOT_MEASURED, Report, make_report
+from .reporting import NOT_MEASURED, Report, make_report, read_report
 from .sets import COLUMNS, SETS
 
 BEGIN, END = '<!-- speed: make bench, make bench-gpu -->', '<!-- end of speed -->'
@@ -24,7 +23,7 @@ def read_reports(folder: Path) -> tuple[Report, Report]:
     for name, key in (('cpu', 'standard'), ('gpu', 'gpu')):
         path, chosen = folder / f'benchmark_{name}.json', SETS[key]
         if path.is_file():
-            reports.append(json.loads(path.read_text(encoding='utf-8')))
+            reports.append(read_report(path, keys=('figures',)))
         else:
             reports.append(make_report(chosen.title, chosen.settings, [], chosen.baseline, None, chosen))
     return reports[0], reports[1]

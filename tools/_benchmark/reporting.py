@@ -1,11 +1,15 @@
 """Reports: plain data, which is what the JSON file holds and what the tables and the plot are made of."""
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from _tables import markdown_table
+
+from sk_plugins._files import write_atomically
 
 from .measuring import Result
 from .sets import Set
@@ -25,9 +29,37 @@ QUANTITIES = {
 SAMPLES = {'seconds': 'samples', 'host_seconds': 'host_samples'}
 NOT_MEASURED = 'not measured yet'
 NOT_AVAILABLE = 'not available'
+KEYS = ('title', 'machine', 'settings', 'baseline', 'results', 'columns', 'figures')  # of a report
 
 Report = dict[str, Any]
 Row = dict[str, Any]
+
+
+def read_report(path: Path, keys: Sequence[str] = KEYS) -> Report:
+    """What :func:`write_report` wrote.
+
+    Args:
+        path: of the file.
+        keys: what is needed of it.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no report.
+    """
+    try:
+        report = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path}: not JSON, and so no report of --json: {error}') from error
+    missing = [key for key in keys if not isinstance(report, dict) or key not in report]
+    if missing:
+        raise ValueError(f'{path}: no report of --json, which has {", ".join(keys)}; it lacks {", ".join(missing)}')
+    return report
+
+
+def write_report(report: Report, path: Path) -> None:
+    """As JSON, whole or not at all."""
+    with write_atomically(path) as partial:
+        partial.write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
 
 
 @dataclass

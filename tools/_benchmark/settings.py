@@ -27,13 +27,13 @@ class Settings:
     threads: int | None = None
     min_seconds: float = 0.5
 
-    def check(self) -> None:
-        """Raises ValueError for what cannot be run, here or anywhere."""
+    def check(self, runs: bool = True) -> None:
+        """Raises ValueError for what cannot be run, anywhere or, where it ``runs``, here."""
         for name in ('batch_size', 'size', 'repeats', 'threads'):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f'--{name.replace("_", "-")} {value}: must be at least 1')
-        if self.device == 'cuda' and not torch.cuda.is_available():
+        if runs and self.device == 'cuda' and not torch.cuda.is_available():
             raise ValueError('--device cuda: torch finds no CUDA device here (torch.cuda.is_available() is False)')
 
     def autocast(self) -> contextlib.AbstractContextManager:
