@@ -416,10 +416,11 @@ def test_the_sets_are_the_figures_to_show():
     eager_and_compiled = [*three, plain, *compiled, f'{plain}:compile', f'{triton}:compile']
     assert runs('gpu') == {
         Run('train'): eager_and_compiled,
-        Run('infer'): eager_and_compiled,
-        Run('infer', batch_size=1): three,
-        Run('infer', batch_size=8): three,
+        Run('infer'): [*three, plain, 'sknet50:fuse', 'resnext50_32x4d:fuse', *eager_and_compiled[4:]],
+        Run('infer', batch_size=1): [*three, plain],
+        Run('infer', batch_size=8): [*three, plain],
         Run('train', batch_size=4, size=64): three,
+        Run('infer', batch_size=4, size=64): three,
     }
     assert SETS['standard'].settings == Settings('cpu', 'float32', 'channels_last', 8, 224, threads=2)
     assert SETS['host'].settings == Settings('cpu', 'float32', 'channels_last', 2, 32, threads=1)
