@@ -359,7 +359,8 @@ def test_nothing_is_filled_in(tool, clock, capsys):
     assert not clock.steps
     assert '| training step, eager | not measured yet (goal 0.45) | not measured yet (goal 1.05) |' in printed
     assert '| inference as a CUDA graph | not measured yet | not measured yet |' in printed
-    assert printed.count('not measured yet') == 2 * len(SETS['gpu'].figures)
+    compared = [cell for figure in SETS['gpu'].figures for cell in figure.against if cell is not None]
+    assert printed.count('not measured yet') == len(compared) > 40
     assert 'Batch 128, 224 x 224, bfloat16 autocast, channels_last' in printed
     assert 'Measured on no machine so far.' in printed
 

@@ -694,7 +694,8 @@ def test_a_process_that_is_ended(command):
     os.kill(int(workers[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert errors.splitlines()[-1].startswith(
+    error, _ = errors.splitlines()[-2:]
+    assert error.startswith(
         'run_ablation.py: error: a process of --devices cpu cpu ended without a word, as where memory runs out'
     )
     assert before <= len(runs_of(path)) < 6

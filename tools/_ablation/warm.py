@@ -22,7 +22,8 @@ from .data import Data
 from .deciding import decide
 from .measuring import logits_of
 from .networks import BASE, SIZES
-from .reporting import difference, mean_and_sd, p_value
+from .reporting import mean_and_sd
+from .reporting_claims import difference, p_value
 from .rows import Row, Settings, append_row, check_same_settings, read_rows
 from .together import Alone
 from .training import fit
@@ -193,7 +194,7 @@ def markdown(rows: Sequence[Row]) -> str:
     claims = [['claim', 'starts', 'seeds', 'difference', 'p'], ['---', '---', '---:', '---:', '---:']]
     for answer in decide(CLAIMS, rows, corrected=False):
         claim = answer.claim
-        claims.append([claim.text, claim.pair, str(len(answer.differences)), difference(answer), p_value(answer)])
+        claims.append([claim.text, claim.pair, str(len(answer.differences)), difference(answer), p_value(answer.p)])
     title = '# A warm start against a cold one, on scaled Fashion-MNIST'
     return '\n\n'.join([title, how, markdown_table(lines), '## Claims', markdown_table(claims)]) + '\n'
 
