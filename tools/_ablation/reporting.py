@@ -20,7 +20,16 @@ from .deciding import ALPHA, UNDER, Answer, bound, decide
 from .drawing import draw_attention, draw_forest, draw_learning
 from .networks import NETWORKS, SELECTED, SIZES, build
 from .reporting_attention import attending, attention, figure_name, learning
-from .reporting_claims import apart, claims_table, controls, convergence, is_apart, sensitivity, with_interval
+from .reporting_claims import (
+    apart,
+    claims_table,
+    controls,
+    convergence,
+    convergence_in_short,
+    is_apart,
+    sensitivity,
+    with_interval,
+)
 from .reporting_power import WANTED_SEEDS, power, power_in_short
 from .rows import MAIN, NEW_SCALES, OPTIONS, PLACES, SCALES, Row, Settings, read_rows, rows_of
 
@@ -197,6 +206,8 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
             f'- The aim for claim (a), M = 2, is {WANTED_SEEDS} seeds and a half-width of {WANTED_HALF_WIDTH} points. '
             f'There are {len(selection.differences)} seeds and {half:.2f} points: it {met}.'
         )
+    aim = convergence_in_short(rows)
+    lines += [f'- {aim}'] if aim else []
     lines.append(power_in_short(rows))
     lines += [_other_place(place, answers, rows) for place in _places(rows) if place != MAIN]
     return '\n'.join(line for line in lines if line is not None)
