@@ -438,8 +438,24 @@ def test_page_of_two_data_sets():
     assert '(./attention_garments_narrow.png)' in text
     assert 'Not run: scenes, narrow; digits, narrow; scaled, wide.' in text
     for data, epochs in (('scaled', 1), ('garments', 2)):
-        assert f'--sets {data} --sizes narrow --networks k3_k5_selected k3_k5_summed k3 --seeds 0 1 2 3 4' in text
+        # Each command trains what has rows, and no more: K3 has one seed.
+        assert f'--sets {data} --sizes narrow --networks k3_k5_selected k3_k5_summed k3 --seeds 0 --train-' in text
+        assert f'--sets {data} --sizes narrow --networks k3_k5_selected k3_k5_summed --seeds 1 2 3 4 5 6' in text
         assert f'--epochs {epochs} --test-images 9' in text
+
+
+def test_power_is_of_the_seeds_that_there_are():
+    pytest.importorskip('statsmodels')
+    rows, variance = known()
+    more = [dict(r, seed=r['seed'] + 10) for r in rows if r['seed'] < 2 and r['network'] != 'k3' and not r['longer']]
+    seeds = ' '.join(map(str, range(1, 12)))
+    assert f'--networks k3_k5_selected k3_k5_summed --seeds {seeds} -' in markdown(rows + more, variance, '.')
+    for those, count in ((rows, 10), (rows + more, 12)):
+        answers = decide(CLAIMS, [r for r in those if not r['longer']])
+        answers = [answer for answer in answers if answer.claim.other and answer.low is not None]
+        for need, answer in zip(needs(those, [MAIN]), answers, strict=True):
+            assert need.seeds == str(count)
+            assert need.powers[0] == pytest.approx(power_of(count, answer.deviation))
 
 
 def test_page_of_a_trial():
@@ -448,7 +464,7 @@ def test_page_of_a_trial():
     text = markdown(*known(), '.', 'elsewhere')
     assert 'These rows are a trial, in `elsewhere`.' in text
     assert '```bash\npython tools/run_ablation.py --variance 5 5\npython tools/run_ablation.py\n```' in text
-    assert text.count(' --out elsewhere\n') == 2
+    assert text.count(' --out elsewhere\n') == 3  # of the seeds with K3, of those without, of the variance
     assert 'a trial' not in markdown(*known(), '.')
 
 

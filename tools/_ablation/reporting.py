@@ -380,7 +380,8 @@ def _cost(rows: Sequence[Row], variance: Sequence[Row], out: str) -> list[str]:
         elsewhere = f' --out {out}' if out != OUT else ''
         commands = [
             f'python tools/run_ablation.py {_options(own, option)}{elsewhere}'
-            for own in ([row for row in those if (row['data'], row['size']) == place] for place in _places(those))
+            for place in _places(those)
+            for own in _commands([row for row in those if (row['data'], row['size']) == place], option)
         ]
         parts += [
             f'{name}: {len(those)} rows, {seconds / 3600:.1f} hours of one process in all, on {"; ".join(machines)}, '
@@ -406,8 +407,21 @@ def _cost(rows: Sequence[Row], variance: Sequence[Row], out: str) -> list[str]:
     return parts
 
 
+def _commands(rows: Sequence[Row], option: str) -> list[list[Row]]:
+    """The rows of one data set and size by the command that makes them: of seeds that have the same networks."""
+    if option == '--variance':
+        return [rows]
+    networks: dict[int, set[str]] = {}
+    for row in rows:
+        networks.setdefault(row['seed'], set()).add(row['network'])
+    groups: dict[frozenset[str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(frozenset(networks[row['seed']]), []).append(row)
+    return list(groups.values())
+
+
 def _options(rows: Sequence[Row], option: str) -> str:
-    """Of the command that makes rows of one data set and size."""
+    """Of the command that makes them."""
     data, settings = rows[0]['data'], rows[0]['settings']
     defaults = json.loads(json.dumps(asdict(Settings().on(data))))
     words = {name: settings[name] for name in OPTIONS if settings[name] != defaults[name]}

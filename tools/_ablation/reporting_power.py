@@ -32,7 +32,7 @@ class Need(NamedTuple):
         seeds: how many there are, in words.
         deviation: of the differences from seed to seed, with its interval where it is known.
         needed: seeds.
-        powers: of WANTED_SEEDS.
+        powers: of the seeds that there are; of WANTED_SEEDS in the study of the variance.
         few: whether there are fewer seeds than needed.
         new_scale: whether it is of images at a scale never trained on.
     """
@@ -61,7 +61,7 @@ def needs(rows: Sequence[Row], places: Sequence[tuple[str, str]] = PLACES) -> li
             if equivalence:
                 name += ', equivalence'
             low, high = interval_of_deviation(answer.deviation, seeds - 1)
-            needed, powers = _needed(answer.deviation, len(tested), equivalence)
+            needed, powers = _needed(answer.deviation, len(tested), equivalence, seeds)
             found.append(
                 Need(
                     name,
@@ -76,10 +76,10 @@ def needs(rows: Sequence[Row], places: Sequence[tuple[str, str]] = PLACES) -> li
     return found
 
 
-def _needed(deviation: float, tested: int, equivalence: bool = False) -> tuple[tuple, tuple]:
+def _needed(deviation: float, tested: int, equivalence: bool = False, seeds: int = WANTED_SEEDS) -> tuple[tuple, tuple]:
     tests = (1, tested)
     needed = tuple(seeds_needed(deviation, tests=number, equivalence=equivalence) for number in tests)
-    return needed, tuple(power_of(WANTED_SEEDS, deviation, tests=number, equivalence=equivalence) for number in tests)
+    return needed, tuple(power_of(seeds, deviation, tests=number, equivalence=equivalence) for number in tests)
 
 
 def power_in_short(rows: Sequence[Row]) -> str | None:
@@ -123,9 +123,7 @@ def power(rows: Sequence[Row], variance: Sequence[Row]) -> list[str]:
     if not known:
         return parts
     head = ['differences of', 'seeds', 'deviation']
-    head += [
-        f'{what}, {claims}' for what in ('seeds needed', f'power of {WANTED_SEEDS}') for claims in ('alone', 'all')
-    ]
+    head += [f'{what}, {claims}' for what in ('seeds needed', 'power') for claims in ('alone', 'all')]
     lines = [head, ['---', *['---:'] * 6]]
     for need in known:
         lines.append(
@@ -135,7 +133,8 @@ def power(rows: Sequence[Row], variance: Sequence[Row]) -> list[str]:
         *parts,
         f'How many seeds show a difference of {MARGIN:g} points with a power of {100 * POWER:.0f} % by the paired '
         f't-test at a level of {ALPHA:g}, for a claim alone and for the first of all that are tested on the same data, '
-        f"by Holm's procedure, and the power of {WANTED_SEEDS}. For a claim of equivalence it is the power of TOST "
+        f"by Holm's procedure, and the power of the seeds that there are ({WANTED_SEEDS} in the study of the "
+        'variance, as many as were to be). For a claim of equivalence it is the power of TOST '
         'where the true difference is 0, and for the others the last column is also the chance that a difference that '
         f'is truly 0 is called "not better by {MARGIN:g} points". The deviations, with intervals of 95 %, are those of '
         'the differences that are tested, so that the table says what the study could see, not what it was planned '
