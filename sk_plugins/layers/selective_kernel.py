@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import check_choice, check_dtype, check_flags, check_integer, check_layers, is_integer
-from ..ops import BACKENDS, Fusable, fuse, has_parts, norm_relu_select, register, select, takes_branches
+from ..ops import BACKENDS, Fusable, fuse, has_parts, norm_relu_select, register, select
 from .conv_bn_act import ConvBNAct
 
 __all__ = ['SelectiveKernel', 'SelectiveKernelAttention']
@@ -266,6 +266,11 @@ class SelectiveKernel(Fusable):
             x = self.act(self.bn(x))
         return x
 
+    @property
+    def num_branches(self) -> int:
+        """M."""
+        return len(self.paths)
+
     def split(self, x: Tensor) -> list[Tensor]:
         """Every branch's input, (B, C', H, W) or (B, C' / M, H, W)."""
         if self.split_input:
@@ -276,7 +281,7 @@ class SelectiveKernel(Fusable):
     def parts(self, folded: bool) -> tuple | None:
         paths = [path.parts(folded) if type(path) is ConvBNAct else None for path in self.paths]
         plain = all(path is not None and path[2] for path in paths) and self.bn is None
-        if not plain or not takes_branches(len(paths)):
+        if not plain:
             return None
         convs, norms, _ = zip(*paths)
         if self.attn is None:

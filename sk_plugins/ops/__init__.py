@@ -12,7 +12,7 @@ subclass or a replaced module: then ``forward`` runs. Where it may, the layer's 
 where 'triton' is asked for by name it sees :mod:`.operators`. :mod:`.private` holds torch's private names.
 """
 
-from .fused import norm_act, norm_act_pool, norm_relu_select, takes_branches
+from .fused import norm_act, norm_act_pool, norm_relu_select
 from .gate import BACKENDS, Fusable, has_hooks, has_parts, register, stubbed_launches, ways
 from .reference import fuse, fuse_reference, select, select_reference
 
@@ -30,6 +30,5 @@ __all__ = [
     'select',
     'select_reference',
     'stubbed_launches',
-    'takes_branches',
     'ways',
 ]

@@ -11,11 +11,11 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from . import gpu, operators
+from . import operators
 from .functions import BranchSpec, NormAct, NormPoolRelu, NormReluSelect, NormSpec
 from .reference import Attention, Branches
 
-__all__ = ['norm_act', 'norm_act_pool', 'norm_relu_select', 'takes_branches']
+__all__ = ['norm_act', 'norm_act_pool', 'norm_relu_select']
 
 
 def norm_act(
@@ -114,11 +114,6 @@ def norm_relu_select(
     if torch.is_grad_enabled():
         return NormReluSelect.apply(spec, *spec.flatten(branches))
     return engine.forward(spec, branches)[0]
-
-
-def takes_branches(num: int) -> bool:
-    """Whether :func:`norm_relu_select` takes so many branches, by whichever engine: as many as the GPU's has."""
-    return num <= gpu.MAX_BRANCHES
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor, biased: bool) -> Tensor:

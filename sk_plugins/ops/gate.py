@@ -75,11 +75,13 @@ class Fusable(nn.Module):
         backend: one of ``BACKENDS``.
         fuses_on_cpu: whether the CPU's engine, which serves training alone, knows how.
         has_operator: whether there is an operator of ``torch.library`` for it: it is an SK convolution.
+        num_branches: of an SK convolution, more of which than an engine takes must go another way.
         methods: those whose arithmetic ``fuse_forward`` repeats; where another one is put in place, it runs.
     """
 
     fuses_on_cpu = False
     has_operator = False
+    num_branches = 1
     methods: tuple[str, ...] = ('forward',)
     _plan = None
     _way = 'plain'
@@ -128,7 +130,7 @@ class Fusable(nn.Module):
         goes = False
         if not trial.is_refused(next(self.parameters()).device):
             plan = _Plan(self, traced=True)  # whose parameters may be fake
-            goes = plan.parts is not None and plan.norm != 'folded' and not plan.has_hooks(self)
+            goes = plan.parts is not None and plan.norm != 'folded' and plan.fits_gpu and not plan.has_hooks(self)
         self.__dict__['_way'] = operators.NAME if goes else 'plain'
         return goes
 
@@ -189,6 +191,7 @@ class _Plan:
             and all(buffer is not None for m in norms for buffer in m._buffers.values())
         )
         self.parts = module.parts(not norms) if fits else None
+        self.fits_gpu = all(m.num_branches <= gpu.MAX_BRANCHES for m in (module, *fusables))
 
     def _look(self, module: Fusable) -> tuple[list, ...]:
         """What would change the answer. Modules are compared as objects, which tells of replaced ones."""
@@ -258,6 +261,7 @@ def _choose(module: Fusable, x: Tensor) -> ModuleType | None:
     if (
         on_gpu
         and backend != 'recompute'
+        and plan.fits_gpu
         # The kernels take a norm's values one after another.
         and all(map(Tensor.is_contiguous, chain.from_iterable(map(dict.values, of_norms))))
         and (_stubbed or trial.accepts(x, plan.norm, backend == 'triton'))

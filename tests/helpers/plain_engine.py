@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from sk_plugins.ops import cpu, functions, gate, private
+from sk_plugins.ops import cpu, functions, gate, gpu, private
 from sk_plugins.ops.reference import norm_relu_select
 
 
@@ -41,6 +41,7 @@ def put_in_place(monkeypatch):
     engine = SimpleNamespace(
         NAME='triton',
         INTERPRETS=False,
+        MAX_BRANCHES=gpu.MAX_BRANCHES,
         kernels=True,
         forward=forward,
         backward=cpu.backward,

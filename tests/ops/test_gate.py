@@ -663,6 +663,19 @@ def test_backends(backend):
     assert layer._way == ('plain' if backend == 'plain' else 'recompute')
 
 
+def test_more_branches_than_a_kernel_takes(engine_of):
+    """They are the GPU's limit alone."""
+    layer = randomise(SelectiveKernel(8, groups=2, kernel_sizes=(1, 3, 5, 7, 9))).double().train()
+    plain = copy.deepcopy(layer)
+    plain.backend = 'plain'
+    expected = run(plain, True)
+    assert_equal(run(layer, True), expected)
+    assert (plain._way, layer._way) == ('plain', 'recompute')
+    engine_of('triton')
+    assert_equal(run(layer, True), expected)
+    assert layer._way == 'recompute'
+
+
 @pytest.mark.parametrize('kind', [SKBottleneck, SKBasicBlock])
 def test_stubbed_launches_go_the_gpus_way(kind):
     pytest.importorskip('triton')
