@@ -23,7 +23,7 @@ from _ablation.deciding import (
 )
 from _ablation.networks import NETWORKS, SELECTED, SUMMED
 from _ablation.reporting import markdown, read_notes
-from _ablation.reporting_claims import CONTROLS, claims_table, convergence, met_by
+from _ablation.reporting_claims import CONTROLS, claims_table, convergence, met_by, trend_in_short
 from _ablation.reporting_power import needs, power_in_short
 from _ablation.rows import MAIN, PLACES
 
@@ -442,6 +442,31 @@ def test_page_of_two_data_sets():
         assert f'--sets {data} --sizes narrow --networks k3_k5_selected k3_k5_summed k3 --seeds 0 --train-' in text
         assert f'--sets {data} --sizes narrow --networks k3_k5_selected k3_k5_summed --seeds 1 2 3 4 5 6' in text
         assert f'--epochs {epochs} --test-images 9' in text
+
+
+def test_how_claims_change_with_the_size():
+    """By seed: 1 + noise in narrow networks, and 0.2 + noise / 2 in wide ones."""
+    pytest.importorskip('statsmodels')
+    from scipy import stats
+
+    rows, variance = known()
+    assert trend_in_short(rows) is None
+    assert '### From narrow to wide' not in markdown(rows, variance, '.')
+    wide = []
+    for one in rows:
+        if not one['longer'] and one['network'] != 'k3':
+            top1 = 80.2 + (one['top1'] - 71) / 2 if one['network'] == SELECTED else 80.0
+            wide.append({**one, 'size': 'wide', 'top1': top1})
+    noise = [0.3, -0.3, 0.1, -0.1, 0.2, -0.2, 0.0, 0.1, -0.1, 0.0]
+    changes = [-0.8 - value / 2 for value in noise]
+    half = stats.t.ppf(0.975, 9) * stats.sem(changes)
+    told = f'-0.80 ({-0.8 - half:+.2f} to {-0.8 + half:+.2f})'
+    text = markdown(rows + wide, variance, '.')
+    line = f'| (a) selection beats the sum, M = 2 | `k3_k5_selected` - `k3_k5_summed` | 10 | +1.00 | +0.20 | {told} |'
+    assert line in text
+    short = f'- From narrow to wide on `scaled` the difference of claim (a), M = 2, changes by {told}. Of '
+    assert short in text
+    assert re.search(r'Of \d+ claims in both sizes 1 have a change whose 95 % interval leaves out 0', text)
 
 
 def test_power_is_of_the_seeds_that_there_are():

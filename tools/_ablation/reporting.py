@@ -28,6 +28,8 @@ from .reporting_claims import (
     convergence_in_short,
     is_apart,
     sensitivity,
+    trend,
+    trend_in_short,
     with_interval,
 )
 from .reporting_power import WANTED_SEEDS, power, power_in_short
@@ -131,6 +133,7 @@ def markdown(
         ]
     parts += sensitivity(main)
     parts += _elsewhere(rows)
+    parts += trend(rows)
     parts += ['### Convergence', *convergence(rows, PLACES)]
     parts += ['## Attention against scale', *attention(rows, folder)]
     parts += ['## How the selection learns', *learning(rows, folder)]
@@ -210,6 +213,7 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
     lines += [f'- {aim}'] if aim else []
     lines.append(power_in_short(rows))
     lines += [_other_place(place, answers, rows) for place in _places(rows) if place != MAIN]
+    lines.append(trend_in_short(rows))
     return '\n'.join(line for line in lines if line is not None)
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from _tables import markdown_table
 
-from .claims import Claim
+from .claims import CLAIMS, Claim
 from .deciding import ALPHA, Answer, interval_of_mean
-from .networks import SELECTED
+from .networks import SELECTED, SIZES
 from .rows import MAIN, Row, rows_of
 
 WANTED_GAIN = 1.0  # points that twice the training may add
@@ -128,6 +128,55 @@ def sensitivity(rows: Sequence[Row]) -> list[str]:
         f'`{SELECTED}`, so that their answers err together: they are not as many independent findings.',
         markdown_table(lines),
     ]
+
+
+def changes(rows: Sequence[Row]) -> list[tuple[Claim, list[tuple[float, float]]]]:
+    """By claim, the difference in the narrow and in the wide networks of a seed, on the main data set.
+
+    Of claims that have two seeds in both sizes.
+    """
+    sizes = [rows_of(rows, MAIN[0], size) for size in SIZES]
+    found = []
+    for claim in CLAIMS:
+        narrow, wide = (claim.differences(those) for those in sizes)
+        both = [(narrow[seed], wide[seed]) for seed in sorted(narrow.keys() & wide.keys())]
+        if len(both) > 1:
+            found.append((claim, both))
+    return found
+
+
+def trend(rows: Sequence[Row]) -> list[str]:
+    """What becomes of the claims in larger networks."""
+    known = changes(rows)
+    if not known:
+        return []
+    sizes = list(SIZES)
+    lines = [['claim', 'networks', 'seeds', *sizes, 'change'], ['---', '---', *['---:'] * (2 + len(sizes))]]
+    for claim, both in known:
+        digits = 2 if claim.unit == 'points' else 3
+        means = [f'{mean:+.{digits}f}' for mean in np.mean(both, 0)]
+        change = with_interval([wide - narrow for narrow, wide in both], digits)
+        lines.append([f'({claim.key}) {claim.text}', claim.pair, str(len(both)), *means, change])
+    return [
+        f'### From {sizes[0]} to {sizes[1]}',
+        f'On `{MAIN[0]}`, where networks of a seed see the same images in both sizes: how the differences change, by '
+        'seed, with intervals of 95 %, one by one and without correction.',
+        markdown_table(lines),
+    ]
+
+
+def trend_in_short(rows: Sequence[Row]) -> str | None:
+    """How claim (a)'s difference changes with the size of the networks, and how many claims' do."""
+    known = {claim: [wide - narrow for narrow, wide in both] for claim, both in changes(rows)}
+    if CLAIMS[0] not in known:
+        return None
+    intervals = [interval_of_mean(values) for values in known.values()]
+    apart = sum(low > 0 or high < 0 for low, high in intervals)
+    return (
+        f'- From {" to ".join(SIZES)} on `{MAIN[0]}` the difference of claim (a), M = 2, changes by '
+        f'{with_interval(known[CLAIMS[0]])}. Of {len(known)} claims in both sizes {apart} have a change whose 95 % '
+        'interval leaves out 0, as one in twenty would by chance.'
+    )
 
 
 def longer_pairs(rows: Sequence[Row], data: str, size: str) -> dict[str, list[tuple[Row, Row]]]:
