@@ -431,6 +431,18 @@ def test_page_of_two_data_sets():
     # Nothing is said of those that are not decided on both.
     assert 'Of the 3 that have an answer on `scaled`, narrow, too, 2 have the same; not so (a) selection beats' in text
     assert 'Of the' not in markdown(other, variance, '.')
+    full = [dict(one, data='garments', settings=dict(SETTINGS, train_images=60000, epochs=16)) for one in variance]
+    power = markdown(rows + other, variance + full, '.')
+    assert power.count('Where the variance comes from') == 1
+    for told in (
+        '2 seeds of the weights crossed with 3 of the images on `scaled`, after 1 x 9 images; ',
+        '2 seeds of the weights crossed with 3 of the images on `garments`, after 16 x 60,000 images; the test is of 9 ',
+        '| scaled | their difference | ',
+        '| garments | their difference | ',
+        ' points after these 1 epochs: the root',
+        ' points after the whole training: the root',
+    ):
+        assert power.count(told) == 1, told
     assert '1 x 9 images on `scaled`, 2 x 9 images on `garments`; AdamW' in text
     assert '### On garments, narrow' in text
     assert '(./attention.png)' in text
@@ -466,7 +478,8 @@ def test_how_claims_change_with_the_size():
     assert line in text
     short = f'- From narrow to wide on `scaled` the difference of claim (a), M = 2, changes by {told}. Of '
     assert short in text
-    assert re.search(r'Of \d+ claims in both sizes 1 have a change whose 95 % interval leaves out 0', text)
+    assert 'by 95 % intervals without correction, 1 change, where one in twenty would by chance: (a) selection ' in text
+    assert 'beats the sum, M = 2, by -0.80.\n' in text
 
 
 def test_power_is_of_the_seeds_that_there_are():

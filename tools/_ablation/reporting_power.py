@@ -19,7 +19,7 @@ from .deciding import (
     seeds_needed,
 )
 from .networks import SELECTED, SUMMED
-from .rows import MAIN, PLACES, Row, Settings, rows_of
+from .rows import LENGTHS, MAIN, PLACES, Row, Settings, rows_of
 
 WANTED_SEEDS = 10
 
@@ -104,20 +104,17 @@ def power_in_short(rows: Sequence[Row]) -> str | None:
 
 def power(rows: Sequence[Row], variance: Sequence[Row]) -> list[str]:
     """The section."""
-    crossings = {}
-    for data in DATA:
-        found = [crossed(_on(variance, data), name) for name in (SELECTED, SUMMED)]
-        if None not in found:
-            crossings[data] = found
-    parts, known = [], []
-    for data, found in crossings.items():
-        told, deviation = _variance(_on(variance, data), *found)
-        parts += told
-        settings, (weights, orders) = Settings.of(_on(variance, data)[0]), found[0][0].shape
-        name = f'claim (a), M = 2, on `{data}`, in the study of the variance ({settings.epochs} epochs)'
-        known.append(Need(name, f'{weights} x {orders}', f'{deviation:.2f}', *_needed(deviation, len(CLAIMS))))
-    if not crossings:
-        parts.append('The study of the variance (`--variance`) has not been run.')
+    studies = [_Variance(data, _on(variance, data)) for data in DATA if _is_crossed(_on(variance, data))]
+    parts = _variance(studies) or ['The study of the variance (`--variance`) has not been run.']
+    known = [
+        Need(
+            f'claim (a), M = 2, on `{study.data}`, in the study of the variance ({study.settings.epochs} epochs)',
+            ' x '.join(map(str, study.shape)),
+            f'{study.deviation:.2f}',
+            *_needed(study.deviation, len(CLAIMS)),
+        )
+        for study in studies
+    ]
     parts += _pairing(rows)
     known += needs(rows)
     if not known:
@@ -163,43 +160,89 @@ def _pairing(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _variance(rows: Sequence[Row], selected: tuple, summed: tuple) -> tuple[list[str], float]:
-    """What the crossed runs of one data set say, and the deviation of claim (a)'s difference."""
-    settings = Settings.of(rows[0])
-    (one, one_right), (other, other_right) = selected, summed
-    weights, orders = one.shape
-    freedom = (weights - 1) * (orders - 1)
-    cases = {
-        f'`{SELECTED}`': (one, one_right),
-        f'`{SUMMED}`': (other, other_right),
-        'their difference': (one - other, one_right - other_right),
-    }
-    lines = [['deviation, points', 'weights', 'images', 'rest', 'test images'], ['---', *['---:'] * 4]]
-    for name, case in cases.items():
-        found = components(*case)
-        cells = {
-            key: f'{value:.2f}' if getattr(found, key) > 0 else 'not seen' for key, value in found.deviations.items()
+def _is_crossed(rows: Sequence[Row]) -> bool:
+    return all(crossed(rows, name) is not None for name in (SELECTED, SUMMED))
+
+
+class _Variance:
+    """The study of the variance on one data set.
+
+    Attributes:
+        settings: of its runs.
+        shape: seeds of the weights and of the images.
+        cases: by name, what :func:`~.deciding.components` takes.
+        deviation: of claim (a)'s difference, from seed to seed.
+        whole: whether its trainings are as long as the study's own.
+    """
+
+    def __init__(self, data: str, rows: Sequence[Row]) -> None:
+        (one, one_right), (other, other_right) = (crossed(rows, name) for name in (SELECTED, SUMMED))
+        self.data, self.rows, self.settings, self.shape = data, rows, Settings.of(rows[0]), one.shape
+        self.cases = {
+            f'`{SELECTED}`': (one, one_right),
+            f'`{SUMMED}`': (other, other_right),
+            'their difference': (one - other, one_right - other_right),
         }
-        if found.rest > 0:
-            cells['rest'] += ' ({:.2f} to {:.2f})'.format(*interval_of_deviation(found.rest**0.5, freedom))
-        lines.append([name, *cells.values()])
-    difference = components(*cases['their difference'])
-    deviation = max(difference.weights + difference.order + difference.rest, 0.0) ** 0.5
-    noise = {name: np.mean([np.std(row['steps'][name], ddof=1) for row in rows]) for name in ('middle', 'end')}
-    averaged = np.mean([row['mixed'] - row['last'] for row in rows])
+        difference = components(*self.cases['their difference'])
+        self.deviation = float(max(difference.weights + difference.order + difference.rest, 0.0) ** 0.5)
+        seen = (self.settings.train_images, self.settings.epochs)
+        self.whole = seen == LENGTHS[data]
+
+    @property
+    def freedom(self) -> tuple[int, int, int]:
+        weights, orders = (count - 1 for count in self.shape)
+        return weights, orders, weights * orders
+
+    @property
+    def told(self) -> str:
+        weights, orders = self.shape
+        return (
+            f'{weights} seeds of the weights crossed with {orders} of the images on `{self.data}`, after '
+            f'{self.settings.epochs} x {self.settings.train_images:,} images'
+        )
+
+    @property
+    def noise(self) -> str:
+        """What single steps and the average of the weights do to top-1."""
+        found = {name: np.mean([np.std(row['steps'][name], ddof=1) for row in self.rows]) for name in ('middle', 'end')}
+        averaged = np.mean([row['mixed'] - row['last'] for row in self.rows])
+        return (
+            f'On `{self.data}`, over five steps in the middle of the training, top-1 at random scales has a deviation '
+            f'of {found["middle"]:.2f} points, and over the last five, where the learning rate goes to 0, of '
+            f'{found["end"]:.2f}. With the average of the weights it is {averaged:+.2f} points better than with the '
+            f'last. From seed to seed the difference of the two networks varies by {self.deviation:.2f} points after '
+            + ('the whole training' if self.whole else f'these {self.settings.epochs} epochs')
+            + ': the root of the sum of the three variances, those below 0 taken as they are.'
+        )
+
+    def table(self) -> list[list[str]]:
+        lines = []
+        for name, case in self.cases.items():
+            found = components(*case)
+            cells = {
+                key: f'{value:.2f}' if getattr(found, key) > 0 else 'not seen'
+                for key, value in found.deviations.items()
+            }
+            if found.rest > 0:
+                cells['rest'] += ' ({:.2f} to {:.2f})'.format(*interval_of_deviation(found.rest**0.5, self.freedom[2]))
+            lines.append([self.data, name, *cells.values()])
+        return lines
+
+
+def _variance(studies: Sequence[_Variance]) -> list[str]:
+    if not studies:
+        return []
+    head = ['data', 'deviation, points', 'weights', 'images', 'rest', 'test images']
+    lines = [head, ['---', '---', *['---:'] * 4]]
+    freedom = dict.fromkeys('{}, {} and {}'.format(*study.freedom) for study in studies)
     return [
-        f'Where the variance comes from: {weights} seeds of the weights crossed with {orders} of the images (which, in '
-        f'what order, of what size and where), for both networks of claim (a) on `{rows[0]["data"]}`, after '
-        f'{settings.epochs} x {settings.train_images:,} images and on {settings.test_images:,} at five scales. The '
-        'table has standard deviations from an analysis of variance with two random factors; "not seen" stands for an '
-        f'estimate of 0 or below. With {weights - 1}, {orders - 1} and {freedom} degrees of freedom it cannot tell '
-        'weights and images apart where they are of the size of the rest, which is what both do together: the interval '
-        'is of 95 %. Another sample of test images would move all runs by what the last column says.',
-        markdown_table(lines),
-        f'Over five steps in the middle of the training, top-1 at random scales has a deviation of '
-        f'{noise["middle"]:.2f} points, and over the last five, where the learning rate goes to 0, of '
-        f'{noise["end"]:.2f}. With the average of the weights it is {averaged:+.2f} points better than with the last.',
-        f'From seed to seed the difference of the two networks varies by {deviation:.2f} points after these '
-        f'{settings.epochs} epochs: the root of the sum of the three variances, those below 0 taken as they are. The '
-        'table below has what it is after the whole training.',
-    ], float(deviation)
+        'Where the variance comes from: seeds of the weights crossed with seeds of the images (which, in what order, '
+        f'of what size and where), for both networks of claim (a). There are {"; ".join(s.told for s in studies)}; the '
+        f'test is of {studies[0].settings.test_images:,} at five scales. The table has standard deviations from an '
+        'analysis of variance with two random factors; "not seen" stands for an estimate of 0 or below. With '
+        f'{" or ".join(freedom)} degrees of freedom it cannot tell weights and images apart where they are of the size '
+        'of the rest, which is what both do together: the interval is of 95 %. Another sample of test images would '
+        'move all runs by what the last column says.',
+        markdown_table([*lines, *(line for study in studies for line in study.table())]),
+        *(study.noise for study in studies),
+    ]
