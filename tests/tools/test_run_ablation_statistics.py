@@ -436,7 +436,7 @@ def test_page_of_two_data_sets():
     assert power.count('Where the variance comes from') == 1
     for told in (
         '2 seeds of the weights crossed with 3 of the images on `scaled`, after 1 x 9 images; ',
-        '2 seeds of the weights crossed with 3 of the images on `garments`, after 16 x 60,000 images; the test is of 9 ',
+        '2 seeds of the weights crossed with 3 of the images on `garments`, after 16 x 60,000 images; the test ',
         '| scaled | their difference | ',
         '| garments | their difference | ',
         ' points after these 1 epochs: the root',
