@@ -339,10 +339,10 @@ def _networks(rows: Sequence[Row]) -> list[str]:
 def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
     counts = [len(answer.differences) for answer in answers]
     of_size = {row['size']: row['parameters'] for row in rows if row['network'] == SELECTED}
-    sizes = [f'{of_size[size]:,} ({size})' for size in SIZES if size in of_size]
+    sizes = ' or '.join(f'{of_size[size]:,} ({size})' for size in SIZES if size in of_size)
+    told = f'Networks of {sizes} parameters (`{SELECTED}`)' if sizes else 'Small networks'
     lines = [
-        f"- Networks of {' or '.join(sizes) or 'few'} parameters (`{SELECTED}`) on grey images of 64 x 64. The paper's "
-        'have 27 million, and ImageNet.',
+        f'- {told} on grey images of 64 x 64. The paper has 27 million parameters, and ImageNet.',
         f'- The claims have {" to ".join(map(str, sorted({min(counts), max(counts)})))} seeds; {WANTED_SEEDS} are the '
         'aim.',
         f'- Most claims share the runs of `{SELECTED}`, so that their answers err together.',
