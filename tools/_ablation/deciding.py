@@ -31,7 +31,7 @@ class Answer:
         low, high: the interval at the level at which Holm's procedure tested this claim: where p is below ALPHA and
             only there, it lies beyond 0, or within the margin.
         least, most: what the difference may come to: an interval at Bonferroni's level, ALPHA by the number of claims
-            that are tested, so that all these bounds hold together.
+            that are tested, by a two-sided test, or for a claim of equivalence by two one-sided ones.
         apart: p of the two-sided paired t-test of 0, not corrected, of a claim of equivalence too.
     """
 
@@ -50,7 +50,7 @@ class Answer:
 
     @property
     def mean(self) -> float:
-        return float(_back(self.claim, np.mean(_tested(self.claim, self.values))))
+        return float(from_tested(self.claim, np.mean(to_tested(self.claim, self.values))))
 
     @property
     def deviation(self) -> float:
@@ -89,7 +89,7 @@ def decide(claims: Sequence[Claim], rows: Sequence[Row], corrected: bool = True)
     adjusted, levels, least = raw, [ALPHA] * len(raw), ALPHA
     if corrected:
         least = ALPHA / len(raw)
-        adjusted = _statsmodels('stats.multitest').multipletests(raw, ALPHA, method='holm')[1]
+        adjusted = holm(raw)
         levels = holm_levels(raw)
     done = {
         answer.claim: Answer(
@@ -98,7 +98,7 @@ def decide(claims: Sequence[Claim], rows: Sequence[Row], corrected: bool = True)
             float(p),
             *_interval(answer, level),
             *_interval(answer, least),
-            float(stats.ttest_1samp(_tested(answer.claim, answer.values), 0).pvalue),
+            float(stats.ttest_1samp(to_tested(answer.claim, answer.values), 0).pvalue),
         )
         for answer, p, level in zip(tested, adjusted, levels)
     }
@@ -106,12 +106,17 @@ def decide(claims: Sequence[Claim], rows: Sequence[Row], corrected: bool = True)
 
 
 def _p(answer: Answer) -> float:
-    values = _tested(answer.claim, answer.values)
+    values = to_tested(answer.claim, answer.values)
     if answer.claim.margin is None:
         return float(stats.ttest_1samp(values, 0).pvalue)
-    margin = float(_tested(answer.claim, answer.claim.margin))
+    margin = float(to_tested(answer.claim, answer.claim.margin))
     test = _statsmodels('stats.weightstats').DescrStatsW(values)
     return float(test.ttost_mean(-margin, margin)[0])
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's corrected p values."""
+    return _statsmodels('stats.multitest').multipletests(p, ALPHA, method='holm')[1].tolist()
 
 
 def holm_levels(p: Sequence[float]) -> list[float]:
@@ -131,9 +136,9 @@ def holm_levels(p: Sequence[float]) -> list[float]:
 def _interval(answer: Answer, level: float) -> tuple[float, float]:
     # Two one-sided tests at a level are an interval that leaves it out on either side.
     two_sided = level if answer.claim.margin is None else 2 * level
-    values = _tested(answer.claim, answer.values)
+    values = to_tested(answer.claim, answer.values)
     half = stats.t.ppf(1 - two_sided / 2, len(values) - 1) * stats.sem(values)
-    low, high = (float(_back(answer.claim, values.mean() + sign * half)) for sign in (-1, 1))
+    low, high = (float(from_tested(answer.claim, values.mean() + sign * half)) for sign in (-1, 1))
     return low, high
 
 
@@ -143,12 +148,12 @@ def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
     return float(mean - half), float(mean + half)
 
 
-def _tested(claim: Claim, values: float | Sequence[float]) -> np.ndarray:
+def to_tested(claim: Claim, values: float | Sequence[float]) -> np.ndarray:
     """What is tested: of correlations Fisher's transformation, whose spread does not depend on their size."""
     return np.arctanh(np.clip(values, -0.999, 0.999)) if claim.unit == 'rho' else np.asarray(values, float)
 
 
-def _back(claim: Claim, value: float) -> float:
+def from_tested(claim: Claim, value: float) -> float:
     return np.tanh(value) if claim.unit == 'rho' else value
 
 

@@ -95,8 +95,8 @@ def learning(rows: Sequence[Row], folder: str) -> list[str]:
         *parts,
         'Is it the choice for every image that helps, or the second branch? In the trained networks every unit takes '
         'the mean of its attention over the test images, or the attention of another image, in all units at once; '
-        'claim (i) has the intervals. These networks learnt with their own attention: one that learns with a fixed '
-        "attention is claim (a)'s sum.",
+        'claim (i) has the intervals. These networks learnt with their own attention, and it shows that they depend '
+        "on it. One that learns without attention, its branches added with weights of 1, is claim (a)'s sum.",
     ]
 
 

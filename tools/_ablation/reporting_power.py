@@ -34,6 +34,7 @@ class Need(NamedTuple):
         needed: seeds.
         powers: of the seeds that there are; of WANTED_SEEDS in the study of the variance.
         few: whether there are fewer seeds than needed.
+        most: seeds needed as the first of all at the upper end of the deviation's interval.
         new_scale: whether it is of images at a scale never trained on.
     """
 
@@ -43,6 +44,7 @@ class Need(NamedTuple):
     needed: tuple[int, int]
     powers: tuple[float, float]
     few: tuple[bool, bool] = (False, False)
+    most: int = 0
     new_scale: bool = False
 
 
@@ -70,6 +72,7 @@ def needs(rows: Sequence[Row], places: Sequence[tuple[str, str]] = PLACES) -> li
                     needed,
                     powers,
                     tuple(seeds < number for number in needed),
+                    _needed(high, len(tested), equivalence, seeds)[0][1],
                     bool(scale),
                 )
             )
@@ -91,10 +94,14 @@ def power_in_short(rows: Sequence[Row]) -> str | None:
     outside = [need for need in found if need.new_scale]
     few = [sum(need.few[i] for need in inside) for i in (0, 1)]
     most = max((need.needed[1] for need in inside), default=0)
+    beyond = [need for need in inside if need.most > int(need.seeds)]
     text = (
         f'- A power of {100 * POWER:.0f} % to show {MARGIN:g} points would take more seeds than there are for {few[0]} '
         f'of {len(inside)} comparisons of top-1 if each were the only one, and for {few[1]} as the first of all in '
-        f"Holm's procedure (up to {most} seeds): {'missed for these' if few[1] else 'met'}."
+        f"Holm's procedure (up to {most} seeds): {'missed for these' if few[1] else 'met'}, by the deviations as they "
+        f'are estimated. At the upper ends of their intervals {len(beyond)} would take more'
+        + (f', up to {max(need.most for need in beyond)}' if beyond else '')
+        + ' seeds.'
     )
     if outside:
         least, most = (choose(need.needed[0] for need in outside) for choose in (min, max))
