@@ -179,7 +179,7 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
     for kind, found in kinds.items():
         if found:
             told = [
-                _name(a) + (f' ({apart(a)})' if is_apart(a) else '') + (changed.get(a.claim, '') and ' (see below)')
+                _name(a) + (f' ({apart(a)})' if is_apart(a) else '') + ' (see below)' * (a.claim in changed)
                 for a in found
             ]
             lines.append(f'- **{kind.capitalize()}** ({len(found)} of {len(answers)}): {"; ".join(told)}.')
@@ -188,8 +188,7 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
             f'- Seeds were added after a look at {WANTED_SEEDS}, and p is not corrected for two looks, which would '
             f'double it. These answers hang on it: {"; ".join(changed.values())}.'
         )
-    verdicts = {a.claim.key: a.verdict for a in answers if a.claim.key == 'i'}
-    if answers[0].verdict == UNDER and set(verdicts.values()) == {'holds'}:
+    if answers[0].verdict == UNDER and {a.verdict for a in answers if a.claim.key == 'i'} == {'holds'}:
         lines.append(
             "- (i), a claim of this study and not the paper's, is of dependence, not of gain: networks that were "
             'trained with attention need it. Networks trained without it, with the sum, are as good, as far as can be '

@@ -72,7 +72,7 @@ def needs(rows: Sequence[Row], places: Sequence[tuple[str, str]] = PLACES) -> li
                     needed,
                     powers,
                     tuple(seeds < number for number in needed),
-                    _needed(high, len(tested), equivalence, seeds)[0][1],
+                    seeds_needed(high, tests=len(tested), equivalence=equivalence),
                     bool(scale),
                 )
             )
