@@ -2,7 +2,7 @@
 
 python tools/prepare_fashion_mnist.py
 pip install '.[study]'
-python tools/run_ablation.py --variance 5 5           # where the variance comes from, and how many seeds it takes
+python tools/run_ablation.py --variance 3 3           # where the variance comes from, and how many seeds it takes
 python tools/run_ablation.py                          # what is missing of the runs, then the page and its figures
 python tools/run_ablation.py --devices cpu cpu --threads 1  # a process for each: two on the CPU, or cuda:0 cuda:1
 python tools/run_ablation.py --time                   # how fast: one by one, many seeds at once, in several processes

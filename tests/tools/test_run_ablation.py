@@ -382,6 +382,7 @@ def test_page(finished):
     assert text.count('\n| SK_') == 12
     from PIL import Image
 
+    assert not (finished / 'out' / 'places.png').exists()
     for name in ('forest.png', 'attention.png', 'learning.png'):
         with Image.open(finished / 'out' / name) as image:
             assert np.asarray(image.convert('L')).std() > 10

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip('mmpretrain')
 
-from _ablation.claims import CLAIMS, Claim
+from _ablation.claims import CLAIMS, LETTERS, Claim
 from _ablation.deciding import (
     UNDER,
     Answer,
@@ -23,7 +23,8 @@ from _ablation.deciding import (
 )
 from _ablation.networks import NETWORKS, SELECTED, SUMMED
 from _ablation.reporting import markdown, read_notes
-from _ablation.reporting_claims import CONTROLS, claims_table, convergence, met_by, trend_in_short
+from _ablation.reporting_claims import CONTROLS, THERE, claims_table, convergence, met_by, shown
+from _ablation.reporting_places import answers_by_place, by_letter, in_places, trend_in_short
 from _ablation.reporting_power import needs, power_in_short
 from _ablation.rows import MAIN, PLACES
 
@@ -280,7 +281,7 @@ def test_bound_is_pooled():
 
 
 def test_claims_name_what_there_is():
-    assert {claim.key for claim in CLAIMS} == set('abcdefghi')
+    assert {claim.key for claim in CLAIMS} == LETTERS.keys() == set('abcdefghi')
     for claim in CLAIMS:
         assert {claim.one, claim.other} - {None} <= NETWORKS.keys()
         assert claim.one != claim.other
@@ -382,7 +383,7 @@ def test_controls_stand_beside_the_claims():
     assert 'test bed' not in markdown(rows, variance, '.')
     rows += rows_of(wider=[70.0, 71.2], k3=[69.0, 71.0])
     text = markdown(rows, variance, '.')
-    assert '| more channels | `wider` - `k3` | x 1.00 | +0.10 | 2 | +0.60 (-4.48 to +5.68) |' in text
+    assert '| more channels | `wider` - `k3` | x 1.00 | x 1.12 | +0.10 | 2 | +0.60 (-4.48 to +5.68) |' in text
     assert 'one 3x3 kernel here: more channels +0.60 (-4.48 to +5.68) (the paper: +0.10). Where they' in text
     # The paper's figures of the controls are differences of the claims'.
     paper = {(claim.one, claim.other): claim.paper for claim in CLAIMS if claim.figure == 'top1'}
@@ -390,6 +391,7 @@ def test_controls_stand_beside_the_claims():
     expected = [over_k3 - paper[SELECTED, name] for name in ('wider', 'deeper', 'se')]
     expected += [over_k3 + paper['k3_k5_k7_selected', SELECTED], paper[SELECTED, 'k5'] - over_k3]
     assert [claim.paper for claim in CONTROLS] == pytest.approx(expected)
+    assert {name for claim in CONTROLS for name in (claim.one, claim.other)} == THERE.keys()
 
 
 def test_the_middle_units_against_the_last():
@@ -403,6 +405,38 @@ def test_the_middle_units_against_the_last():
     z = (np.arctanh(0.8 + 0.01 * np.arange(10)) + np.arctanh(0.5)) / 2 - np.arctanh(0.5)
     expected = f"in Fisher's transformation, {z.mean():+.2f} (+"
     assert expected in markdown(rows, variance, '.')
+
+
+@pytest.mark.parametrize(
+    ('value', 'marks', 'text'),
+    [
+        (0.4955, (0.0, 0.5), '+0.496'),
+        (0.4955, (0.0,), '+0.50'),
+        (0.5, (0.0, 0.5), '+0.50'),
+        (-0.0004, (0.0,), '-0.0004'),
+        (-1e-9, (0.0,), '-0.00000'),
+        (0.01, (0.0,), '+0.01'),
+        (-0.4999, (0.5, -0.5), '-0.4999'),
+    ],
+)
+def test_a_bound_beside_a_mark_has_the_digits_that_tell(value, marks, text):
+    assert shown(value, 2, marks) == text
+
+
+def test_answers_by_letter_and_in_places():
+    pytest.importorskip('statsmodels')
+    rows, _ = known()
+    assert in_places(answers_by_place(rows)) == {}
+    rows += [{**one, 'size': 'wide'} for one in rows if not one['longer']]
+    found = answers_by_place(rows)
+    assert list(found) == [('scaled', 'narrow'), ('scaled', 'wide')]
+    beside = in_places(found)
+    assert {claim.key for claim in beside} == {'a', 'g'}  # those of K3 have one seed, and (i) goes too far
+    assert all(list(there) == ['scaled, narrow', 'scaled, wide'] for there in beside.values())
+    lines = by_letter(found).splitlines()
+    assert lines[0].endswith('| scaled, narrow | scaled, wide |')
+    assert [line.split('|')[1].strip() for line in lines[2:]] == [f'({key})' for key in LETTERS]
+    assert [cell.strip() for cell in lines[8].split('|')[3:-1]] == ['2 hold, 2 not decided'] * 2
 
 
 def test_notes_stand_in_their_sections(tmp_path):
@@ -429,10 +463,15 @@ def test_page_of_two_data_sets():
         if one['network'] == SUMMED:
             one.update(top1=72.0)
     text = markdown(rows + other, variance, '.')
-    assert '- On `garments`, narrow, 15 claims have rows (contradicted: 1, ' in text
+    assert '- On `garments`, narrow, 15 claims have rows. Of the 3 ' in text
+    assert '| (a) | selection beats the sum | 1 holds | 1 contradicted |\n' in text
+    assert '| (c) | SK beats widening, deepening and SE at equal cost |  |  |\n' in text
     # Nothing is said of those that are not decided on both.
     assert 'Of the 3 that have an answer on `scaled`, narrow, too, 2 have the same; not so (a) selection beats' in text
+    assert 'the sum, M = 2 (contradicted).' in text
     assert 'Of the' not in markdown(other, variance, '.')
+    assert '(./places.png)' in text
+    assert '(./places.png)' not in markdown(rows, variance, '.')
     full = [dict(one, data='garments', settings=dict(SETTINGS, train_images=60000, epochs=16)) for one in variance]
     power = markdown(rows + other, variance + full, '.')
     assert power.count('Where the variance comes from') == 1
@@ -518,7 +557,7 @@ def test_page_of_a_trial():
     pytest.importorskip('statsmodels')
     text = markdown(*known(), '.', 'elsewhere')
     assert 'These rows are a trial, in `elsewhere`.' in text
-    assert '```bash\npython tools/run_ablation.py --variance 5 5\npython tools/run_ablation.py\n```' in text
+    assert '```bash\npython tools/run_ablation.py --variance 3 3\npython tools/run_ablation.py\n```' in text
     assert text.count(' --out elsewhere\n') == 3  # of the seeds with K3, of those without, of the variance
     assert 'a trial' not in markdown(*known(), '.')
 
@@ -527,7 +566,8 @@ def test_page_without_runs():
     pytest.importorskip('statsmodels')
     _, variance = known()
     text = markdown([], variance, '.')
-    assert '- **Not run** (30 of 30)' in text
+    assert '- **Not run**: 30 of 30.' in text
+    assert 'of a letter' not in text
     assert 'Claim (a) for M = 2 has no interval yet' in text
     assert '![' not in text
     assert 'claim (a), M = 2, on `scaled`, in the study of the variance (1 epochs) | 2 x 3 |' in text

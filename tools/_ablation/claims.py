@@ -53,6 +53,17 @@ def _by_seed(rows: Sequence[Row], network: str, figure: str) -> dict[int, float]
     return {seed: value for seed, value in sorted(found.items()) if value is not None}
 
 
+LETTERS = {
+    'a': 'selection beats the sum',
+    'b': 'more kernels beat one, and a third adds little',
+    'c': 'SK beats widening, deepening and SE at equal cost',
+    'd': 'attention for each channel beats one for all',
+    'e': 'the attention for the larger kernel rises with scale, but for the last unit',
+    'f': 'a dilated 3x3 does what a true 5x5 does, and better than other second kernels',
+    'g': 'attention helps at scales never trained on',
+    'h': 'K3 and K5 do as well as K3 and K7, which beat K5 and K7, and both are better selected than summed',
+    'i': '(of this study:) networks depend on attention of its own for every image',
+}  # what the claims of a letter say together
 MARGIN = 0.5  # points: what a claim that says "little" may come to
 _THREE, _THREE_SUMMED = 'k3_k5_k7_selected', 'k3_k5_k7_summed'
 CLAIMS = (

@@ -1,13 +1,13 @@
-"""The figures: a forest of all claims, attention against scale, and attention along the training."""
+"""The figures: forests of the claims, attention against scale, and attention along the training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from .claims import MARGIN, UNITS
+from .claims import MARGIN, UNITS, Claim
 from .deciding import UNDER, Answer
 from .rows import SCALES, Row
 
@@ -46,6 +46,32 @@ def draw_forest(answers: Sequence[Answer], path: Path) -> None:
         axes.set_ylim(len(panel) - 0.5, -0.5)
         axes.set_xlabel('points of top-1' if panel[0].claim.unit == 'points' else "Spearman's rho")
         axes.spines[['top', 'right']].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def draw_places(found: Mapping[Claim, Mapping[str, Answer]], path: Path) -> None:
+    """A group for each claim, in it a line for each place: its mean and its interval."""
+    names = list(dict.fromkeys(name for there in found.values() for name in there))
+    figure = Figure(figsize=(8.5, 0.17 * sum(len(there) + 1 for there in found.values()) + 0.9), layout='constrained')
+    axes = figure.subplots()
+    position, ticks, labelled = 0.0, [], set()
+    for there in found.values():
+        ticks.append(position + (len(there) - 1) / 2)
+        for name, answer in there.items():
+            color = f'C{names.index(name)}'
+            axes.plot([answer.low, answer.high], [position] * 2, color=color, linewidth=1.6)
+            label = None if name in labelled else name
+            axes.plot(answer.mean, position, 's', color=color, markersize=4.5, label=label)
+            labelled.add(name)
+            position += 1
+        position += 1
+    for x, style in ((0, '-'), (MARGIN, '--'), (-MARGIN, '--')):
+        axes.axvline(x, color='0.3', linewidth=0.8, linestyle=style)
+    axes.set_yticks(ticks, [f'({claim.key}) {claim.text}' for claim in found], fontsize=8)
+    axes.set_ylim(position - 0.5, -1)
+    axes.set_xlabel('points of top-1')
+    axes.spines[['top', 'right']].set_visible(False)
+    figure.legend(loc='outside lower right', ncols=len(names), frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

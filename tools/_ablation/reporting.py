@@ -17,7 +17,7 @@ from sk_plugins._files import write_atomically
 from .claims import CLAIMS, MARGIN, Claim
 from .data import DATA
 from .deciding import ALPHA, UNDER, Answer, bound, decide
-from .drawing import draw_attention, draw_forest, draw_learning
+from .drawing import draw_attention, draw_forest, draw_learning, draw_places
 from .networks import NETWORKS, SELECTED, SIZES, build
 from .reporting_attention import attending, attention, figure_name, learning
 from .reporting_claims import (
@@ -29,9 +29,19 @@ from .reporting_claims import (
     is_apart,
     p_equals,
     sensitivity,
+    with_interval,
+)
+from .reporting_places import (
+    Place,
+    answers_by_place,
+    by_letter,
+    elsewhere,
+    in_places,
+    in_short,
+    named,
+    places,
     trend,
     trend_in_short,
-    with_interval,
 )
 from .reporting_power import WANTED_SEEDS, power, power_in_short
 from .rows import MAIN, NEW_SCALES, OPTIONS, PLACES, SCALES, Row, Settings, read_rows, rows_of
@@ -57,7 +67,11 @@ def report(out: Path, page: Path) -> list[Path]:
     text = markdown(rows, variance, os.path.relpath(out, page.parent), out.as_posix(), notes)
     answers = decide(CLAIMS, rows_of(rows, *MAIN))
     written = [page]
-    figures = [('forest.png', functools.partial(draw_forest, answers), any(a.differences for a in answers))]
+    beside = in_places(answers_by_place(rows))
+    figures = [
+        ('forest.png', functools.partial(draw_forest, answers), any(a.differences for a in answers)),
+        ('places.png', functools.partial(draw_places, beside), beside),
+    ]
     found = attending(rows)
     for place in PLACES:
         there = found.get(place, [])
@@ -110,13 +124,14 @@ def markdown(
     notes = notes or {}
     main = rows_of(rows, *MAIN)
     answers = decide(CLAIMS, main)
+    everywhere = answers_by_place(rows)
     parts = [
         "# The paper's claims, decided",
         f'Written by `tools/run_ablation.py` from the rows in `{out}`, not by hand, but for what is called a note. A '
         "claim without rows says so. The networks are small and the images are not ImageNet's: what holds here holds "
         'for such networks.',
         '## In short',
-        _summary(answers, rows),
+        *_summary(answers, rows, everywhere),
         '## Method',
         *_method([*rows, *variance], notes.get('Data', '')),
         '## Power',
@@ -133,7 +148,7 @@ def markdown(
             f'blue ones the network is {UNDER}, grey ones are not decided.*',
         ]
     parts += sensitivity(main)
-    parts += _elsewhere(rows)
+    parts += elsewhere(everywhere, folder)
     parts += trend(rows)
     parts += ['### Convergence', *convergence(rows, PLACES)]
     parts += ['## Attention against scale', *attention(rows, folder)]
@@ -150,17 +165,13 @@ def markdown(
     return '\n\n'.join(part for part in parts if part) + '\n'
 
 
-def _places(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Those of PLACES that have rows."""
-    return [place for place in PLACES if place in {(row['data'], row['size']) for row in rows}]
-
-
-def _name(answer: Answer) -> str:
-    return f'({answer.claim.key}) {answer.claim.text}'
-
-
-def _summary(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
-    lines = [f'On `{MAIN[0]}`, {MAIN[1]}, the one data set and size on which every network is trained:', '']
+def _summary(answers: Sequence[Answer], rows: Sequence[Row], everywhere: dict[Place, list[Answer]]) -> list[str]:
+    parts = []
+    if everywhere:
+        parts = ['How many claims of a letter have which answer, by data set and size of the networks:']
+        parts += [by_letter(everywhere)]
+    parts.append(f'On `{MAIN[0]}`, {MAIN[1]}, the one data set and size on which every network is trained:')
+    lines = []
     sums = [a for a in answers if a.claim.text.endswith('selection beats the sum') and a.most is not None]
     sums += [a for a in answers if a.claim.key == 'a' and a.most is not None]
     if sums:
@@ -172,17 +183,19 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
     kinds = {
         'holds': [a for a in answers if a.verdict == 'holds' and a.claim.margin is None],
         'holds, within its margin': [a for a in answers if a.verdict == 'holds' and a.claim.margin is not None],
+        'contradicted': [a for a in answers if a.verdict == 'contradicted'],
     }
-    for verdict in ('contradicted', UNDER, 'not decided', 'not run'):
-        kinds[verdict] = [a for a in answers if a.verdict == verdict]
     changed = _changed(answers, rows)
     for kind, found in kinds.items():
         if found:
-            told = [
-                _name(a) + (f' ({apart(a)})' if is_apart(a) else '') + ' (see below)' * (a.claim in changed)
-                for a in found
-            ]
+            told = [named(a) + ' (see below)' * (a.claim in changed) for a in found]
             lines.append(f'- **{kind.capitalize()}** ({len(found)} of {len(answers)}): {"; ".join(told)}.')
+    counts = Counter(answer.verdict for answer in answers)
+    for kind in (UNDER, 'not decided', 'not run'):
+        if counts[kind]:
+            alone = [f'{named(a)}: {apart(a)}' for a in answers if a.verdict == kind and is_apart(a)]
+            told = f'; apart from 0 is {"; ".join(alone)}' if alone else ''
+            lines.append(f'- **{kind.capitalize()}**: {counts[kind]} of {len(answers)}{told}.')
     if changed:
         lines.append(
             f'- Seeds were added after a look at {WANTED_SEEDS}, and p is not corrected for two looks, which would '
@@ -201,7 +214,7 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
         lines.append(
             f"- Of the {len(bounded)} differences for which the paper has a figure, ImageNet's, the bounds of "
             f'{len(below)} lie below it, those of {len(above)} above it'
-            + (f' ({"; ".join(map(_name, above))})' if above else '')
+            + (f' ({"; ".join(map(named, above))})' if above else '')
             + f', and those of {len(bounded) - len(below) - len(above)} hold it.'
         )
     told = [
@@ -228,9 +241,10 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
     aim = convergence_in_short(rows)
     lines += [f'- {aim}'] if aim else []
     lines.append(power_in_short(rows))
-    lines += [_other_place(place, answers, rows) for place in _places(rows) if place != MAIN]
-    lines.append(trend_in_short(rows))
-    return '\n'.join(line for line in lines if line is not None)
+    parts.append('\n'.join(line for line in lines if line is not None))
+    others = [in_short(place, there, answers) for place, there in everywhere.items() if place != MAIN]
+    others += [line for line in [trend_in_short(rows)] if line]
+    return [*parts, *(['Elsewhere:', '\n'.join(others)] if others else [])]
 
 
 def _changed(answers: Sequence[Answer], rows: Sequence[Row]) -> dict[Claim, str]:
@@ -239,38 +253,11 @@ def _changed(answers: Sequence[Answer], rows: Sequence[Row]) -> dict[Claim, str]
     first = sorted({row['seed'] for row in main})[:WANTED_SEEDS]
     early = {a.claim: a for a in decide(CLAIMS, [row for row in main if row['seed'] in first])}
     return {
-        now.claim: f'{_name(now)}, {before.verdict} with {len(before.differences)} (corrected p '
+        now.claim: f'{named(now)}, {before.verdict} with {len(before.differences)} (corrected p '
         f'{p_equals(before.p)}), {now.verdict} with {len(now.differences)} (p {p_equals(now.p)})'
         for now in answers
         if (before := early[now.claim]).verdict != now.verdict and None not in (before.p, now.p)
     }
-
-
-def _other_place(place: tuple[str, str], answers: Sequence[Answer], rows: Sequence[Row]) -> str | None:
-    """The claims on other data or in another size, beside those on the main ones."""
-    found = [answer for answer in decide(CLAIMS, rows_of(rows, *place)) if answer.differences]
-    if not found:
-        return None
-    data, size = place
-    counts = Counter(answer.verdict for answer in found)
-    told = ', '.join(f'{verdict}: {count}' for verdict, count in counts.items())
-    text = f'- On `{data}`, {size}, {len(found)} claims have rows ({told}).'
-    pairs = [(a, b) for a in answers for b in found if a.claim is b.claim and a.differences]
-    both = [(a, b) for a, b in pairs if a.decided and b.decided]
-    if both:
-        differ = [_name(a) for a, b in both if a.verdict != b.verdict]
-        text += f' Of the {len(both)} that have an answer on `{MAIN[0]}`, {MAIN[1]}, too, {len(both) - len(differ)} '
-        text += f'have the same; not so {"; ".join(differ)}.' if differ else 'have the same.'
-    for where, alone in (
-        ('here and not there', [b for a, b in pairs if b.decided and not a.decided]),
-        ('there and not here', [b for a, b in pairs if a.decided and not b.decided]),
-    ):
-        if alone:
-            told = [
-                _name(b) + (f': {b.verdict}' * b.decided) + (f' ({apart(b)})' if is_apart(b) else '') for b in alone
-            ]
-            text += f' Decided {where}: {"; ".join(told)}.'
-    return text
 
 
 def _method(rows: Sequence[Row], note: str) -> list[str]:
@@ -328,25 +315,9 @@ def mean_and_sd(values: Sequence[float]) -> str:
     return f'{np.mean(values):.2f}' + (f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else '')
 
 
-def _elsewhere(rows: Sequence[Row]) -> list[str]:
-    """The claims on other data and in the other size."""
-    parts, missing = [], []
-    for data, size in PLACES:
-        if (data, size) == MAIN:
-            continue
-        answers = [answer for answer in decide(CLAIMS, rows_of(rows, data, size)) if answer.differences]
-        if answers:
-            parts += [f'### On {data}, {size}', claims_table(answers)]
-        else:
-            missing.append(f'{data}, {size}')
-    if missing:
-        parts.append(f'Not run: {"; ".join(missing)}.')
-    return parts
-
-
 def _networks(rows: Sequence[Row]) -> list[str]:
     parts = []
-    for data, size in _places(rows):
+    for data, size in places(rows):
         there = rows_of(rows, data, size)
         if not there:
             continue
@@ -403,6 +374,11 @@ def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
     lines.append(
         "- Adding seeds after a look at the results makes p too small: 'In short' names the answers it changed."
     )
+    nameless = sum('commit' not in row for row in rows)
+    if nameless:
+        lines.append(
+            f'- {nameless} of {len(rows)} rows are older than the naming of commit and timm in a row, and name neither.'
+        )
     lines.append('- Where a claim is not decided, its interval says how large an effect may still be, either way.')
     return '\n'.join(lines)
 
@@ -412,7 +388,7 @@ def _cost(rows: Sequence[Row], variance: Sequence[Row], out: str) -> list[str]:
     if out != OUT:
         parts.append(
             f'These rows are a trial, in `{out}`. The full study is two commands, which write `{OUT}` and this page:'
-            '\n\n```bash\npython tools/run_ablation.py --variance 5 5\npython tools/run_ablation.py\n```'
+            '\n\n```bash\npython tools/run_ablation.py --variance 3 3\npython tools/run_ablation.py\n```'
         )
     for name, those, option in (('The runs', rows, '--seeds'), ('The study of the variance', variance, '--variance')):
         if not those:
@@ -422,7 +398,7 @@ def _cost(rows: Sequence[Row], variance: Sequence[Row], out: str) -> list[str]:
         elsewhere = f' --out {out}' if out != OUT else ''
         commands = [
             f'python tools/run_ablation.py {_options(own, option)}{elsewhere}'
-            for place in _places(those)
+            for place in places(those)
             for own in _commands([row for row in those if (row['data'], row['size']) == place], option)
         ]
         parts += [
@@ -433,7 +409,7 @@ def _cost(rows: Sequence[Row], variance: Sequence[Row], out: str) -> list[str]:
         first = []
     if not any(row['device'] == 'cuda' for row in (*rows, *variance)):
         parts.append('None of it ran on a GPU: how long the study takes on one is not measured.')
-    allowed = {place: bound([row for row in rows if (row['data'], row['size']) == place]) for place in _places(rows)}
+    allowed = {place: bound([row for row in rows if (row['data'], row['size']) == place]) for place in places(rows)}
     told = [f'{far:.2f} points away on {data}, {size}' for (data, size), far in allowed.items() if far is not None]
     parts.append(
         'After a kill, the same command goes on with what is missing. `--verify NAME SEED` trains a run '
