@@ -61,8 +61,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def benchmark(args: argparse.Namespace) -> Report:
+def benchmark(args: argparse.Namespace, failures: list[str]) -> Report:
     """Measure what the arguments ask for.
+
+    Of a set, models that fail are left out, and ``failures`` takes why.
 
     Raises:
         ValueError: an unknown model, a device that isn't there, arguments that don't go together.
@@ -82,7 +84,7 @@ def benchmark(args: argparse.Namespace) -> Report:
         say(f'the machine is busy (load average {machine["load_average"]}): the spread will tell')
     results = []
     for one, variants in plan.runs.items():
-        results += measure(variants, one, plan.settings)
+        results += measure(variants, one, plan.settings, failures=failures if args.set else None)
         report = make_report(plan.title, plan.settings, results, plan.baseline.label, machine, plan.chosen)
         if args.json is not None:  # what is measured is not lost where the rest fails
             write_report(report, args.json)
@@ -91,7 +93,8 @@ def benchmark(args: argparse.Namespace) -> Report:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    report = benchmark(args)
+    failures: list[str] = []
+    report = benchmark(args, failures)
     text = markdown(report)
     if args.json is not None:
         write_report(report, args.json)
@@ -104,6 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.readme is not None:
         renew_table(args.readme, (args.json or args.report).parent)
     print(text, end='')
+    if failures:
+        raise ValueError(f'not measured, as the report says: {"; ".join(failures)}')
 
 
 if __name__ == '__main__':

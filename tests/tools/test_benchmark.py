@@ -344,6 +344,32 @@ def test_a_set(tool, clock, tiny_set, tmp_path, capsys, monkeypatch):
     }
 
 
+def test_a_model_that_fails_costs_a_set_no_other(tool, clock, tiny_set, tmp_path, capsys, monkeypatch):
+    train_step = measuring.train_step
+
+    def failing(model, *args):
+        if type(model).__name__ == 'ShuffleNetV2':
+            raise RuntimeError('out of memory')
+        return train_step(model, *args)
+
+    monkeypatch.setattr(measuring, 'train_step', failing)
+    monkeypatch.setitem(SETS, 'standard', replace(tiny_set, figures=tiny_set.figures[:2]))
+    file = tmp_path / 'set.json'
+    why = f"model='{THEIRS}' in training step: out of memory"
+    with pytest.raises(ValueError, match='not measured') as error:
+        tool.main(['--set', 'standard', '--json', str(file)])
+    assert str(error.value) == f'not measured, as the report says: {why}'
+    printed = capsys.readouterr().out
+    assert '| training step | **1.000** (spread 0.0 %, goal 1.60: met) | not available |' in printed
+    assert f'- Not available ({why}): `{THEIRS}`.' in printed
+    report = json.loads(file.read_text(encoding='utf-8'))
+    assert [bool(row['samples']) for row in report['results']] == [True, True, True, True, False]
+    # One that was asked for by name is an error, as ever.
+    with pytest.raises(ValueError, match='out of memory'):
+        tool.main([THEIRS, '--mode', 'train', *SMALL, '--json', str(tmp_path / 'none.json')])
+    assert not (tmp_path / 'none.json').exists()
+
+
 def test_a_sets_settings_can_be_overridden(tool, clock, tiny_set, capsys, monkeypatch):
     # Training in bfloat16 takes seconds on a CPU without it.
     monkeypatch.setitem(SETS, 'standard', replace(tiny_set, figures=tiny_set.figures[:1]))

@@ -311,7 +311,13 @@ def prepare(variant: Variant, run: Run, settings: Settings, images: Tensor) -> T
     return Task(result, model, step, context)
 
 
-def measure(variants: Sequence[Variant], run: Run, settings: Settings, timer: Timer | None = None) -> list[Result]:
+def measure(
+    variants: Sequence[Variant],
+    run: Run,
+    settings: Settings,
+    timer: Timer | None = None,
+    failures: list[str] | None = None,
+) -> list[Result]:
     """Time all ``variants`` in one interleaved run, and count what is counted of each.
 
     Args:
@@ -319,9 +325,10 @@ def measure(variants: Sequence[Variant], run: Run, settings: Settings, timer: Ti
         run: the mode, and what differs from ``settings``.
         settings: the benchmark's.
         timer: in place of the device's own.
+        failures: takes the message of each model that fails, where the others are to go on without it.
 
     Raises:
-        ValueError: a model cannot be built or run; the message begins with its label.
+        ValueError: a model cannot be built or run, and there is no list of failures; the message begins with its label.
     """
     settings = run.settings(settings)
     timer = timer or (cuda_timer if settings.device == 'cuda' else cpu_timer)
@@ -333,8 +340,17 @@ def measure(variants: Sequence[Variant], run: Run, settings: Settings, timer: Ti
                 results.append(Result(run, variant.label, unavailable=NO_STUBS))
                 continue
             start = time.perf_counter()
-            tasks.append(prepare(variant, run, settings, images))
-            results.append(tasks[-1].result)
+            try:
+                task = prepare(variant, run, settings, images)
+            except ValueError as error:
+                if failures is None:
+                    raise
+                results.append(Result(run, variant.label, unavailable=str(error)))
+                failures.append(str(error))
+                say(str(error))
+                continue
+            tasks.append(task)
+            results.append(task.result)
             say(f'{run.title}: {variant.label} is warm after {time.perf_counter() - start:.0f} s')
         start = time.perf_counter()
         for task, samples in zip(tasks, interleave(tasks, settings.repeats, timer, settings.min_seconds)):
