@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -364,6 +365,22 @@ def test_a_model_that_fails_costs_a_set_no_other(tool, clock, tiny_set, tmp_path
     assert f'- Not available ({why}): `{THEIRS}`.' in printed
     report = json.loads(file.read_text(encoding='utf-8'))
     assert [bool(row['samples']) for row in report['results']] == [True, True, True, True, False]
+    # What fails once the times are known costs none of them. Compilers have errors that are no RuntimeError.
+    monkeypatch.setattr(measuring, 'train_step', train_step)
+    count = measuring.count
+
+    def failing_count(task, *args):
+        if task.result.model == TINY and task.result.run.mode == 'train':
+            raise ArithmeticError('of a compiler')
+        count(task, *args)
+
+    monkeypatch.setattr(measuring, 'count', failing_count)
+    with pytest.raises(ValueError, match=re.escape(f'{TINY!r} in training step: ArithmeticError: of a compiler')):
+        tool.main(['--set', 'standard', '--json', str(file)])
+    report = json.loads(file.read_text(encoding='utf-8'))
+    assert all(row['samples'] for row in report['results'])
+    assert [row['python_calls'] is None for row in report['results']] == [False, False, True, False, False]
+    monkeypatch.setattr(measuring, 'train_step', failing)
     # One that was asked for by name is an error, as ever.
     with pytest.raises(ValueError, match='out of memory'):
         tool.main([THEIRS, '--mode', 'train', *SMALL, '--json', str(tmp_path / 'none.json')])

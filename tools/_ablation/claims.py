@@ -16,6 +16,7 @@ class Claim:
     Attributes:
         key: its letter.
         text: in words.
+        group: what it says together with others, where that is more than ``text``.
         one, other: networks, paired by seed; ``other`` is None where the claim is about one network.
         margin: the claim is of equivalence, and holds where the difference lies within plus or minus this.
         figure, minus: what is compared, as :func:`~.rows.find` takes it.
@@ -32,6 +33,7 @@ class Claim:
     minus: str | None = None
     unit: str = 'points'
     paper: float | None = None
+    group: str = ''
 
     @property
     def pair(self) -> str:
@@ -53,31 +55,30 @@ def _by_seed(rows: Sequence[Row], network: str, figure: str) -> dict[int, float]
     return {seed: value for seed, value in sorted(found.items()) if value is not None}
 
 
-LETTERS = {
-    'a': 'selection beats the sum',
-    'b': 'more kernels beat one, and a third adds little',
-    'c': 'SK beats widening, deepening and SE at equal cost',
-    'd': 'attention for each channel beats one for all',
-    'e': 'the attention for the larger kernel rises with scale, but for the last unit',
-    'f': 'a dilated 3x3 does what a true 5x5 does, and better than other second kernels',
-    'g': 'attention helps at scales never trained on',
-    'h': 'K3 and K5 do as well as K3 and K7, which beat K5 and K7, and both are better selected than summed',
-    'i': '(of this study:) networks depend on attention of its own for every image',
-}  # what the claims of a letter say together
 MARGIN = 0.5  # points: what a claim that says "little" may come to
 _THREE, _THREE_SUMMED = 'k3_k5_k7_selected', 'k3_k5_k7_summed'
+_SUM = 'selection beats the sum'
+OVER_K3 = 'two kernels, selected or summed, beat K3'
+_OVER_LARGE = 'two kernels beat K5 or K7 alone'
+_CHANNELS = "a softmax per channel beats a shared one (not the paper's)"
+_COST = 'SK beats widening, deepening and SE at equal cost'
+RISING = 'the attention for the 5x5 rises with scale, in units before the last'
+_SECOND = 'a dilated 3x3 is a better second kernel than a plain one or a true 7x7'
+_NEW = "at scales never trained on, selection beats the sum and K3 (not the paper's)"
+_OTHER_PAIRS = 'selection beats the sum in the pairs with K7'
+_OWN = "networks depend on attention of its own for every image (not the paper's)"
 CLAIMS = (
-    Claim('a', 'selection beats the sum, M = 2', SELECTED, SUMMED, paper=0.97),
-    Claim('a', 'selection beats the sum, M = 3', _THREE, _THREE_SUMMED, paper=0.33),
-    Claim('b', 'two kernels, selected, beat K3', SELECTED, 'k3', paper=1.44),
-    Claim('b', 'two kernels, selected, beat K5', SELECTED, 'k5', paper=4.35),
-    Claim('b', 'two kernels, selected, beat K7', SELECTED, 'k7', paper=4.72),
-    Claim('b', 'two kernels, summed, beat K3', SUMMED, 'k3', paper=0.47),
+    Claim('a', 'selection beats the sum, M = 2', SELECTED, SUMMED, paper=0.97, group=_SUM),
+    Claim('a', 'selection beats the sum, M = 3', _THREE, _THREE_SUMMED, paper=0.33, group=_SUM),
+    Claim('b', 'two kernels, selected, beat K3', SELECTED, 'k3', paper=1.44, group=OVER_K3),
+    Claim('b', 'two kernels, selected, beat K5', SELECTED, 'k5', paper=4.35, group=_OVER_LARGE),
+    Claim('b', 'two kernels, selected, beat K7', SELECTED, 'k7', paper=4.72, group=_OVER_LARGE),
+    Claim('b', 'two kernels, summed, beat K3', SUMMED, 'k3', paper=0.47, group=OVER_K3),
     Claim('b', 'a third kernel adds little', _THREE, SELECTED, MARGIN, paper=0.03),
-    Claim('c', 'SK beats widening at equal cost', SELECTED, 'wider', paper=1.34),
-    Claim('c', 'SK beats deepening at equal cost', SELECTED, 'deeper', paper=1.25),
-    Claim('c', 'SK beats SE at equal cost', SELECTED, 'se', paper=0.33),
-    Claim('d', 'a softmax per channel beats a shared one', SELECTED, 'k3_k5_shared'),
+    Claim('c', 'SK beats widening at equal cost', SELECTED, 'wider', paper=1.34, group=_COST),
+    Claim('c', 'SK beats deepening at equal cost', SELECTED, 'deeper', paper=1.25, group=_COST),
+    Claim('c', 'SK beats SE at equal cost', SELECTED, 'se', paper=0.33, group=_COST),
+    Claim('d', 'a softmax per channel beats a shared one', SELECTED, 'k3_k5_shared', group=_CHANNELS),
     *(
         Claim(
             'e',
@@ -85,6 +86,7 @@ CLAIMS = (
             SELECTED,
             figure=f'attention.units.{unit}.rho',
             unit='rho',
+            group=RISING,
         )
         for unit in UNITS[:-1]
     ),
@@ -97,15 +99,22 @@ CLAIMS = (
         unit='rho',
     ),
     Claim('f', 'a true 5x5 does what a dilated 3x3 does', 'k3_true5_selected', SELECTED, MARGIN, paper=-0.01),
-    Claim('f', 'a dilated 3x3 beats a second plain one', SELECTED, 'k3_k3_selected', paper=0.12),
-    Claim('f', 'a dilated 3x3 beats a true 7x7', SELECTED, 'k3_true7_selected', paper=0.39),
+    Claim('f', 'a dilated 3x3 beats a second plain one', SELECTED, 'k3_k3_selected', paper=0.12, group=_SECOND),
+    Claim('f', 'a dilated 3x3 beats a true 7x7', SELECTED, 'k3_true7_selected', paper=0.39, group=_SECOND),
     *(
-        Claim('g', f'{text}, at scale {scale:g}, never trained on', SELECTED, other, figure=f'scales.{scale:g}')
+        Claim(
+            'g',
+            f'{text}, at scale {scale:g}, never trained on',
+            SELECTED,
+            other,
+            figure=f'scales.{scale:g}',
+            group=_NEW,
+        )
         for scale in NEW_SCALES
         for text, other in (('selection beats the sum', SUMMED), ('two kernels, selected, beat K3', 'k3'))
     ),
-    Claim('h', 'K3 and K7: selection beats the sum', 'k3_k7_selected', 'k3_k7_summed', paper=0.85),
-    Claim('h', 'K5 and K7: selection beats the sum', 'k5_k7_selected', 'k5_k7_summed', paper=0.55),
+    Claim('h', 'K3 and K7: selection beats the sum', 'k3_k7_selected', 'k3_k7_summed', paper=0.85, group=_OTHER_PAIRS),
+    Claim('h', 'K5 and K7: selection beats the sum', 'k5_k7_selected', 'k5_k7_summed', paper=0.55, group=_OTHER_PAIRS),
     Claim('h', 'K3 and K5 do as well as K3 and K7', SELECTED, 'k3_k7_selected', MARGIN, paper=0.18),
     Claim('h', 'K3 and K7 beat K5 and K7', 'k3_k7_selected', 'k5_k7_selected', paper=2.12),
     Claim(
@@ -114,6 +123,7 @@ CLAIMS = (
         SELECTED,
         figure='attention.top1.own',
         minus='attention.top1.mean',
+        group=_OWN,
     ),
     Claim(
         'i',
@@ -121,5 +131,9 @@ CLAIMS = (
         SELECTED,
         figure='attention.top1.own',
         minus='attention.top1.shuffled',
+        group=_OWN,
     ),
 )
+GROUPS: dict[tuple[str, str], list[Claim]] = {}  # by letter, and what its claims say together
+for _claim in CLAIMS:
+    GROUPS.setdefault((_claim.key, _claim.group or _claim.text), []).append(_claim)

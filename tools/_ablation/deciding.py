@@ -16,6 +16,7 @@ from .rows import SCALES, Row
 
 ALPHA = 0.05  # for all claims of a data set and a size together
 POWER = 0.8
+WANTED_SEEDS = 10  # of every claim; where there are more, these were looked at before the others came
 UNDER = f'not better by {MARGIN:g} points'
 
 
@@ -26,8 +27,8 @@ class Answer:
     Attributes:
         claim: it.
         differences: by seed.
-        p: Holm's, of the two-sided paired t-test, or of both one-sided ones (TOST) where the claim has a margin; None
-            for fewer than two seeds that differ.
+        p: Holm's, of the two-sided paired t-test, or of both one-sided ones (TOST) where the claim has a margin, twice
+            that where it was looked at twice; None for fewer than two seeds that differ.
         low, high: the interval at the level at which Holm's procedure tested this claim: where p is below ALPHA and
             only there, it lies beyond 0, or within the margin.
         least, most: what the difference may come to: an interval at Bonferroni's level, ALPHA by the number of claims
@@ -58,6 +59,11 @@ class Answer:
         return float(np.std(self.values, ddof=1))
 
     @property
+    def looks(self) -> int:
+        """How often it was tested: with WANTED_SEEDS, and again with those that were added."""
+        return 2 if len(self.differences) > WANTED_SEEDS else 1
+
+    @property
     def verdict(self) -> str:
         """'holds', 'contradicted', 'not decided' or 'not run', or UNDER: one is not better by so much as MARGIN."""
         margin = self.claim.margin
@@ -78,14 +84,24 @@ class Answer:
         return self.verdict in ('holds', 'contradicted', UNDER)
 
 
-def decide(claims: Sequence[Claim], rows: Sequence[Row], corrected: bool = True) -> list[Answer]:
-    """An answer to every claim from rows of one data set and one size, corrected for their number."""
+def decide(
+    claims: Sequence[Claim], rows: Sequence[Row], corrected: bool = True, for_looks: bool = True
+) -> list[Answer]:
+    """An answer to every claim from rows of one data set and one size.
+
+    Args:
+        claims: all that share ALPHA.
+        rows: whose seeds are paired.
+        corrected: for the number of claims, by Holm's procedure.
+        for_looks: and for that of looks: p is that many times as large, and the levels of the intervals so much lower.
+    """
     found = [Answer(claim, claim.differences(rows)) for claim in claims]
     # Where all seeds give the same, there is nothing to estimate a spread from.
     tested = [answer for answer in found if len(set(answer.values)) > 1]
     if not tested:
         return found
-    raw = [_p(answer) for answer in tested]
+    looks = [answer.looks if corrected and for_looks else 1 for answer in tested]
+    raw = [min(_p(answer) * often, 1.0) for answer, often in zip(tested, looks)]
     adjusted, levels, least = raw, [ALPHA] * len(raw), ALPHA
     if corrected:
         least = ALPHA / len(raw)
@@ -96,11 +112,11 @@ def decide(claims: Sequence[Claim], rows: Sequence[Row], corrected: bool = True)
             answer.claim,
             answer.differences,
             float(p),
-            *_interval(answer, level),
-            *_interval(answer, least),
+            *_interval(answer, level / often),
+            *_interval(answer, least / often),
             float(stats.ttest_1samp(to_tested(answer.claim, answer.values), 0).pvalue),
         )
-        for answer, p, level in zip(tested, adjusted, levels)
+        for answer, p, level, often in zip(tested, adjusted, levels, looks)
     }
     return [done.get(answer.claim, answer) for answer in found]
 

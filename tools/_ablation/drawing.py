@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy import stats
 
 from .claims import MARGIN, UNITS, Claim
@@ -12,8 +13,10 @@ from .deciding import UNDER, Answer
 from .rows import SCALES, Row
 
 COLORS = {'holds': 'tab:green', 'contradicted': 'tab:red', UNDER: 'tab:blue', 'not decided': 'tab:gray'}
+PLACE_COLORS = ('tab:blue', 'tab:orange', 'tab:purple', 'tab:brown', 'tab:cyan')  # none that stands for an answer
+UNIT_NAMES = {'points': 'points of top-1', 'rho': "Spearman's rho"}
 
-FAR = 3.0
+FAR = 3.0  # points
 
 
 def draw_forest(answers: Sequence[Answer], path: Path) -> None:
@@ -44,34 +47,38 @@ def draw_forest(answers: Sequence[Answer], path: Path) -> None:
             axes.axvline(MARGIN, color='0.3', linewidth=0.8, linestyle='--')
         axes.set_yticks(range(len(panel)), [f'({a.claim.key}) {a.claim.text}' for a in panel], fontsize=8)
         axes.set_ylim(len(panel) - 0.5, -0.5)
-        axes.set_xlabel('points of top-1' if panel[0].claim.unit == 'points' else "Spearman's rho")
+        axes.set_xlabel(UNIT_NAMES[panel[0].claim.unit])
         axes.spines[['top', 'right']].set_visible(False)
     figure.savefig(path, dpi=110)
 
 
 def draw_places(found: Mapping[Claim, Mapping[str, Answer]], path: Path) -> None:
-    """A group for each claim, in it a line for each place: its mean and its interval."""
+    """A panel for each unit, in it a group for each claim, in it a line for each place: its mean and its interval."""
     names = list(dict.fromkeys(name for there in found.values() for name in there))
-    figure = Figure(figsize=(8.5, 0.17 * sum(len(there) + 1 for there in found.values()) + 0.9), layout='constrained')
-    axes = figure.subplots()
-    position, ticks, labelled = 0.0, [], set()
-    for there in found.values():
-        ticks.append(position + (len(there) - 1) / 2)
-        for name, answer in there.items():
-            color = f'C{names.index(name)}'
-            axes.plot([answer.low, answer.high], [position] * 2, color=color, linewidth=1.6)
-            label = None if name in labelled else name
-            axes.plot(answer.mean, position, 's', color=color, markersize=4.5, label=label)
-            labelled.add(name)
+    colors = dict(zip(names, PLACE_COLORS))
+    panels = [{c: there for c, there in found.items() if c.unit == unit} for unit in ('points', 'rho')]
+    panels = [panel for panel in panels if panel]
+    heights = [sum(len(there) + 1 for there in panel.values()) + 4 for panel in panels]
+    figure = Figure(figsize=(8.5, 0.14 * sum(heights) + 0.4), layout='constrained')
+    grid = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
+    for axes, panel in zip(grid[:, 0], panels):
+        position, ticks = 0, []
+        for there in panel.values():
+            ticks.append(position + (len(there) - 1) / 2)
+            for name, answer in there.items():
+                axes.plot([answer.low, answer.high], [position] * 2, color=colors[name], linewidth=1.6)
+                axes.plot(answer.mean, position, 's', color=colors[name], markersize=4)
+                position += 1
             position += 1
-        position += 1
-    for x, style in ((0, '-'), (MARGIN, '--'), (-MARGIN, '--')):
-        axes.axvline(x, color='0.3', linewidth=0.8, linestyle=style)
-    axes.set_yticks(ticks, [f'({claim.key}) {claim.text}' for claim in found], fontsize=8)
-    axes.set_ylim(position - 0.5, -1)
-    axes.set_xlabel('points of top-1')
-    axes.spines[['top', 'right']].set_visible(False)
-    figure.legend(loc='outside lower right', ncols=len(names), frameon=False, fontsize=8)
+        unit = next(iter(panel)).unit
+        for x, style in ((0, '-'), *([(MARGIN, '--'), (-MARGIN, '--')] if unit == 'points' else [])):
+            axes.axvline(x, color='0.3', linewidth=0.8, linestyle=style)
+        axes.set_yticks(ticks, [f'({claim.key}) {claim.text}' for claim in panel], fontsize=8)
+        axes.set_ylim(position - 0.5, -1)
+        axes.set_xlabel(UNIT_NAMES[unit])
+        axes.spines[['top', 'right']].set_visible(False)
+    handles = [Line2D([], [], marker='s', color=color, label=name, markersize=4) for name, color in colors.items()]
+    figure.legend(handles=handles, loc='outside lower right', ncols=len(names), frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

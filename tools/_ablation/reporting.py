@@ -2,6 +2,7 @@
 
 import functools
 import json
+import operator
 import os
 import re
 from collections import Counter
@@ -14,9 +15,9 @@ from _tables import markdown_table
 
 from sk_plugins._files import write_atomically
 
-from .claims import CLAIMS, MARGIN, Claim
+from .claims import CLAIMS, MARGIN, OVER_K3
 from .data import DATA
-from .deciding import ALPHA, UNDER, Answer, bound, decide
+from .deciding import ALPHA, UNDER, WANTED_SEEDS, Answer, bound, decide
 from .drawing import draw_attention, draw_forest, draw_learning, draw_places
 from .networks import NETWORKS, SELECTED, SIZES, build
 from .reporting_attention import attending, attention, figure_name, learning
@@ -27,23 +28,23 @@ from .reporting_claims import (
     convergence,
     convergence_in_short,
     is_apart,
-    p_equals,
     sensitivity,
     with_interval,
 )
 from .reporting_places import (
     Place,
     answers_by_place,
-    by_letter,
     elsewhere,
+    in_groups,
     in_places,
     in_short,
     named,
     places,
+    rising_in_short,
     trend,
     trend_in_short,
 )
-from .reporting_power import WANTED_SEEDS, power, power_in_short
+from .reporting_power import power, power_in_short
 from .rows import MAIN, NEW_SCALES, OPTIONS, PLACES, SCALES, Row, Settings, read_rows, rows_of
 
 OUT = 'results/ablation'  # the tool's default
@@ -168,8 +169,7 @@ def markdown(
 def _summary(answers: Sequence[Answer], rows: Sequence[Row], everywhere: dict[Place, list[Answer]]) -> list[str]:
     parts = []
     if everywhere:
-        parts = ['How many claims of a letter have which answer, by data set and size of the networks:']
-        parts += [by_letter(everywhere)]
+        parts = ['Which answer the claims have, by data set and size of the networks:', in_groups(everywhere)]
     parts.append(f'On `{MAIN[0]}`, {MAIN[1]}, the one data set and size on which every network is trained:')
     lines = []
     sums = [a for a in answers if a.claim.text.endswith('selection beats the sum') and a.most is not None]
@@ -185,22 +185,21 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row], everywhere: dict[Pl
         'holds, within its margin': [a for a in answers if a.verdict == 'holds' and a.claim.margin is not None],
         'contradicted': [a for a in answers if a.verdict == 'contradicted'],
     }
-    changed = _changed(answers, rows)
     for kind, found in kinds.items():
         if found:
-            told = [named(a) + ' (see below)' * (a.claim in changed) for a in found]
-            lines.append(f'- **{kind.capitalize()}** ({len(found)} of {len(answers)}): {"; ".join(told)}.')
+            lines.append(f'- **{kind.capitalize()}** ({len(found)} of {len(answers)}): {"; ".join(map(named, found))}.')
     counts = Counter(answer.verdict for answer in answers)
     for kind in (UNDER, 'not decided', 'not run'):
         if counts[kind]:
             alone = [f'{named(a)}: {apart(a)}' for a in answers if a.verdict == kind and is_apart(a)]
             told = f'; apart from 0 is {"; ".join(alone)}' if alone else ''
             lines.append(f'- **{kind.capitalize()}**: {counts[kind]} of {len(answers)}{told}.')
-    if changed:
+    third = [a for a in answers if a.claim.text == 'a third kernel adds little' and a.verdict == 'holds']
+    if third and not any(a.verdict == 'holds' for a in answers if a.claim.group == OVER_K3):
         lines.append(
-            f'- Seeds were added after a look at {WANTED_SEEDS}, and p is not corrected for two looks, which would '
-            f'double it. These answers hang on it: {"; ".join(changed.values())}.'
+            '- That a third kernel adds little says less where a second is not shown to add anything to one 3x3 either.'
         )
+    lines.append(_looks(answers, rows))
     if answers[0].verdict == UNDER and {a.verdict for a in answers if a.claim.key == 'i'} == {'holds'}:
         lines.append(
             "- (i), a claim of this study and not the paper's, is of dependence, not of gain: networks that were "
@@ -215,7 +214,7 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row], everywhere: dict[Pl
             f"- Of the {len(bounded)} differences for which the paper has a figure, ImageNet's, the bounds of "
             f'{len(below)} lie below it, those of {len(above)} above it'
             + (f' ({"; ".join(map(named, above))})' if above else '')
-            + f', and those of {len(bounded) - len(below) - len(above)} hold it.'
+            + f', and those of {len(bounded) - len(below) - len(above)} contain it.'
         )
     told = [
         f'{claim.text} {with_interval(values)} (the paper: {claim.paper:+.2f})'
@@ -243,21 +242,22 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row], everywhere: dict[Pl
     lines.append(power_in_short(rows))
     parts.append('\n'.join(line for line in lines if line is not None))
     others = [in_short(place, there, answers) for place, there in everywhere.items() if place != MAIN]
-    others += [line for line in [trend_in_short(rows)] if line]
+    others += [line for line in (rising_in_short(everywhere), trend_in_short(rows)) if line]
     return [*parts, *(['Elsewhere:', '\n'.join(others)] if others else [])]
 
 
-def _changed(answers: Sequence[Answer], rows: Sequence[Row]) -> dict[Claim, str]:
-    """The claims that the first WANTED_SEEDS seeds alone answer otherwise, and how."""
-    main = rows_of(rows, *MAIN)
-    first = sorted({row['seed'] for row in main})[:WANTED_SEEDS]
-    early = {a.claim: a for a in decide(CLAIMS, [row for row in main if row['seed'] in first])}
-    return {
-        now.claim: f'{named(now)}, {before.verdict} with {len(before.differences)} (corrected p '
-        f'{p_equals(before.p)}), {now.verdict} with {len(now.differences)} (p {p_equals(now.p)})'
-        for now in answers
-        if (before := early[now.claim]).verdict != now.verdict and None not in (before.p, now.p)
-    }
+def _looks(answers: Sequence[Answer], rows: Sequence[Row]) -> str | None:
+    """Which claims were tested twice, and what that does to their answers."""
+    twice = [answer for answer in answers if answer.looks > 1]
+    if not twice:
+        return None
+    once = {answer.claim: answer for answer in decide(CLAIMS, rows_of(rows, *MAIN), for_looks=False)}
+    other = [f'{named(a)}: {once[a.claim].verdict}' for a in answers if once[a.claim].verdict != a.verdict]
+    text = (
+        f'- {len(twice)} of {len(answers)} claims have seeds that were added after a look at {WANTED_SEEDS}: they are '
+        'tested at half the level, for two looks.'
+    )
+    return text + (f' Without that it would be {"; ".join(other)}.' if other else ' No answer hangs on that.')
 
 
 def _method(rows: Sequence[Row], note: str) -> list[str]:
@@ -303,11 +303,15 @@ def _method(rows: Sequence[Row], note: str) -> list[str]:
         f'{ALPHA:g}, and only there; intervals decide one by one, and do not all hold together at '
         f"{100 * (1 - ALPHA):g} %. Two answers come from bounds instead, intervals at Bonferroni's level, {ALPHA:g} by "
         'the number of claims, which share as much again: a wrong answer somewhere has a chance of up to '
-        f'{2 * ALPHA:g}. A claim of equivalence is contradicted where its '
+        f'{2 * ALPHA:g} on one data set in one size, and on all {len(PLACES)} of them of up to '
+        f'{2 * ALPHA * len(PLACES):g}. A claim with more than {WANTED_SEEDS} seeds was looked at with {WANTED_SEEDS} '
+        'and again with all: its p is doubled, and its intervals and bounds are at half the level. A claim of '
+        'equivalence is contradicted where its '
         'bounds lie beyond the margin. A claim that one network is better, and is not decided by its test, is '
         f'"{UNDER}" where the upper bound is below {MARGIN:g}. This answer was added when ten '
         'seeds of claim (a), M = 2, on `garments` had been seen, and none on `scaled`; its margin is the one that '
-        "claims of equivalence had before. Tests are statsmodels' and scipy's.",
+        "claims of equivalence had before. For correlations there is no such answer. Tests are statsmodels' and "
+        "scipy's.",
     ]
 
 
@@ -343,8 +347,8 @@ def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
     told = f'Networks of {sizes} parameters (`{SELECTED}`)' if sizes else 'Small networks'
     lines = [
         f"- {told} on grey images of 64 x 64. The paper's have some 27 million, and ImageNet.",
-        f'- The claims have {" to ".join(map(str, sorted({min(counts), max(counts)})))} seeds; {WANTED_SEEDS} are the '
-        'aim.',
+        f'- The claims have {" to ".join(map(str, sorted({min(counts), max(counts)})))} seeds on `{MAIN[0]}`, '
+        f'{MAIN[1]}; {WANTED_SEEDS} are the aim.',
         f'- Most claims share the runs of `{SELECTED}`, so that their answers err together.',
     ]
     if {'scaled', 'garments'} <= {row['data'] for row in rows}:
@@ -371,13 +375,14 @@ def _limits(answers: Sequence[Answer], rows: Sequence[Row]) -> str:
         '- Intervals are over seeds, for these test images. Other images would add to them: the last column of the '
         'table of variances has how much. On `digits`, of some 360 objects, it would be more, and is not measured.'
     )
-    lines.append(
-        "- Adding seeds after a look at the results makes p too small: 'In short' names the answers it changed."
+    nameless, changed = (
+        sum(test(row.get('commit', '')) for row in rows) for test in (operator.not_, lambda name: 'dirty' in name)
     )
-    nameless = sum('commit' not in row for row in rows)
-    if nameless:
+    if nameless or changed:
         lines.append(
-            f'- {nameless} of {len(rows)} rows are older than the naming of commit and timm in a row, and name neither.'
+            f'- Of {len(rows)} rows {nameless} are from before a row named its commit, timm and the instructions of '
+            f'its CPU, and name none of them; {changed} name a commit to which changes had been made. `--verify` says '
+            'whether one comes out the same today.'
         )
     lines.append('- Where a claim is not decided, its interval says how large an effect may still be, either way.')
     return '\n'.join(lines)

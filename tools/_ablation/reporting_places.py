@@ -1,4 +1,4 @@
-"""The claims in all data sets and sizes: letter by letter, place by place, and from narrow to wide."""
+"""The claims in all data sets and sizes: in groups, place by place, and from narrow to wide."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from _tables import markdown_table
 from scipy import stats
 
-from .claims import CLAIMS, LETTERS, MARGIN, Claim
+from .claims import CLAIMS, GROUPS, MARGIN, RISING, Claim
 from .deciding import ALPHA, UNDER, Answer, decide, from_tested, holm, interval_of_mean, to_tested
 from .drawing import FAR
 from .networks import SIZES
@@ -37,35 +37,48 @@ def named(answer: Answer) -> str:
 
 
 def in_places(found: dict[Place, list[Answer]]) -> dict[Claim, dict[str, Answer]]:
-    """The answers in points that have an interval in two places, and reach no further than FAR in any."""
+    """By claim, what there is to draw: the answers that have an interval which reaches no further than FAR.
+
+    Those of claims that have one in two places.
+    """
     beside: dict[Claim, dict[str, Answer]] = {}
     for (data, size), answers in found.items():
         for answer in answers:
-            if answer.claim.unit == 'points' and answer.low is not None:
+            if answer.low is not None and max(abs(answer.low), abs(answer.high)) <= FAR:
                 beside.setdefault(answer.claim, {})[f'{data}, {size}'] = answer
-    return {
-        claim: there
-        for claim, there in beside.items()
-        if len(there) > 1 and max(abs(bound) for a in there.values() for bound in (a.low, a.high)) <= FAR
-    }
+    return {claim: there for claim, there in beside.items() if len(there) > 1}
 
 
-def by_letter(found: dict[Place, list[Answer]]) -> str:
-    """A row for each letter: how many of its claims have which answer, place by place."""
-    lines = [
-        ['', 'the paper says', *[f'{data}, {size}' for data, size in found]],
-        ['---', '---', *['---'] * len(found)],
-    ]
-    for key, text in LETTERS.items():
+def in_groups(found: dict[Place, list[Answer]]) -> str:
+    """A row for each of GROUPS: how many of its claims have which answer, place by place."""
+    lines = [['claims', '', *[f'{data}, {size}' for data, size in found]], ['---', '---', *['---'] * len(found)]]
+    for (key, text), claims in GROUPS.items():
         cells = []
         for answers in found.values():
-            counts = Counter(answer.verdict for answer in answers if answer.claim.key == key)
-            words = {verdict: verdict for verdict in ('holds', 'contradicted', UNDER, 'not decided') if counts[verdict]}
-            if counts['holds'] > 1:
-                words['holds'] = 'hold'
-            cells.append(', '.join(f'{counts[verdict]} {word}' for verdict, word in words.items()))
+            counts = Counter(answer.verdict for answer in answers if answer.claim in claims)
+            of = f' of {len(claims)}' if len(claims) > 1 else ''
+            told = [
+                f'{counts[verdict]}{of} {verdict}' if of else verdict
+                for verdict in ('holds', 'contradicted', UNDER, 'not decided')
+                if counts[verdict]
+            ]
+            cells.append(', '.join(told) or 'not run')
         lines.append([f'({key})', text, *cells])
     return markdown_table(lines)
+
+
+def rising_in_short(found: dict[Place, list[Answer]]) -> str | None:
+    """Where attention rises with scale, in units before the last, and where it does in none."""
+    units = {place: [a for a in answers if a.claim.group == RISING] for place, answers in found.items()}
+    counts = {place: (sum(a.verdict == 'holds' for a in those), len(those)) for place, those in units.items() if those}
+    some = [f'{n} of {total} on `{data}`, {size}' for (data, size), (n, total) in counts.items() if n]
+    none = [f'`{data}`, {size}' for (data, size), (n, _) in counts.items() if not n]
+    if not some or not none:
+        return None
+    return (
+        f'- (e): of the units before the last, attention for the 5x5 is shown to rise with scale in '
+        f'{", in ".join(some)}, and in none on {" and ".join(none)}.'
+    )
 
 
 def in_short(place: Place, there: Sequence[Answer], main: Sequence[Answer]) -> str:
@@ -90,7 +103,8 @@ def elsewhere(found: dict[Place, list[Answer]], folder: str) -> list[str]:
             '### In all data sets',
             f'![The claims that have rows in several places, beside each other]({folder}/places.png)',
             '*A square is the mean, a line the interval, corrected for the claims of its data set and size; dashed '
-            f'lines are at {MARGIN:g} points. What reaches further than {FAR:g} points is not drawn.*',
+            f'lines are at {MARGIN:g} points. Claims that have rows in one place are not here, and no interval that '
+            f'reaches further than {FAR:g} points.*',
         ]
     for (data, size), answers in others.items():
         parts += [f'### On {data}, {size}', claims_table(answers)]
@@ -171,7 +185,8 @@ def trend_in_short(rows: Sequence[Row]) -> str | None:
     alone = [change for change in known if change.alone]
     return (
         f'- From {" to ".join(SIZES)} on `{MAIN[0]}` the difference of claim (a), M = 2, changes by '
-        f"{with_interval(selection[0].changes)} points. By Holm's procedure {len(sure)} of {len(known)} claims change"
+        f"{with_interval(selection[0].changes)} points. By Holm's procedure {len(sure)} of {len(known)} claims are "
+        'shown to change'
         + (f' ({"; ".join(sure)})' if sure else '')
         + f'; by 95 % intervals without correction it would be {len(alone)}.'
     )

@@ -11,6 +11,7 @@ from .data import DATA
 from .deciding import (
     ALPHA,
     POWER,
+    WANTED_SEEDS,
     components,
     crossed,
     decide,
@@ -20,8 +21,6 @@ from .deciding import (
 )
 from .networks import SELECTED, SUMMED
 from .rows import LENGTHS, MAIN, PLACES, Row, Settings, rows_of
-
-WANTED_SEEDS = 10
 
 
 class Need(NamedTuple):
@@ -63,7 +62,8 @@ def needs(rows: Sequence[Row], places: Sequence[tuple[str, str]] = PLACES) -> li
             if equivalence:
                 name += ', equivalence'
             low, high = interval_of_deviation(answer.deviation, seeds - 1)
-            needed, powers = _needed(answer.deviation, len(tested), equivalence, seeds)
+            tests = answer.looks, answer.looks * len(tested)
+            needed, powers = _needed(answer.deviation, tests, equivalence, seeds)
             found.append(
                 Need(
                     name,
@@ -72,15 +72,16 @@ def needs(rows: Sequence[Row], places: Sequence[tuple[str, str]] = PLACES) -> li
                     needed,
                     powers,
                     tuple(seeds < number for number in needed),
-                    seeds_needed(high, tests=len(tested), equivalence=equivalence),
+                    seeds_needed(high, tests=tests[1], equivalence=equivalence),
                     bool(scale),
                 )
             )
     return found
 
 
-def _needed(deviation: float, tested: int, equivalence: bool = False, seeds: int = WANTED_SEEDS) -> tuple[tuple, tuple]:
-    tests = (1, tested)
+def _needed(
+    deviation: float, tests: tuple[int, int], equivalence: bool = False, seeds: int = WANTED_SEEDS
+) -> tuple[tuple, tuple]:
     needed = tuple(seeds_needed(deviation, tests=number, equivalence=equivalence) for number in tests)
     return needed, tuple(power_of(seeds, deviation, tests=number, equivalence=equivalence) for number in tests)
 
@@ -96,12 +97,12 @@ def power_in_short(rows: Sequence[Row]) -> str | None:
     most = max((need.needed[1] for need in inside), default=0)
     beyond = [need for need in inside if need.most > int(need.seeds)]
     text = (
-        f'- A power of {100 * POWER:.0f} % to show {MARGIN:g} points would take more seeds than there are for {few[0]} '
-        f'of {len(inside)} comparisons of top-1 if each were the only one, and for {few[1]} as the first of all in '
-        f"Holm's procedure (up to {most} seeds): {'missed for these' if few[1] else 'met'}, by the deviations as they "
-        f'are estimated. At the upper ends of their intervals {len(beyond)} would take more'
-        + (f', up to {max(need.most for need in beyond)}' if beyond else '')
-        + ' seeds.'
+        f"- The aim is a power of {100 * POWER:.0f} % to show {MARGIN:g} points. As the first of all in Holm's "
+        f'procedure that takes up to {most} seeds, by the deviations as they are estimated. Comparisons of top-1 with '
+        f'fewer: {few[1]} of {len(inside)}, so that it is {"missed there" if few[1] else "met"} ({few[0]}, were each '
+        f"the only one). At the upper ends of the deviations' intervals {len(beyond)} would have fewer"
+        + (f', which would take up to {max(need.most for need in beyond)}' if beyond else '')
+        + '.'
     )
     if outside:
         least, most = (choose(need.needed[0] for need in outside) for choose in (min, max))
@@ -118,7 +119,7 @@ def power(rows: Sequence[Row], variance: Sequence[Row]) -> list[str]:
             f'claim (a), M = 2, on `{study.data}`, in the study of the variance ({study.settings.epochs} epochs)',
             ' x '.join(map(str, study.shape)),
             f'{study.deviation:.2f}',
-            *_needed(study.deviation, len(CLAIMS)),
+            *_needed(study.deviation, (1, len(CLAIMS))),
         )
         for study in studies
     ]
@@ -137,7 +138,8 @@ def power(rows: Sequence[Row], variance: Sequence[Row]) -> list[str]:
         *parts,
         f'How many seeds show a difference of {MARGIN:g} points with a power of {100 * POWER:.0f} % by the paired '
         f't-test at a level of {ALPHA:g}, for a claim alone and for the first of all that are tested on the same data, '
-        f"by Holm's procedure, and the power of the seeds that there are ({WANTED_SEEDS} in the study of the "
+        f"by Holm's procedure (at half the level where there were two looks), and the power of the seeds that there "
+        f'are ({WANTED_SEEDS} in the study of the '
         'variance, as many as were to be). For a claim of equivalence it is the power of TOST '
         'where the true difference is 0, and for the others the last column is also the chance that a difference that '
         f'is truly 0 is called "not better by {MARGIN:g} points". The deviations, with intervals of 95 %, are those of '

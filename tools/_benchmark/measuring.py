@@ -273,6 +273,20 @@ def _named(label: str, run: Run) -> Iterator[None]:
         raise ValueError(f'model={label!r} in {run.title}: {first}') from error
 
 
+@contextlib.contextmanager
+def _noted(failures: list[str] | None, label: str, run: Run) -> Iterator[None]:
+    """Errors of any kind, as compilers have their own, as a line in ``failures``, where there is such a list."""
+    try:
+        yield
+    except Exception as error:
+        if failures is None:
+            raise
+        named = str(error).startswith('model=')
+        first = str(error).split('\n\n')[0]
+        failures.append(first if named else f'model={label!r} in {run.title}: {type(error).__name__}: {first}')
+        say(failures[-1])
+
+
 def prepare(variant: Variant, run: Run, settings: Settings, images: Tensor) -> Task:
     """Build a model, run its step until it is warm, and count its memory; the result has no times yet.
 
@@ -340,17 +354,14 @@ def measure(
                 results.append(Result(run, variant.label, unavailable=NO_STUBS))
                 continue
             start = time.perf_counter()
-            try:
-                task = prepare(variant, run, settings, images)
-            except ValueError as error:
-                if failures is None:
-                    raise
-                results.append(Result(run, variant.label, unavailable=str(error)))
-                failures.append(str(error))
-                say(str(error))
+            before = len(failures or ())
+            with _noted(failures, variant.label, run):
+                tasks.append(prepare(variant, run, settings, images))
+                results.append(tasks[-1].result)
+            if len(failures or ()) > before:
+                results.append(Result(run, variant.label, unavailable=failures[-1]))
+                _free_memory(settings)
                 continue
-            tasks.append(task)
-            results.append(task.result)
             say(f'{run.title}: {variant.label} is warm after {time.perf_counter() - start:.0f} s')
         start = time.perf_counter()
         for task, samples in zip(tasks, interleave(tasks, settings.repeats, timer, settings.min_seconds)):
@@ -360,7 +371,7 @@ def measure(
                 task.result.host_samples = samples
         say(f'{run.title}: {settings.repeats} repeats took {time.perf_counter() - start:.0f} s')
         for task in tasks:
-            with _named(task.result.model, run):
+            with _noted(failures, task.result.model, run), _named(task.result.model, run):
                 count(task, images, settings)
     return results
 
@@ -375,8 +386,7 @@ def _environment(settings: Settings) -> Iterator[None]:
         torch.backends.cudnn.benchmark = True
         if settings.device == 'cuda':
             # Compiled models of an earlier run are in cycles, and would go while this one's memory is counted.
-            gc.collect()
-            torch.cuda.empty_cache()
+            _free_memory(settings)
             # cuBLAS keeps a workspace per thread from its first use on, which no model owns.
             weight = torch.ones(8, 8, device='cuda', requires_grad=True)
             (weight @ weight).sum().backward()
@@ -388,6 +398,12 @@ def _environment(settings: Settings) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = tuning
         torch.compiler.reset()
+
+
+def _free_memory(settings: Settings) -> None:
+    gc.collect()
+    if settings.device == 'cuda':
+        torch.cuda.empty_cache()
 
 
 def _synchronize(settings: Settings) -> None:
