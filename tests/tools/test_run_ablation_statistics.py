@@ -375,6 +375,11 @@ def test_convergence_by_means_and_by_intervals():
     rows = [row('one', seed, 70.0 + seed, longer=longer) for seed in range(2) for longer in (False, True)]
     assert '| scaled | narrow | `one` | 2 | +0.00 (+0.00 to +0.00) | +0.00, +0.00 |' in convergence(rows, PLACES)[1]
     assert 'is not known' in convergence(rows[::2], PLACES)[-1]
+    rows = [row(SUMMED, seed, 70.0, longer=longer) for seed in range(3) for longer in (False, True)]
+    rows += [row(SELECTED, seed, 70.5 + seed, longer=longer) for seed in (0, 1, 2) for longer in (False, True)]
+    rows[-1]['top1'] += 3  # seed 2, after twice the training
+    told = 'twice the training: +2.50 (-4.07 to +9.07) points over 3 seeds, and +1.50 (-0.98 to +3.98) of '
+    assert any(told in part for part in convergence(rows, PLACES))
 
 
 def test_controls_stand_beside_the_claims():
