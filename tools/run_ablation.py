@@ -61,6 +61,10 @@ def main(argv: list[str] | None = None) -> None:
                         'narrow, on the first of --sets')  # fmt: skip
     parser.add_argument('--time', action='store_true', help='train nothing to its end: how fast it would go')
     parser.add_argument('--report', action='store_true', help='train nothing: the page and its figures alone')
+    parser.add_argument('--longer', nargs='*', type=int, metavar='SEED',
+                        help="with which claim (a)'s networks are trained twice as long too, or none (default: the "
+                             'first three of --seeds on scaled, narrow, and the first elsewhere); with --verify: the '
+                             'run that was')  # fmt: skip
     parser.add_argument(
         '--verify',
         nargs=2,
@@ -69,8 +73,9 @@ def main(argv: list[str] | None = None) -> None:
         'others are given, and compare',
     )
     args = parser.parse_args(argv)
-    if min(args.seeds) < 0:
-        parser.error(f'argument --seeds: {min(args.seeds)} must be at least 0')
+    for name in ('seeds', 'longer'):
+        if min(getattr(args, name) or [0]) < 0:
+            parser.error(f'argument --{name}: {min(getattr(args, name))} must be at least 0')
     for name in ('threads', 'together'):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -86,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         check_device(device)
     rows = args.out / ('variance.jsonl' if args.variance else 'runs.jsonl')
     if args.verify:
-        again = Run(args.verify[0], int(args.verify[1]), args.sets[0], args.sizes[0])
+        again = Run(*args.verify[:1], int(args.verify[1]), args.sets[0], args.sizes[0], longer=args.longer is not None)
         verify(again, rows, args.data, args.devices and args.devices[0], args.threads)
         return
     set_up(args.threads)
@@ -101,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = (
             plan_variance(*args.variance, args.sets[0])
             if args.variance
-            else plan(args.networks, args.sets, args.sizes, list(dict.fromkeys(args.seeds)), together)
+            else plan(args.networks, args.sets, args.sizes, list(dict.fromkeys(args.seeds)), together, args.longer)
         )
         run_missing(
             runs, rows, args.data, settings, devices, together, args.minutes,

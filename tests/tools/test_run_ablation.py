@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -707,6 +708,31 @@ def test_a_process_that_is_ended(command):
         'run_ablation.py: error: a process of --devices cpu cpu ended without a word, as where memory runs out'
     )
     assert before <= len(runs_of(path)) < 6
+
+
+# The page's commands
+
+
+def test_the_pages_commands_make_its_rows(tool, monkeypatch):
+    made = []
+    monkeypatch.setitem(tool.main.__globals__, 'run_missing', lambda runs, *args, **kwargs: made.extend(runs))
+    monkeypatch.setitem(tool.main.__globals__, 'report', lambda out, page: [])
+    page = (ROOT / 'docs' / 'reproduction.md').read_text(encoding='utf-8')
+    for command in re.findall(r'^python tools/run_ablation.py (--.*)$', page, flags=re.MULTILINE):
+        tool.main(command.split())
+    rows = [row for name in ('runs', 'variance') for row in read_rows(ROOT / 'results' / 'ablation' / f'{name}.jsonl')]
+    assert len(made) == len(set(made))
+    assert set(made) == set(map(Run.of, rows))
+
+
+def test_which_seeds_are_trained_twice_as_long():
+    def longer(*args, **kwargs):
+        return [(run.network, run.seed) for run in plan([SELECTED, 'k3'], *args, **kwargs) if run.longer]
+
+    assert longer(['scaled'], ['narrow'], [4, 5, 6, 7]) == [(SELECTED, 4), (SELECTED, 5), (SELECTED, 6)]
+    assert longer(['scaled'], ['wide'], [4, 5]) == [(SELECTED, 4)]
+    assert longer(['scaled'], ['narrow'], [4, 5], longer=[8]) == [(SELECTED, 8)]
+    assert longer(['scaled'], ['narrow'], [4, 5], longer=[]) == []
 
 
 # The results file

@@ -27,12 +27,13 @@ class Answer:
     Attributes:
         claim: it.
         differences: by seed.
-        p: Holm's, of the two-sided paired t-test, or of both one-sided ones (TOST) where the claim has a margin, twice
-            that where it was looked at twice; None for fewer than two seeds that differ.
+        p: Holm's, from that of the two-sided paired t-test, or of both one-sided ones (TOST) where the claim has a
+            margin, times the number of looks; None for fewer than two seeds that differ.
         low, high: the interval at the level at which Holm's procedure tested this claim: where p is below ALPHA and
             only there, it lies beyond 0, or within the margin.
         least, most: what the difference may come to: an interval at Bonferroni's level, ALPHA by the number of claims
-            that are tested, by a two-sided test, or for a claim of equivalence by two one-sided ones.
+            that are tested and by that of looks, by a two-sided test, or for a claim of equivalence by two one-sided
+            ones.
         apart: p of the two-sided paired t-test of 0, not corrected, of a claim of equivalence too.
     """
 

@@ -13,7 +13,7 @@ from .deciding import UNDER, Answer
 from .rows import SCALES, Row
 
 COLORS = {'holds': 'tab:green', 'contradicted': 'tab:red', UNDER: 'tab:blue', 'not decided': 'tab:gray'}
-PLACE_COLORS = ('tab:blue', 'tab:orange', 'tab:purple', 'tab:brown', 'tab:cyan')  # none that stands for an answer
+PLACE_COLORS = ('tab:pink', 'tab:orange', 'tab:purple', 'tab:brown', 'tab:cyan')  # none that stands for an answer
 UNIT_NAMES = {'points': 'points of top-1', 'rho': "Spearman's rho"}
 
 FAR = 3.0  # points

@@ -19,7 +19,7 @@ from .claims import CLAIMS, MARGIN, OVER_K3
 from .data import DATA
 from .deciding import ALPHA, UNDER, WANTED_SEEDS, Answer, bound, decide
 from .drawing import draw_attention, draw_forest, draw_learning, draw_places
-from .networks import NETWORKS, SELECTED, SIZES, build
+from .networks import NETWORKS, SELECTED, SIZES, SUMMED, build
 from .reporting_attention import attending, attention, figure_name, learning
 from .reporting_claims import (
     apart,
@@ -28,6 +28,7 @@ from .reporting_claims import (
     convergence,
     convergence_in_short,
     is_apart,
+    selection_after_longer,
     sensitivity,
     with_interval,
 )
@@ -46,6 +47,7 @@ from .reporting_places import (
 )
 from .reporting_power import power, power_in_short
 from .rows import MAIN, NEW_SCALES, OPTIONS, PLACES, SCALES, Row, Settings, read_rows, rows_of
+from .running import longer_seeds
 
 OUT = 'results/ablation'  # the tool's default
 WANTED_HALF_WIDTH = 0.5
@@ -127,7 +129,7 @@ def markdown(
     answers = decide(CLAIMS, main)
     everywhere = answers_by_place(rows)
     parts = [
-        "# The paper's claims, decided",
+        "# The paper's claims, measured",
         f'Written by `tools/run_ablation.py` from the rows in `{out}`, not by hand, but for what is called a note. A '
         "claim without rows says so. The networks are small and the images are not ImageNet's: what holds here holds "
         'for such networks.',
@@ -203,8 +205,8 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row], everywhere: dict[Pl
     if answers[0].verdict == UNDER and {a.verdict for a in answers if a.claim.key == 'i'} == {'holds'}:
         lines.append(
             "- (i), a claim of this study and not the paper's, is of dependence, not of gain: networks that were "
-            'trained with attention need it. Networks trained without it, with the sum, are as good, as far as can be '
-            'told here (a).'
+            'trained with attention need it. Those trained without it, with the sum, are worse by at most '
+            f'{answers[0].most:.2f} points (a).'
         )
     bounded = [a for a in answers if None not in (a.claim.paper, a.most)]
     if bounded:
@@ -238,7 +240,7 @@ def _summary(answers: Sequence[Answer], rows: Sequence[Row], everywhere: dict[Pl
             f'There are {len(selection.differences)} seeds and {half:.2f} points: it {met}.'
         )
     aim = convergence_in_short(rows)
-    lines += [f'- {aim}'] if aim else []
+    lines += [f'- {text}' for text in (aim, selection_after_longer(rows)) if text]
     lines.append(power_in_short(rows))
     parts.append('\n'.join(line for line in lines if line is not None))
     others = [in_short(place, there, answers) for place, there in everywhere.items() if place != MAIN]
@@ -290,7 +292,8 @@ def _method(rows: Sequence[Row], note: str) -> list[str]:
         f'{100 * settings.ema:g} % of the steps.',
         '**Pairs.** All networks of a seed see the same images at the same places in the same order. Tensors that two '
         'networks share begin with the same values.',
-        f'**Test.** {settings.test_images:,} objects of the test set (of the digits some 360, several times), each at '
+        f'**Test.** {settings.test_images:,} objects of the test set (of the digits some 360, several times, as some '
+        '1,440 are in training), each at '
         f'the scales {scales}; top-1 is the mean over these, unless it is said to be at random scales: then every '
         f"object is at one of its own. The scales {new} were never trained on, and are claim (g)'s. At 2.5 an object "
         'is 6 pixels larger than the canvas, which cuts it.',
@@ -305,8 +308,8 @@ def _method(rows: Sequence[Row], note: str) -> list[str]:
         'the number of claims, which share as much again: a wrong answer somewhere has a chance of up to '
         f'{2 * ALPHA:g} on one data set in one size, and on all {len(PLACES)} of them of up to '
         f'{2 * ALPHA * len(PLACES):g}. A claim with more than {WANTED_SEEDS} seeds was looked at with {WANTED_SEEDS} '
-        'and again with all: its p is doubled, and its intervals and bounds are at half the level. A claim of '
-        'equivalence is contradicted where its '
+        "and again with all: its p is doubled before Holm's procedure, and its intervals and bounds are at half the "
+        'level. A claim of equivalence is contradicted where its '
         'bounds lie beyond the margin. A claim that one network is better, and is not decided by its test, is '
         f'"{UNDER}" where the upper bound is below {MARGIN:g}. This answer was added when ten '
         'seeds of claim (a), M = 2, on `garments` had been seen, and none on `scaled`; its margin is the one that '
@@ -418,9 +421,10 @@ def _cost(rows: Sequence[Row], variance: Sequence[Row], out: str) -> list[str]:
     told = [f'{far:.2f} points away on {data}, {size}' for (data, size), far in allowed.items() if far is not None]
     parts.append(
         'After a kill, the same command goes on with what is missing. `--verify NAME SEED` trains a run '
-        f'again, on `{MAIN[0]}`, {MAIN[1]}, unless --sets and --sizes name others. On the same hardware, with as many '
-        'threads and the same torch and timm, it must give the row to the last digit. On another '
-        "machine the first batch's loss must be the row's to 0.1 %, and top-1 may be "
+        f'again, on `{MAIN[0]}`, {MAIN[1]}, unless --sets and --sizes name others, and with --longer the one that was '
+        'trained twice as long. On the same hardware, with as many threads and the same torch and timm, it must give '
+        'a row that names the instructions of its CPU to the last digit. For older rows, and on another '
+        "machine, the first batch's loss must be the row's to 0.1 %, and top-1 may be "
         + (' and '.join(told) or 'within the spread of the seeds')
         + ': training makes a difference in the last digit as large as another draw, and two draws of these networks '
         "differ by less in 99.7 % of cases, by Student's t and the deviation from seed to seed. That is more than most "
@@ -452,9 +456,13 @@ def _options(rows: Sequence[Row], option: str) -> str:
     words['together'] = max(len(row['together']) for row in rows)
     given = ' '.join(f'--{name.replace("_", "-")} {value}' for name, value in words.items())
     given += ' --amp' * settings['amp'] + ' --compile' * rows[0]['compiled']
-    seeds = sorted({row['seed'] for row in rows})
+    seeds = sorted({row['seed'] for row in rows if not row['longer']})
     if option == '--variance':
         return f'--variance {len(seeds)} {len({row["order"] for row in rows})} --sets {data} {given}'
     networks = [name for name in NETWORKS if any(row['network'] == name for row in rows)]
     chosen = '' if len(networks) == len(NETWORKS) else f'--networks {" ".join(networks)} '
-    return f'--sets {data} --sizes {rows[0]["size"]} {chosen}--seeds {" ".join(map(str, seeds))} {given}'
+    place = data, rows[0]['size']
+    longer = sorted({row['seed'] for row in rows if row['longer']})
+    if longer != longer_seeds(seeds, *place) and {SELECTED, SUMMED} & set(networks):
+        given = ' '.join(['--longer', *map(str, longer), given])
+    return f'--sets {data} --sizes {place[1]} {chosen}--seeds {" ".join(map(str, seeds))} {given}'

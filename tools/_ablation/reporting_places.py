@@ -62,23 +62,25 @@ def in_groups(found: dict[Place, list[Answer]]) -> str:
                 for verdict in ('holds', 'contradicted', UNDER, 'not decided')
                 if counts[verdict]
             ]
+            missing = len(claims) - counts.total()
+            if told and missing:
+                told.append(f'{missing} not run')
             cells.append(', '.join(told) or 'not run')
         lines.append([f'({key})', text, *cells])
     return markdown_table(lines)
 
 
 def rising_in_short(found: dict[Place, list[Answer]]) -> str | None:
-    """Where attention rises with scale, in units before the last, and where it does in none."""
+    """Where attention is shown to rise with scale, in units before the last."""
     units = {place: [a for a in answers if a.claim.group == RISING] for place, answers in found.items()}
     counts = {place: (sum(a.verdict == 'holds' for a in those), len(those)) for place, those in units.items() if those}
     some = [f'{n} of {total} on `{data}`, {size}' for (data, size), (n, total) in counts.items() if n]
     none = [f'`{data}`, {size}' for (data, size), (n, _) in counts.items() if not n]
-    if not some or not none:
+    if not counts:
         return None
-    return (
-        f'- (e): of the units before the last, attention for the 5x5 is shown to rise with scale in '
-        f'{", in ".join(some)}, and in none on {" and ".join(none)}.'
-    )
+    told = [f'in {one}' for one in some] + [f'in none on {" and ".join(none)}'] * bool(none)
+    text = ', and '.join(part for part in (', '.join(told[:-1]), told[-1]) if part)
+    return f'- (e): of the units before the last, attention for the 5x5 is shown to rise with scale {text}.'
 
 
 def in_short(place: Place, there: Sequence[Answer], main: Sequence[Answer]) -> str:
@@ -90,6 +92,13 @@ def in_short(place: Place, there: Sequence[Answer], main: Sequence[Answer]) -> s
         differ = [f'{named(b)} ({b.verdict})' for a, b in both if a.verdict != b.verdict]
         text += f' Of the {len(both)} that have an answer on `{MAIN[0]}`, {MAIN[1]}, too, {len(both) - len(differ)} '
         text += f'have the same; not so {"; ".join(differ)}.' if differ else 'have the same.'
+    pairs = [(a, b) for a in main for b in there if a.claim is b.claim and a.decided != b.decided]
+    for where, found in (
+        ('here and not there', [b for _, b in pairs if b.decided]),
+        ('there and not here', [a for a, _ in pairs if a.decided]),
+    ):
+        told = [f'{named(answer)}: {answer.verdict}' for answer in found if answer.claim.group != RISING]
+        text += f' Answered {where}: {"; ".join(told)}.' if told else ''
     alone = [f'{named(answer)}: {apart(answer)}' for answer in there if is_apart(answer)]
     return text + (f' Not decided, and apart from 0: {"; ".join(alone)}.' if alone else '')
 

@@ -131,22 +131,24 @@ def power(rows: Sequence[Row], variance: Sequence[Row]) -> list[str]:
     head += [f'{what}, {claims}' for what in ('seeds needed', 'power') for claims in ('alone', 'all')]
     lines = [head, ['---', *['---:'] * 6]]
     for need in known:
-        lines.append(
-            [need.name, need.seeds, need.deviation, *map(str, need.needed), *(f'{value:.2f}' for value in need.powers)]
-        )
+        lines.append([need.name, need.seeds, need.deviation, *map(str, need.needed), *map(_power, need.powers)])
     return [
         *parts,
-        f'How many seeds show a difference of {MARGIN:g} points with a power of {100 * POWER:.0f} % by the paired '
-        f't-test at a level of {ALPHA:g}, for a claim alone and for the first of all that are tested on the same data, '
-        f"by Holm's procedure (at half the level where there were two looks), and the power of the seeds that there "
-        f'are ({WANTED_SEEDS} in the study of the '
-        'variance, as many as were to be). For a claim of equivalence it is the power of TOST '
-        'where the true difference is 0, and for the others the last column is also the chance that a difference that '
-        f'is truly 0 is called "not better by {MARGIN:g} points". The deviations, with intervals of 95 %, are those of '
-        'the differences that are tested, so that the table says what the study could see, not what it was planned '
-        'with.',
+        f'How many seeds show a difference of {MARGIN:g} points with a power of {100 * POWER:.0f} %, in a study that '
+        f'is planned with so many, by the paired t-test at a level of {ALPHA:g}, for a claim alone and for the first '
+        "of all that are tested on the same data, by Holm's procedure (at half the level where there were two looks), "
+        f'and the power of the seeds that there are ({WANTED_SEEDS} in the study of the variance, as many as were to be). '
+        'For a claim of equivalence it is the power of TOST where the true difference is 0, and for the others the '
+        'last column is also the chance that a difference that is truly 0 is called "not better by '
+        f'{MARGIN:g} points". The deviations, with intervals of 95 %, are those of the differences that are tested, so '
+        'that the table says what the study could see, not what it was planned with.',
         markdown_table(lines),
     ]
+
+
+def _power(value: float) -> str:
+    """With a digit more where it would seem to be POWER and is less."""
+    return f'{value:.3f}' if POWER - 0.005 <= value < POWER else f'{value:.2f}'
 
 
 def _on(rows: Sequence[Row], data: str) -> list[Row]:

@@ -28,13 +28,24 @@ _PAIRS = [list(NETWORKS)[:2], list(NETWORKS)[2:4], *([name] for name in list(NET
 FIRST_LOSS = 1e-3  # relative: how far rounding may carry the first batch's loss on another machine
 
 
+def longer_seeds(seeds: Sequence[int], data: str, size: str) -> list[int]:
+    """Those of ``seeds`` with which claim (a)'s networks are trained for twice as long, unless others are named."""
+    return list(seeds[: LONGER_SEEDS if (data, size) == MAIN else 1])
+
+
 def plan(
-    networks: Sequence[str], data: Sequence[str], sizes: Sequence[str], seeds: Sequence[int], together: int = 1
+    networks: Sequence[str],
+    data: Sequence[str],
+    sizes: Sequence[str],
+    seeds: Sequence[int],
+    together: int = 1,
+    longer: Sequence[int] | None = None,
 ) -> list[Run]:
     """The runs of the study, in the order of what they are worth, so that it may be stopped at any time.
 
-    All ``networks`` where both data and size are MAIN, those of CORE elsewhere, and claim (a)'s for twice as long. The
-    seeds that are trained together come after one another, and so do both networks of a pair of claim (a).
+    All ``networks`` where both data and size are MAIN, those of CORE elsewhere, and claim (a)'s for twice as long, with
+    the seeds ``longer``, where None with those of :func:`longer_seeds`. The seeds that are trained together come after
+    one another, and so do both networks of a pair of claim (a).
     """
     runs = []
     for one, size in PLACES:
@@ -45,9 +56,9 @@ def plan(
         for pair in ([name for name in names if name in pair] for pair in _PAIRS):
             for i in range(0, len(seeds), together):
                 runs += [Run(name, seed, one, size) for name in pair for seed in seeds[i : i + together]]
-        longer = [name for name in (SELECTED, SUMMED) if name in names]
-        first = seeds[: LONGER_SEEDS if main else 1]
-        runs += [Run(name, seed, one, size, longer=True) for name in longer for seed in first]
+        selection = [name for name in (SELECTED, SUMMED) if name in names]
+        again = longer_seeds(seeds, one, size) if longer is None else longer
+        runs += [Run(name, seed, one, size, longer=True) for name in selection for seed in again]
     return runs
 
 
@@ -197,8 +208,9 @@ def _work(runs: list[Run]) -> list[Row]:
 def verify(run: Run, path: Path, data_root: Path, device: str | None, threads: int | None) -> None:
     """Train a run again, on its row's device and with its row's threads where None are given, and beside its seeds.
 
-    On the same hardware, with as many threads and the same torch, all figures must be the row's. Elsewhere the loss of
-    the first batch must be, to FIRST_LOSS, and top-1 within :func:`~.deciding.bound`.
+    On the same hardware, with as many threads and the same torch, all figures must be the row's. Elsewhere, and where
+    the row does not say which instructions of a CPU made it, the loss of the first batch must be, to FIRST_LOSS, and
+    top-1 within :func:`~.deciding.bound`.
 
     Raises:
         ValueError: they are not, or there is no such row.
