@@ -138,8 +138,8 @@ def power(rows: Sequence[Row], variance: Sequence[Row]) -> list[str]:
         f'is planned with so many, by the paired t-test at a level of {ALPHA:g}, for a claim alone and for the first '
         "of all that are tested on the same data, by Holm's procedure (at half the level where there were two looks), "
         f'and the power of the seeds that there are ({WANTED_SEEDS} in the study of the variance, as many as were to '
-        'be). For a claim of equivalence it is the power of TOST where the true difference is 0, and for the others the '
-        'last column is also the chance that a difference that is truly 0 is called "not better by '
+        'be). For a claim of equivalence it is the power of TOST where the true difference is 0, and for the others '
+        'the last column is also the chance that a difference that is truly 0 is called "not better by '
         f'{MARGIN:g} points". The deviations, with intervals of 95 %, are those of the differences that are tested, so '
         'that the table says what the study could see, not what it was planned with.',
         markdown_table(lines),
