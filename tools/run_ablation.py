@@ -74,8 +74,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     for name in ('seeds', 'longer'):
-        if min(getattr(args, name) or [0]) < 0:
-            parser.error(f'argument --{name}: {min(getattr(args, name))} must be at least 0')
+        seeds = getattr(args, name)
+        if seeds and min(seeds) < 0:
+            parser.error(f'argument --{name}: {min(seeds)} must be at least 0')
+        if seeds:  # one that is named twice is one run
+            setattr(args, name, list(dict.fromkeys(seeds)))
     for name in ('threads', 'together'):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -91,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
         check_device(device)
     rows = args.out / ('variance.jsonl' if args.variance else 'runs.jsonl')
     if args.verify:
-        again = Run(*args.verify[:1], int(args.verify[1]), args.sets[0], args.sizes[0], longer=args.longer is not None)
+        name, seed = args.verify
+        again = Run(name, int(seed), args.sets[0], args.sizes[0], longer=args.longer is not None)
         verify(again, rows, args.data, args.devices and args.devices[0], args.threads)
         return
     set_up(args.threads)
@@ -106,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = (
             plan_variance(*args.variance, args.sets[0])
             if args.variance
-            else plan(args.networks, args.sets, args.sizes, list(dict.fromkeys(args.seeds)), together, args.longer)
+            else plan(args.networks, args.sets, args.sizes, args.seeds, together, args.longer)
         )
         run_missing(
             runs, rows, args.data, settings, devices, together, args.minutes,

@@ -540,6 +540,8 @@ def test_a_seed_twice_is_one_run(tool, garments, tmp_path, monkeypatch, no_data)
     monkeypatch.setitem(tool.main.__globals__, 'report', lambda out, page: [])
     tool.main(command_line(garments, tmp_path, ('k3',), ('1', '0', '1')))
     assert runs_of(tmp_path / 'out' / 'runs.jsonl') == [Run('k3', 1), Run('k3', 0)]
+    tool.main([*command_line(garments, tmp_path, (SELECTED,), ('0',)), '--longer', '1', '1'])
+    assert runs_of(tmp_path / 'out' / 'runs.jsonl')[2:] == [Run(SELECTED, 0), Run(SELECTED, 1, longer=True)]
 
 
 def test_verify_gives_the_row_again(tool, finished, garments, tmp_path, capsys):
@@ -794,6 +796,7 @@ def test_no_data(tool, tmp_path):
         ['--networks', 'k4'],
         ['--sets', 'faces'],
         ['--seeds', '-1'],
+        ['--longer', '0', '-1'],
         ['--threads', '0'],
         ['--together', '0'],
         ['--variance', '1', '3'],

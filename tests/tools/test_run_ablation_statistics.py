@@ -548,6 +548,8 @@ def test_how_claims_change_with_the_size():
 def test_seeds_that_were_added_after_a_look():
     """p is that of two looks, and the interval lies beyond 0 where that says so, and only there."""
     pytest.importorskip('statsmodels')
+    from scipy import stats
+
     rows, variance = known()
     assert 'after a look' not in markdown(rows, variance, '.')
     values = 70 + np.tile([0.0, 1.0], 6)
@@ -564,7 +566,7 @@ def test_seeds_that_were_added_after_a_look():
         assert twice.low < once.low
         assert (twice.least, twice.most) == (twice.low, twice.high)
     # p of this one is between 0.025 and 0.05.
-    shift = np.mean([stats_t(12, p) for p in (0.025, 0.05)]) * np.std(values, ddof=1) / 12**0.5 - 0.5
+    shift = np.mean(stats.t.isf([0.0125, 0.025], 11)) * stats.sem(values) - 0.5
     assert answer(shift, for_looks=False).verdict == 'holds'
     assert answer(shift).verdict == 'not decided'
     text = markdown(rows_of(k3_k7_selected=values + shift, k3_k7_summed=[70.0] * 12), variance, '.')
@@ -607,12 +609,6 @@ def test_one_look_beside_two():
     assert answers[0].verdict == 'contradicted'
 
 
-def stats_t(seeds, p):
-    from scipy import stats
-
-    return stats.t.isf(p / 2, seeds - 1)
-
-
 def test_power_is_of_the_seeds_that_there_are():
     pytest.importorskip('statsmodels')
     rows, variance = known()
@@ -627,7 +623,7 @@ def test_power_is_of_the_seeds_that_there_are():
             looks = 1 if count == 10 else 2
             assert need.powers[1] == pytest.approx(power_of(count, answer.deviation, tests=looks * len(answers)))
             assert need.needed[1] == seeds_needed(answer.deviation, tests=looks * len(answers))
-            assert need.powers[0] == pytest.approx(power_of(count, answer.deviation, tests=1 if count == 10 else 2))
+            assert need.powers[0] == pytest.approx(power_of(count, answer.deviation, tests=looks))
 
 
 def test_page_of_a_trial():

@@ -46,8 +46,7 @@ from .reporting_places import (
     trend_in_short,
 )
 from .reporting_power import power, power_in_short
-from .rows import MAIN, NEW_SCALES, OPTIONS, PLACES, SCALES, Row, Settings, read_rows, rows_of
-from .running import longer_seeds
+from .rows import MAIN, NEW_SCALES, OPTIONS, PLACES, SCALES, Row, Settings, longer_seeds, read_rows, rows_of
 
 OUT = 'results/ablation'  # the tool's default
 WANTED_HALF_WIDTH = 0.5

@@ -87,15 +87,15 @@ def in_short(place: Place, there: Sequence[Answer], main: Sequence[Answer]) -> s
     """What another data set or size says otherwise than the main one."""
     data, size = place
     text = f'- On `{data}`, {size}, {len(there)} claims have rows.'
-    both = [(a, b) for a in main for b in there if a.claim is b.claim and a.decided and b.decided]
+    pairs = [(a, b) for a in main for b in there if a.claim is b.claim]
+    both = [(a, b) for a, b in pairs if a.decided and b.decided]
     if both:
         differ = [f'{named(b)} ({b.verdict})' for a, b in both if a.verdict != b.verdict]
         text += f' Of the {len(both)} that have an answer on `{MAIN[0]}`, {MAIN[1]}, too, {len(both) - len(differ)} '
         text += f'have the same; not so {"; ".join(differ)}.' if differ else 'have the same.'
-    pairs = [(a, b) for a in main for b in there if a.claim is b.claim and a.decided != b.decided]
     for where, found in (
-        ('here and not there', [b for _, b in pairs if b.decided]),
-        ('there and not here', [a for a, _ in pairs if a.decided]),
+        ('here and not there', [b for a, b in pairs if b.decided and not a.decided]),
+        ('there and not here', [a for a, b in pairs if a.decided and not b.decided]),
     ):
         told = [f'{named(answer)}: {answer.verdict}' for answer in found if answer.claim.group != RISING]
         text += f' Answered {where}: {"; ".join(told)}.' if told else ''

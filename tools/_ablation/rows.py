@@ -13,6 +13,7 @@ LENGTHS = {'scaled': (6000, 40), 'garments': (60000, 16), 'scenes': (6000, 40), 
 MAIN = ('scaled', 'narrow')  # data set and size
 # Where networks are trained: on every data set in the narrow size, and in the wide one on MAIN's.
 PLACES = [*((data, 'narrow') for data in LENGTHS), (MAIN[0], 'wide')]
+LONGER_SEEDS = 3  # where both data and size are MAIN; one elsewhere
 SCALES = (0.6, 0.8, 1.1, 1.5, 2.0)  # of the test sets: all the trained range
 NEW_SCALES = (0.5, 2.5)  # never trained on; at 2.5 an object has 70 pixels, 6 more than the canvas
 
@@ -88,6 +89,11 @@ class Settings:
                 raise ValueError(f'--{name.replace("_", "-")} {getattr(self, name)}: must be at least 1')
         if not 2 <= self.batch_size <= self.train_images:
             raise ValueError(f'--batch-size {self.batch_size}: must be from 2 to --train-images {self.train_images}')
+
+
+def longer_seeds(seeds: Sequence[int], data: str, size: str) -> list[int]:
+    """Those of ``seeds`` with which claim (a)'s networks are trained for twice as long, unless others are named."""
+    return list(seeds[: LONGER_SEEDS if (data, size) == MAIN else 1])
 
 
 def find(row: Row, path: str) -> Any:

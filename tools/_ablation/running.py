@@ -20,17 +20,11 @@ from _lock import lock
 from .data import Data
 from .deciding import bound
 from .networks import CORE, NETWORKS, SELECTED, SUMMED
-from .rows import MAIN, PLACES, Row, Run, Settings, append_row, check_same_settings, read_rows
+from .rows import MAIN, PLACES, Row, Run, Settings, append_row, check_same_settings, longer_seeds, read_rows
 from .training import check_device, set_up, train
 
-LONGER_SEEDS = 3  # where both data and size are MAIN; one elsewhere
 _PAIRS = [list(NETWORKS)[:2], list(NETWORKS)[2:4], *([name] for name in list(NETWORKS)[4:])]
 FIRST_LOSS = 1e-3  # relative: how far rounding may carry the first batch's loss on another machine
-
-
-def longer_seeds(seeds: Sequence[int], data: str, size: str) -> list[int]:
-    """Those of ``seeds`` with which claim (a)'s networks are trained for twice as long, unless others are named."""
-    return list(seeds[: LONGER_SEEDS if (data, size) == MAIN else 1])
 
 
 def plan(

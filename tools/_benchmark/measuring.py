@@ -354,14 +354,15 @@ def measure(
                 results.append(Result(run, variant.label, unavailable=NO_STUBS))
                 continue
             start = time.perf_counter()
-            before = len(failures or ())
+            task = None
             with _noted(failures, variant.label, run):
-                tasks.append(prepare(variant, run, settings, images))
-                results.append(tasks[-1].result)
-            if len(failures or ()) > before:
+                task = prepare(variant, run, settings, images)
+            if task is None:
                 results.append(Result(run, variant.label, unavailable=failures[-1]))
                 _free_memory(settings)
                 continue
+            tasks.append(task)
+            results.append(task.result)
             say(f'{run.title}: {variant.label} is warm after {time.perf_counter() - start:.0f} s')
         start = time.perf_counter()
         for task, samples in zip(tasks, interleave(tasks, settings.repeats, timer, settings.min_seconds)):
